@@ -1,0 +1,108 @@
+"""The ``duallora-edge`` command: a click group that imports a subcommand only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from duallora_edge import __version__
+from duallora_edge.errors import DualLoraEdgeError
+
+# name -> ("module:attribute", extra that brings what the module imports, one-line help)
+COMMANDS = {
+    "demo": ("duallora_edge.learner.demo:demo", "demo", "Learn, export, verify and measure on embedded data."),
+    "train": ("duallora_edge.learner.commands:train", "train", "Learn the next task(s) of a run; resumes by itself."),
+    "evaluate": ("duallora_edge.learner.commands:evaluate", "train", "Accuracy matrix, forgetting, calibration."),
+    "status": ("duallora_edge.learner.commands:status", "train", "Tasks, classes, sizes and accuracy of a run."),
+    "rollback": ("duallora_edge.learner.commands:rollback", "train", "Undo the last task of a run."),
+    "remove": ("duallora_edge.learner.commands:remove", "train", "Take one task out of a run."),
+    "export": ("duallora_edge.export.commands:export", "train", "Write a verified bundle for a device."),
+    "predict": ("duallora_edge.runtime.commands:predict", "cpu", "Classify images with a bundle."),
+    "benchmark": ("duallora_edge.runtime.commands:benchmark", "cpu", "Latency and memory of a bundle here."),
+    "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "The known devices, and this one."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose subcommands live in modules that may need packages that are not installed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            extra = COMMANDS[cmd_name][1]
+            raise click.ClickException(
+                f"'{cmd_name}' needs the package {error.name}, which is not installed: "
+                f"pip install 'duallora-edge[{extra}]'."
+            ) from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else " 'duallora-edge --help' lists the commands."
+            ctx.fail(f"No command '{args[0]}'.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="duallora-edge")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Teach a vision transformer new tasks without forgetting, and run it on edge devices.
+
+    \b
+    Example:
+      duallora-edge train  --data photos/ --run runs/site-a
+      duallora-edge export runs/site-a --target jetson -o bundle
+      duallora-edge predict bundle photo.jpg
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: exit code 0 ok, 1 failed, 2 wrong usage; errors are one sentence without a traceback."""
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        result: Any = cli.main(arguments, standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        click.echo("Interrupted; what was committed is kept.", err=True)
+        code = 1
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (DualLoraEdgeError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"Error: {_sentence(error)}", err=True)
+        code = 1
+    sys.exit(code)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, DualLoraEdgeError):
+        where = f" ({error.filename})" if error.filename else ""
+        remedy = " Free some space and run the same command again." if error.errno == 28 else ""
+        return f"{error.strerror or error}{where}.{remedy}"
+    return str(error)
