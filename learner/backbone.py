@@ -1,0 +1,262 @@
+"""The frozen vision transformer: loading, checking that it is supported, and its prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from duallora_edge.learner import embedded
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duallora_edge.errors import BackboneError
+from duallora_edge.files import sha256_file
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What identifies a backbone: two backbones with equal info compute the same function.
+
+    ``mean`` and ``std`` are of RGB in 0..1; ``size`` is the input side in pixels; ``prefix_blocks`` blocks stay
+    frozen for ever, the others are adapted.
+    """
+
+    name: str
+    sha256: str
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    prefix_blocks: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> BackboneInfo:
+        return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+
+
+class Backbone(nn.Module):
+    """A frozen timm `VisionTransformer`, split into a prefix that never changes and a suffix to be adapted."""
+
+    def __init__(self, model: VisionTransformer, info: BackboneInfo) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.info = info
+        self.register_buffer("pixel_mean", 255 * torch.tensor(info.mean), persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(info.std), persistent=False)
+
+    @property
+    def dim(self) -> int:
+        return int(self.model.embed_dim)
+
+    @property
+    def special_tokens(self) -> int:
+        """Number of class and register tokens, which come before the patch tokens."""
+        return int(self.model.num_prefix_tokens)
+
+    @property
+    def pools_class_token(self) -> bool:
+        """Whether the final feature is the class token (else the mean of the patch tokens)."""
+        return self.model.global_pool == "token"
+
+    @property
+    def suffix(self) -> nn.ModuleList:
+        return nn.ModuleList(list(self.model.blocks)[self.info.prefix_blocks :])
+
+    @property
+    def summary_dim(self) -> int:
+        """Length of the prefix summary phi."""
+        return self.dim * (3 if self.model.has_class_token else 2)
+
+    def prefix(self, images: Tensor) -> Tensor:
+        """Tokens at the end of the prefix, float32 [B, L, d], of RGB frames uint8 [B, S, S, 3]."""
+        pixels = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        x = self.model.patch_embed(pixels.permute(0, 3, 1, 2))
+        x = self.model.norm_pre(self.model._pos_embed(x))
+        for block in self.model.blocks[: self.info.prefix_blocks]:
+            x = block(x)
+        return x
+
+    def summary(self, tokens: Tensor) -> Tensor:
+        """Prefix summary phi, float32 [B, 3d]: class token, mean and standard deviation of the patch tokens.
+
+        Each of the three parts is normalised to zero mean and unit variance over its channels, so that one
+        covariance serves all. Without a class token phi has the last two parts only.
+        """
+        patches = tokens[:, self.special_tokens :]
+        deviation, mean = torch.std_mean(patches, dim=1, correction=0)
+        parts = [tokens[:, 0], mean, deviation] if self.model.has_class_token else [mean, deviation]
+        return torch.cat([F.layer_norm(part, part.shape[-1:], eps=1e-6) for part in parts], dim=1)
+
+    def feature(self, tokens: Tensor) -> Tensor:
+        """Final normalised feature f, float32 [B, d], of the tokens [B, L, d] after the last block."""
+        x = self.model.norm(tokens)
+        pooled = x[:, 0] if self.pools_class_token else x[:, self.special_tokens :].mean(dim=1)
+        return self.model.fc_norm(pooled)  # type: ignore[no-any-return]
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: Path | None = None,
+    size: int | None = None,
+    prefix_blocks: int | None = None,
+) -> Backbone:
+    """Build a backbone by its timm name (``NAME[.tag]``) or ``"embedded"``, for square input of ``size`` pixels.
+
+    Weights come from ``weights`` (a safetensors file), else from the hub; position embeddings are resampled to
+    ``size``. ``prefix_blocks`` defaults to half of the blocks. Raises `BackboneError` for an unknown name, an
+    unsupported architecture, weights that do not fit, or a hub that cannot be reached.
+    """
+    model, digest, config = _embedded(size) if name == embedded.NAME else _from_timm(name, weights, size)
+    _check_supported(model, name)
+    depth = len(model.blocks)
+    prefix = depth // 2 if prefix_blocks is None else prefix_blocks
+    if not 1 <= prefix < depth:
+        raise BackboneError(f"prefix_blocks must be 1..{depth - 1} for {name} with {depth} blocks, not {prefix}.")
+    info = BackboneInfo(
+        name=name,
+        sha256=digest,
+        size=int(model.patch_embed.img_size[0]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"] if config["interpolation"] in ("bicubic", "bilinear") else "bicubic",
+        prefix_blocks=prefix,
+    )
+    return Backbone(model, info)
+
+
+def _embedded(size: int | None) -> tuple[VisionTransformer, str, dict[str, Any]]:
+    model, config = embedded.create(), dict(embedded.DATA_CONFIG)
+    if size is not None and size != model.patch_embed.img_size[0]:
+        _check_size(size, model.patch_embed.patch_size[0])
+        model.set_input_size(img_size=(size, size))
+    return model, embedded.SHA256, config
+
+
+def _from_timm(name: str, weights: Path | None, size: int | None) -> tuple[VisionTransformer, str, dict[str, Any]]:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
+        raise BackboneError(f"timm has no model named {architecture!r}; similar names: {', '.join(near) or 'none'}.")
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    except RuntimeError as error:  # an unknown tag
+        raise BackboneError(f"timm cannot build {name!r} ({error}); see timm.list_pretrained().") from error
+    _check_supported(model, name)
+    config = timm.data.resolve_model_data_config(model)
+    if size is not None:
+        _check_size(size, model.patch_embed.patch_size[0])
+        model.set_input_size(img_size=(size, size))
+    if weights is not None:
+        state, digest = _read_weights(weights), sha256_file(weights)
+    else:
+        state, digest = _from_hub(name)
+    _load(model, state, f"{weights or name}", name)
+    return model, digest, config
+
+
+def _check_size(size: int, patch: int) -> None:
+    if size % patch:
+        raise BackboneError(f"The input size {size} must be a multiple of the patch size {patch}.")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise BackboneError(f"The weights file {path} does not exist.")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BackboneError(
+            f"{path} is not a readable safetensors file ({error}); pickled checkpoints are refused, convert them first."
+        ) from error
+
+
+def _from_hub(name: str) -> tuple[dict[str, Tensor], str]:
+    try:
+        source = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # hub clients raise many types for "not reachable" and "not found"
+        raise BackboneError(
+            f"The weights of {name} could not be fetched from the hub ({type(error).__name__}); "
+            "give a local file with --weights, or use --backbone embedded."
+        ) from error
+    state = source.state_dict()
+    return state, _state_digest(state)
+
+
+def _state_digest(state: dict[str, Tensor]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode() + state[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(model: VisionTransformer, state: dict[str, Tensor], source: str, name: str) -> None:
+    """Load a state dict, resampling patch and position embeddings; classifier heads are left out."""
+    filtered = checkpoint_filter_fn(state, model)
+    kept = {key: value.float() for key, value in filtered.items() if not key.startswith(("head.", "head_dist."))}
+    wanted = model.state_dict()
+    missing = sorted(set(wanted) - set(kept))
+    unknown = sorted(set(kept) - set(wanted))
+    shapes = sorted(k for k in set(wanted) & set(kept) if wanted[k].shape != kept[k].shape)
+    if missing or unknown or shapes:
+        details = [
+            f"{len(keys)} {what} (e.g. {keys[0]})"
+            for keys, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape"))
+            if keys
+        ]
+        raise BackboneError(
+            f"The weights {source} do not fit {name}: tensors {', '.join(details)}; name the backbone they belong to."
+        )
+    if not all(torch.isfinite(value).all() for value in kept.values()):
+        raise BackboneError(f"The weights {source} contain NaN or infinite values; fetch the file again.")
+    model.load_state_dict(kept, strict=True)
+
+
+def _check_supported(model: nn.Module, name: str) -> None:
+    """Refuse what the forward passes here do not compute exactly."""
+    problems: list[str] = []
+    if not isinstance(model, VisionTransformer):
+        problems.append(f"it is a {type(model).__name__}, not a plain vision transformer")
+    else:
+        checks: list[tuple[str, Callable[[], bool]]] = [
+            ("its blocks are not plain pre-norm blocks", lambda: all(type(b) is Block for b in model.blocks)),
+            (
+                "its attention has no fused qkv projection",
+                lambda: all(hasattr(b.attn, "qkv") for b in model.blocks),
+            ),
+            (
+                "its attention is gated or normalised",
+                lambda: all(
+                    getattr(b.attn, "gate", None) is None
+                    and isinstance(getattr(b.attn, "norm", nn.Identity()), nn.Identity)
+                    for b in model.blocks
+                ),
+            ),
+            (
+                "its attention heads do not span the width",
+                lambda: all(b.attn.num_heads * b.attn.head_dim == model.embed_dim for b in model.blocks),
+            ),
+            ("it pools by attention", lambda: model.attn_pool is None),
+            (
+                f"it pools by {model.global_pool!r}, not by class token or mean",
+                lambda: model.global_pool in ("token", "avg") and not model.pool_include_prefix,
+            ),
+        ]
+        problems = [text for text, holds in checks if not holds()]
+    if problems:
+        raise BackboneError(
+            f"The backbone {name} is not supported: {'; '.join(problems)}. "
+            "Use a timm ViT, DeiT, DINOv2 or CLIP image encoder."
+        )

@@ -1,0 +1,163 @@
+"""Configuration of a training run: one dataclass, read from flags over YAML over defaults."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from duallora_edge.errors import ConfigError
+
+MAX_YAML_BYTES = 1 << 20
+
+# Settings that later training calls of the same run may change; the others define the run.
+PER_CALL = frozenset({
+    "data", "classes_per_task", "class_order", "task_order", "task_name", "data_root", "test_fraction", "device",
+    "flip",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what `train` computes. Sizes in pixels, rates per step, fractions in 0..1."""
+
+    # What to learn
+    data: str = ""
+    classes_per_task: int | None = None
+    class_order: str = "alphabetical"
+    task_order: tuple[str, ...] | None = None
+    task_name: str | None = None
+    data_root: str | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.2
+
+    # The frozen network
+    backbone: str = "embedded"
+    weights: str | None = None
+    size: int | None = None
+    prefix_blocks: int | None = None
+    resize: str = "crop"
+
+    # The method
+    method: str = "dual_lora"
+    rank_orthogonal: int = 8
+    rank_residual: int = 8
+    residual: str = "auto"
+    energy: float = 0.95
+
+    # The optimisation
+    learning_rate: float = 5e-3
+    epochs: int = 4
+    min_steps: int = 120
+    batch_size: int = 32
+    augment: str = "none"
+    flip: bool = False
+    seed: int = 0
+
+    # The machine
+    device: str = "auto"
+    precision: str = "auto"
+    checkpoint_steps: int = 100
+
+    def __post_init__(self) -> None:
+        problems = [text for ok, text in self._checks() if not ok]
+        if problems:
+            raise ConfigError("The configuration has problems: " + "; ".join(problems) + ".")
+
+    def _checks(self) -> list[tuple[bool, str]]:
+        def one_of(key: str, *choices: str) -> tuple[bool, str]:
+            value = getattr(self, key)
+            return value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}"
+
+        def between(key: str, low: float, high: float) -> tuple[bool, str]:
+            value = getattr(self, key)
+            return value is None or low <= value <= high, f"{key} must be {low}..{high}, not {value}"
+
+        return [
+            one_of("method", "dual_lora", "sequential", "frozen"),
+            one_of("residual", "auto", "isolated", "previous", "none"),
+            one_of("resize", "crop", "squash"),
+            one_of("augment", "none", "light"),
+            one_of("precision", "auto", "fp32", "bf16"),
+            between("rank_orthogonal", 0, 256),
+            between("rank_residual", 0, 256),
+            between("energy", 0.0, 1.0),
+            between("validation_fraction", 0.0, 0.5),
+            between("test_fraction", 0.0, 0.9),
+            between("learning_rate", 1e-7, 1.0),
+            between("epochs", 0, 10_000),
+            between("min_steps", 0, 1_000_000),
+            between("batch_size", 1, 65_536),
+            between("checkpoint_steps", 1, 1_000_000),
+            between("classes_per_task", 1, 1_000_000),
+            between("size", 8, 4096),
+            between("prefix_blocks", 1, 1000),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConfig | None = None) -> TrainConfig:
+    """Resolve a configuration: ``overrides`` (flags; None means not given) over the YAML file over ``base``.
+
+    Raises `ConfigError` naming every unknown key (with the nearest known one) and every value of a wrong type
+    or range of the file at once.
+    """
+    values = {} if path is None else _read_yaml(path)
+    known = {field.name: str(field.type) for field in fields(TrainConfig)}
+    problems = []
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            problems.append(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        elif (text := _type_problem(value, known[key])) is not None:
+            problems.append(f"{key} must be {text}, not {value!r}")
+    good = {key: value for key, value in values.items() if key in known and _type_problem(value, known[key]) is None}
+    merged = {**good, **{key: value for key, value in overrides.items() if value is not None}}
+    if isinstance(merged.get("task_order"), list):
+        merged["task_order"] = tuple(merged["task_order"])
+    try:
+        config = replace(base or TrainConfig(), **merged)
+    except ConfigError as error:
+        problems.append(str(error).removeprefix("The configuration has problems: ").removesuffix("."))
+    if problems:
+        where = f" of {path}" if path else ""
+        raise ConfigError(f"The configuration{where} has problems: {'; '.join(problems)}.")
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes; it is not a configuration.")
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as YAML ({str(error).splitlines()[0]}); mend or leave it out."
+        ) from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(value).__name__}.")
+    return value
+
+
+def _type_problem(value: Any, annotation: str) -> str | None:
+    """The expected type in words when ``value`` does not fit the annotation, else None."""
+    if value is None:
+        return None if "None" in annotation else "given"
+    if annotation.startswith("tuple"):
+        good = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+        return None if good else "a list of names"
+    if annotation.startswith("bool"):
+        return None if isinstance(value, bool) else "true or false"
+    if annotation.startswith("int"):
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if annotation.startswith("float"):
+        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
+    return None if isinstance(value, str) else "a text"
