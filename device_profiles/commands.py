@@ -111,7 +111,11 @@ def page(profile: DeviceProfile) -> str:
     lines += ["", *_estimate_lines(profile)]
     if profile.notes:
         lines += ["", textwrap.fill(profile.notes, 110)]
-    lines += ["", "Sources", *(f"  - {source}" for source in profile.sources)]
+    lines += [
+        "",
+        "Sources",
+        *(textwrap.fill(f"  - {source}", 110, subsequent_indent=" " * 4) for source in profile.sources),
+    ]
     return "\n".join(lines)
 
 
