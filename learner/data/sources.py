@@ -1,0 +1,68 @@
+"""`open_stream`: from what the user names to a stream of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from duallora_edge.errors import DataError
+from duallora_edge.learner.data.cache import default_cache_dir
+from duallora_edge.learner.data.folders import find_in_folder
+from duallora_edge.learner.data.images import Stream
+from duallora_edge.learner.data.manifest import find_in_manifest
+from duallora_edge.learner.data.split import Found, Splits, by_classes
+from duallora_edge.learner.data.torchvision_sets import find_in_torchvision
+
+_TORCHVISION = "torchvision:"
+
+
+def open_stream(
+    source: str,
+    *,
+    classes_per_task: int | None = None,
+    class_order: str = "alphabetical",
+    task_order: Sequence[str] | None = None,
+    task_name: str | None = None,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    data_root: Path | None = None,
+) -> Stream:
+    """Find out how ``source`` is laid out and list its tasks. No image is decoded here; see `prepare`.
+
+    ``source`` is a folder (``<class>/*``, ``{train,val,test}/<class>/*`` or
+    ``<task>/{train,val,test}/<class>/*``), a CSV file (``path,label[,split][,task]``) or
+    ``torchvision:NAME`` (files under ``data_root``, by default in the cache folder).
+
+    * ``classes_per_task`` cuts a source that is one task into tasks of so many classes, in ``class_order``
+      (``"alphabetical"`` or ``"seed:N"``); ``task_name`` then is the beginning of their names.
+    * ``task_order`` picks and orders the tasks of a source that is a stream; the others are left out.
+    * Validation images come from a ``val`` split, else ``validation_fraction`` of the training images of each
+      class. Test images come from the source; where it knows no splits, ``test_fraction`` is split off.
+
+    Raises `DataError` when the images cannot be used as they lie there, `ConfigError` for a bad setting.
+    """
+    splits = Splits(validation_fraction, test_fraction, seed)
+    found = _find(source, task_order, task_name, data_root)
+    tasks = found.tasks
+    if classes_per_task is not None:
+        if found.is_stream:
+            raise DataError(f"{source} already says which images belong to which task; leave out classes_per_task.")
+        tasks = by_classes(tasks[0], classes_per_task, class_order, task_name or "classes")
+    return Stream(found.layout, source, tuple(map(splits.apply, tasks)), found.notes)
+
+
+def _find(source: str, task_order: Sequence[str] | None, task_name: str | None, data_root: Path | None) -> Found:
+    if source.startswith(_TORCHVISION):
+        if task_order is not None:
+            raise DataError("task_order needs a source with named tasks; a torchvision dataset has none.")
+        name = source.removeprefix(_TORCHVISION)
+        return find_in_torchvision(name, data_root or default_cache_dir() / "torchvision", task_name or name.lower())
+    path = Path(source)
+    if path.is_dir():
+        return find_in_folder(path, task_order, task_name or path.resolve().name or "task")
+    if not path.exists():
+        raise DataError(f"{source} does not exist; name a folder of images, a CSV file or torchvision:NAME.")
+    if path.suffix.lower() != ".csv":
+        raise DataError(f"{source} is neither a folder nor a .csv file; name a folder of images or a CSV manifest.")
+    return find_in_manifest(path, task_order, task_name or path.stem)

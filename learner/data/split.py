@@ -1,0 +1,138 @@
+"""Dividing what was found: classes into tasks, and images into training, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from duallora_edge.errors import ConfigError, DataError
+from duallora_edge.learner.data.images import ImageSet, TaskData
+
+MIN_TO_SPLIT = 5
+
+
+@dataclass(frozen=True)
+class FoundTask:
+    """A task as its source gives it. ``None``: the source does not have this split and one is to be made."""
+
+    name: str
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds. ``is_stream``: the source itself says which images belong to which task."""
+
+    layout: str
+    tasks: tuple[FoundTask, ...]
+    is_stream: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How much is held back from the training images where the source does not say it."""
+
+    validation_fraction: float
+    test_fraction: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("validation_fraction", "test_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, not {value}.")
+
+    def apply(self, task: FoundTask) -> TaskData:
+        """Make the splits the source lacks. Raises `DataError` for a class without a training image."""
+        notes = []
+        train, validation, test = task.train, task.validation, task.test
+        if test is None:
+            train, test = hold_back(train, self.test_fraction, self.seed, "test")
+            notes.append(f"no test images given: {len(test)} of {len(task.train)} images became the test set")
+        if validation is None:
+            train, validation = hold_back(train, self.validation_fraction, self.seed, "validation")
+        if not len(train):
+            raise DataError(f"Task {task.name!r} has no training images; add some or leave the task out.")
+        for split, images in (("validation", validation), ("test", test)):
+            if unknown := sorted(set(images.classes) - set(train.classes)):
+                raise DataError(
+                    f"Task {task.name!r} has {split} images but no training images of {_some(unknown)}; "
+                    f"add training images or remove the class."
+                )
+        return TaskData(task.name, train, validation, test, tuple(notes))
+
+
+def hold_back(images: ImageSet, fraction: float, seed: int, purpose: str) -> tuple[ImageSet, ImageSet]:
+    """Divide ``images`` into ``(rest, held)``: ``fraction`` of each class, at least one, is held.
+
+    A class with fewer than `MIN_TO_SPLIT` images gives none, and every class keeps one. Which images are held
+    follows from a hash of the seed and each image's name: it does not depend on the order of the files or on
+    the machine, and new files move few old ones.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, label in enumerate(images.labels):
+        members[label].append(index)
+
+    def draw(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{purpose}:{images.images[index].name}".encode()).digest()
+
+    held: set[int] = set()
+    for indices in members.values():
+        if fraction > 0 and len(indices) >= MIN_TO_SPLIT:
+            count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+            held.update(sorted(indices, key=draw)[:count])
+    rest = [index for index in range(len(images)) if index not in held]
+    return images.subset(rest), images.subset(sorted(held))
+
+
+def order_classes(classes: tuple[str, ...], class_order: str) -> list[str]:
+    """Class names in the order of learning: ``"alphabetical"``, or ``"seed:N"``.
+
+    ``seed:N`` is the legacy NumPy permutation of the sorted names that published class-incremental results
+    use (N = 1993 for CIFAR-100 since iCaRL, Rebuffi et al. 2017).
+    """
+    names = sorted(classes)
+    if class_order == "alphabetical":
+        return names
+    match = re.fullmatch(r"seed:(\d{1,10})", class_order)
+    if match is None or int(match[1]) >= 2**32:
+        raise ConfigError(f"class_order must be 'alphabetical' or 'seed:N' such as 'seed:1993', not {class_order!r}.")
+    return [names[i] for i in np.random.RandomState(int(match[1])).permutation(len(names))]
+
+
+def by_classes(task: FoundTask, classes_per_task: int, class_order: str, prefix: str) -> tuple[FoundTask, ...]:
+    """Cut one task into tasks of ``classes_per_task`` classes; the last may be smaller.
+
+    They are named by the positions of their classes in the order: ``<prefix>-001-010`` and so on.
+    """
+    if classes_per_task < 1:
+        raise ConfigError(f"classes_per_task must be at least 1, not {classes_per_task}.")
+    order = order_classes(task.train.classes, class_order)
+    digits = max(3, len(str(len(order))))
+    tasks = []
+    for first in range(0, len(order), classes_per_task):
+        chosen = set(order[first : first + classes_per_task])
+        name = f"{prefix}-{first + 1:0{digits}d}-{first + len(chosen):0{digits}d}"
+        pick = _picker(chosen)
+        tasks.append(FoundTask(name, pick(task.train), _maybe(pick, task.validation), _maybe(pick, task.test)))
+    return tuple(tasks)
+
+
+def _picker(chosen: set[str]) -> Callable[[ImageSet], ImageSet]:
+    return lambda images: images.subset(i for i, label in enumerate(images.labels) if label in chosen)
+
+
+def _maybe(pick: Callable[[ImageSet], ImageSet], images: ImageSet | None) -> ImageSet | None:
+    return None if images is None else pick(images)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
