@@ -1,0 +1,194 @@
+"""From a stream of image references to checked pixels, decoding every image once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from duallora_edge.errors import DataError
+from duallora_edge.learner.data.cache import (
+    FACT_BYTES,
+    HASH_BYTES,
+    Bytes,
+    Decoded,
+    DecodedCache,
+    default_cache_dir,
+)
+from duallora_edge.learner.data.health import MIN_SIDE, Flag, HealthReport, judge, report_task
+from duallora_edge.learner.data.images import ImageRef, ImageSet, Stream, TaskData
+from duallora_edge.runtime.preprocess import Preprocessing
+
+_SCHEMA = 1
+_BATCH = 256
+
+
+@dataclass(frozen=True, eq=False)
+class PixelSet:
+    """Checked images: ``pixels`` ``uint8 [N, S, S, 3]`` RGB, read-only, mapped from disk; ``labels``: N class names."""
+
+    pixels: Bytes
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedTask:
+    """One task, ready to learn from.
+
+    ``digest`` (hexadecimal SHA-256) identifies what the task teaches: the class names and full-size pixels of
+    its readable training and validation images. It does not depend on paths, file times, order, the way they
+    are split, copies, the preprocessing, or the other tasks of the stream.
+    """
+
+    name: str
+    train: PixelSet
+    validation: PixelSet
+    test: PixelSet
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, sorted."""
+        return tuple(sorted(set(self.train.labels)))
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStream:
+    """The tasks in order, and the report of the health check."""
+
+    tasks: tuple[PreparedTask, ...]
+    health: HealthReport
+
+
+def prepare(
+    stream: Stream,
+    preprocessing: Preprocessing,
+    cache_dir: Path | None = None,
+    *,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PreparedStream:
+    """Decode and check the images of ``stream``, or take them from the cache, where nothing is decoded.
+
+    Images that cannot be used are left out, see `health.judge`. ``workers`` threads decode (default: one a
+    processor); ``on_progress(done, total)`` is called with numbers of images as they become ready.
+    Raises `DataError` when a class loses all its training images or the cache cannot be written.
+    """
+    cache = DecodedCache(cache_dir or default_cache_dir())
+    done, total = 0, sum(len(images) for task in stream.tasks for images in _splits(task).values())
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, total)
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        decoded = [
+            {split: _decode(images, preprocessing, cache, pool, advance) for split, images in _splits(task).items()}
+            for task in stream.tasks
+        ]
+    facts = [{split: entry.facts for split, (_, entry) in splits.items()} for splits in decoded]
+    verdicts = judge(stream.tasks, facts)
+    health = HealthReport(tuple(map(report_task, stream.tasks, facts, verdicts)))
+    tasks = tuple(
+        PreparedTask(
+            name=task.name,
+            digest=_digest(task, own),
+            notes=task.notes,
+            **{
+                split: _usable(images, *splits[split], verdict[split], cache) for split, images in _splits(task).items()
+            },
+        )
+        for task, splits, own, verdict in zip(stream.tasks, decoded, facts, verdicts, strict=True)
+    )
+    cache.trim()
+    return PreparedStream(tasks, health)
+
+
+def _splits(task: TaskData) -> dict[str, ImageSet]:
+    return {"train": task.train, "validation": task.validation, "test": task.test}
+
+
+def _decode(
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    cache: DecodedCache,
+    pool: ThreadPoolExecutor,
+    advance: Callable[[int], None],
+) -> tuple[str, Decoded]:
+    """The cache key of a set, and the set: every image, also the unusable ones (whose pixels are zero)."""
+    identity = hashlib.sha256(json.dumps([_SCHEMA, preprocessing.to_json()], sort_keys=True).encode())
+    for image in images.images:
+        identity.update(f"\n{image.key()}".encode())
+    key = identity.hexdigest()
+    size = preprocessing.size
+    if (cached := cache.load(key, len(images), size)) is not None:
+        advance(len(images))
+        return key, cached
+
+    def batches() -> Iterator[Decoded]:
+        for first in range(0, len(images), _BATCH):
+            rows = list(
+                pool.map(lambda image: _decode_one(image, preprocessing), images.images[first : first + _BATCH])
+            )
+            yield Decoded(np.stack([pixels for pixels, _ in rows]), np.stack([facts for _, facts in rows]))
+            advance(len(rows))
+
+    return key, cache.store(key, len(images), size, batches())
+
+
+def _decode_one(image: ImageRef, preprocessing: Preprocessing) -> tuple[Bytes, Bytes]:
+    """Pixels ``[S, S, 3]`` and facts ``[17]`` of one image."""
+    pixels = np.zeros((preprocessing.size, preprocessing.size, 3), np.uint8)
+    facts = np.zeros(FACT_BYTES, np.uint8)
+    try:
+        frame = np.ascontiguousarray(image.read())
+        traits = image.traits()
+    except (DataError, OSError):  # OSError: a file that vanishes between the two
+        facts[HASH_BYTES] = Flag.UNREADABLE
+        return pixels, facts
+    height, width, _ = frame.shape
+    content = hashlib.blake2b(f"{height}x{width}".encode(), digest_size=HASH_BYTES)
+    content.update(frame.data)
+    facts[:HASH_BYTES] = np.frombuffer(content.digest(), np.uint8)
+    facts[HASH_BYTES] = sum(Flag[trait.upper()] for trait in traits)
+    if min(height, width) < MIN_SIDE:
+        facts[HASH_BYTES] |= Flag.TINY
+        return pixels, facts
+    return preprocessing(frame), facts
+
+
+def _usable(images: ImageSet, key: str, entry: Decoded, verdicts: list[str], cache: DecodedCache) -> PixelSet:
+    """The images without a verdict. Where some have one, the rest gets a cache file of its own."""
+    kept = [index for index, verdict in enumerate(verdicts) if not verdict]
+    labels = images.subset(kept).labels
+    if len(kept) == len(images):
+        return PixelSet(entry.pixels, labels)
+    size = entry.pixels.shape[1]
+    own_key = hashlib.sha256(f"{key} without {verdicts}".encode()).hexdigest()
+    own = cache.load(own_key, len(kept), size)
+    if own is None:
+        parts = [kept[first : first + _BATCH] for first in range(0, len(kept), _BATCH)]
+        own = cache.store(own_key, len(kept), size, (Decoded(entry.pixels[part], entry.facts[part]) for part in parts))
+    return PixelSet(own.pixels, labels)
+
+
+def _digest(task: TaskData, facts: Mapping[str, Bytes]) -> str:
+    lines = {
+        f"{row[:HASH_BYTES].tobytes().hex()} {label}"
+        for images, rows in ((task.train, facts["train"]), (task.validation, facts["validation"]))
+        for label, row in zip(images.labels, rows, strict=True)
+        if not row[HASH_BYTES] & Flag.UNREADABLE
+    }
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
