@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+
 from duallora_edge.device_profiles.catalog import list_profiles
 from duallora_edge.device_profiles.detection import Detected, detect
 from duallora_edge.device_profiles.estimation import Estimate, Workload, estimate

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from duallora_edge.device_profiles.profile import GIB, DeviceProfile
-
 from duallora_edge.errors import ProfileError
 
 EFFICIENCY = 0.6

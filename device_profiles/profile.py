@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from duallora_edge.device_profiles.reader import Section, read_yaml
-
 from duallora_edge.errors import ProfileError
 
 FOLDER = Path(__file__).parent

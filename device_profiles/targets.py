@@ -11,7 +11,6 @@ from duallora_edge.device_profiles.catalog import list_profiles, names, packaged
 from duallora_edge.device_profiles.detection import detect
 from duallora_edge.device_profiles.profile import DeviceProfile, JetPack, jetpacks
 from duallora_edge.device_profiles.reader import did_you_mean
-
 from duallora_edge.errors import ProfileError
 
 DEFAULT_JETSON = "orin-nano-8gb"

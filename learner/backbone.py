@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from duallora_edge.learner import embedded
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from duallora_edge.errors import BackboneError
 from duallora_edge.files import sha256_file
+from duallora_edge.learner import embedded
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,19 @@ class BackboneInfo:
 class Backbone(nn.Module):
     """A frozen timm `VisionTransformer`, split into a prefix that never changes and a suffix to be adapted."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, model: VisionTransformer, info: BackboneInfo) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.info = info
         self.register_buffer("pixel_mean", 255 * torch.tensor(info.mean), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(info.std), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
 
     @property
     def dim(self) -> int:
@@ -69,8 +76,9 @@ class Backbone(nn.Module):
         return self.model.global_pool == "token"
 
     @property
-    def suffix(self) -> nn.ModuleList:
-        return nn.ModuleList(list(self.model.blocks)[self.info.prefix_blocks :])
+    def suffix(self) -> list[Block]:
+        """The blocks to be adapted."""
+        return list(self.model.blocks)[self.info.prefix_blocks :]
 
     @property
     def summary_dim(self) -> int:
@@ -101,7 +109,7 @@ class Backbone(nn.Module):
         """Final normalised feature f, float32 [B, d], of the tokens [B, L, d] after the last block."""
         x = self.model.norm(tokens)
         pooled = x[:, 0] if self.pools_class_token else x[:, self.special_tokens :].mean(dim=1)
-        return self.model.fc_norm(pooled)  # type: ignore[no-any-return]
+        return self.model.fc_norm(pooled)
 
 
 def load_backbone(

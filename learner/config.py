@@ -14,11 +14,10 @@ from duallora_edge.errors import ConfigError
 
 MAX_YAML_BYTES = 1 << 20
 
-# Settings that later training calls of the same run may change; the others define the run.
-PER_CALL = frozenset({
-    "data", "classes_per_task", "class_order", "task_order", "task_name", "data_root", "test_fraction", "device",
-    "flip",
-})  # fmt: skip
+# Settings that say where images come from; stored beside each task so that evaluations find its test images.
+SOURCE = ("data", "classes_per_task", "class_order", "task_order", "task_name", "data_root", "test_fraction")
+# Settings that later calls of the same run may change; all others define the run.
+PER_CALL = (*SOURCE, "weights", "device", "augment", "flip")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConf
     Raises `ConfigError` naming every unknown key (with the nearest known one) and every value of a wrong type
     or range of the file at once.
     """
-    values = {} if path is None else _read_yaml(path)
+    values = {} if path is None else read_yaml(path)
     known = {field.name: str(field.type) for field in fields(TrainConfig)}
     problems = []
     for key, value in values.items():
@@ -131,7 +130,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConf
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises `ConfigError` when it cannot be read as such."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes; it is not a configuration.")

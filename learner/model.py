@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Rows, fold
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.record import TEMPERATURES, BlockRecord, TaskInfo, TaskRecord
-from torch import Tensor, nn
 
 DEFAULT_TASK_TEMPERATURE = 4.0
 DEFAULT_CLASS_TEMPERATURE = 8.0
@@ -125,8 +126,9 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.memory = memory
-        self.blocks = nn.ModuleList(AdaptedBlock(block) for block in backbone.suffix)
-        for block, *records in zip(self.blocks, *updates, strict=True):
+        self.blocks = [AdaptedBlock(block) for block in backbone.suffix]
+        for index, block in enumerate(self.blocks):
+            records = [blocks[index] for blocks in updates]
             block.weight = fold_all(block.weight, [record.orthogonal for record in records])
             ranks = [len(record.residual.q_down) for record in records]
             if sum(ranks):
@@ -217,7 +219,7 @@ class ComposedModel(nn.Module):
     def __init__(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
         super().__init__()
         infos = [task.info for task in tasks]
-        device = backbone.pixel_mean.device
+        device = backbone.device
         phi = slice(backbone.dim, None)
         memory = DynamicMemory(
             [task.statistics.part(phi) for task in tasks],

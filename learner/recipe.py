@@ -7,19 +7,22 @@ down-projections, train the up-projections, then collect bases, statistics and c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Rows
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.data.augment import Augment
+from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.gaussian import ClassStatistics
 from duallora_edge.learner.model import (
     DEFAULT_TASK_TEMPERATURE,
@@ -42,33 +45,10 @@ from duallora_edge.learner.subspace import (
     top_directions,
     union,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 RELIABLE_IDENTITY = 0.9
-ENCODE_BATCH = 64
-MAX_CACHE_SHARE = 0.4
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Frames uint8 [N, S, S, 3] (often a memory map) with labels int64 [N]."""
-
-    pixels: npt.NDArray[np.uint8]
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class TaskImages:
-    """What the recipe learns from: training images and held-back images of the classes of one task."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: LabelledImages
-    validation: LabelledImages
-    digest: str
 
 
 class Checkpoint(Protocol):
@@ -79,64 +59,10 @@ class Checkpoint(Protocol):
     def save(self, step: int, tensors: dict[str, Tensor]) -> None: ...
 
 
-class Encoded:
-    """Images behind the frozen prefix: summaries phi float32 [N, 3d] and tokens, cached as float16 where they fit.
-
-    Tokens that do not fit into a share of the free memory are recomputed for every batch.
-    """
-
-    def __init__(self, backbone: Backbone, images: LabelledImages, on_batch: Callable[[int], None]) -> None:
-        self.backbone, self.images = backbone, images
-        self.device = backbone.pixel_mean.device
-        count = len(images.labels)
-        side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
-        size = count * ((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2
-        self.tokens: Tensor | None = None
-        summaries, tokens = [], []
-        keep = size < MAX_CACHE_SHARE * _available_memory()
-        for batch in torch.arange(count).split(ENCODE_BATCH):
-            encoded = self._prefix(batch)
-            summaries.append(backbone.summary(encoded).cpu())
-            if keep:
-                tokens.append(encoded.half().cpu())
-            on_batch(int(batch[-1]) + 1)
-        self.phi = torch.cat(summaries) if summaries else torch.zeros(0, backbone.summary_dim)
-        if tokens:
-            self.tokens = torch.cat(tokens)
-
-    def __len__(self) -> int:
-        return len(self.images.labels)
-
-    @torch.no_grad()
-    def _prefix(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        pixels = torch.from_numpy(self.images.pixels[indices.numpy()]).to(self.device)
-        return self.backbone.prefix(pixels if transform is None else transform(pixels))
-
-    def batch(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Prefix tokens float32 [B, L, d] of some images; ``transform`` augments their pixels first."""
-        if self.tokens is None or transform is not None:
-            return self._prefix(indices, transform)
-        return self.tokens[indices].to(self.device).float()
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(indices, tokens, phi) of all images in order."""
-        for indices in torch.arange(len(self)).split(ENCODE_BATCH):
-            yield indices, self.batch(indices), self.phi[indices].to(self.device)
-
-
-def _available_memory() -> int:
-    """Bytes that can be taken without swapping (MemAvailable), or 4 GiB where the system does not say."""
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 << 30
-
-
 def learn_task(
     backbone: Backbone,
     past: Sequence[TaskRecord],
-    images: TaskImages,
+    task: PreparedTask,
     config: TrainConfig,
     checkpoint: Checkpoint,
     progress: Progress,
@@ -146,32 +72,32 @@ def learn_task(
     The same inputs give the same record bit for bit on one machine (CPU, fp32), also when training was
     interrupted and continued from ``checkpoint``.
     """
-    train = Encoded(backbone, images.train, lambda n: progress("encode", n, len(images.train.labels)))
-    held = Encoded(backbone, images.validation, lambda n: None)
-    phi_statistics = ClassStatistics.of(train.phi, images.train.labels, len(images.classes))
-    memory = [*(task.statistics.part(slice(backbone.dim, None)) for task in past), phi_statistics]
+    train = Encoded(backbone, task.train, task.classes, partial(progress, "encode"))
+    held = Encoded(backbone, task.validation, task.classes)
+    phi_statistics = ClassStatistics.of(train.phi, train.labels, len(task.classes))
+    memory = [*(record.statistics.part(slice(backbone.dim, None)) for record in past), phi_statistics]
     identity = _task_identity(memory, held) if past and len(held) else None
     info = TaskInfo(
-        name=images.name,
-        classes=images.classes,
+        name=task.name,
+        classes=task.classes,
         method=config.method,
         residual=_residual_mode(config, past, identity, len(held)),
         seed=config.seed,
-        data_digest=images.digest,
-        counts={name: int((images.train.labels == k).sum()) for k, name in enumerate(images.classes)},
-        held_back={"images": len(held), "task_accuracy": identity and identity.accuracy},
+        data_digest=task.digest,
+        counts={name: int((train.labels == k).sum()) for k, name in enumerate(task.classes)},
+        held_back={"images": len(held), "task_accuracy": identity.accuracy if identity else None},
     )
-    if config.method == "frozen" or len(images.classes) == 1:
-        blocks, head = _untrained(backbone, len(images.classes))
+    if config.method == "frozen" or len(task.classes) == 1:
+        blocks, head = _untrained(backbone, len(task.classes))
     else:
         blocks, head = _train(backbone, past, info, train, config, checkpoint, progress)
     task_nll = identity.nll if identity else torch.zeros(len(TEMPERATURES))
-    temperature = best_temperature([*(task.task_nll for task in past), task_nll], DEFAULT_TASK_TEMPERATURE)
+    temperature = best_temperature([*(record.task_nll for record in past), task_nll], DEFAULT_TASK_TEMPERATURE)
     network = Network(
         backbone,
-        [*(task.info for task in past), info],
-        [*(task.blocks for task in past), blocks],
-        DynamicMemory(memory, temperature, backbone.pixel_mean.device),
+        [*(record.info for record in past), info],
+        [*(record.blocks for record in past), blocks],
+        DynamicMemory(memory, temperature, backbone.device),
     )
     return _finish(network, past, info, blocks, head, train, held, task_nll, config.energy)
 
@@ -286,18 +212,27 @@ def _train(
     """Train the up-projections and a linear head with cross-entropy over the task's own classes."""
     blocks = _training_blocks(backbone, past)
     moments = _moments(backbone, blocks, train)
-    ranks = []
+    ranks: list[tuple[int, int]] = []
+    adapters: list[Adapter] = []
     for index, block in enumerate(blocks):
         q, v, residual = _directions(moments[index], [task.blocks[index] for task in past], info, config)
         ranks.append((len(q), len(v)))
-        q_down, v_down = (torch.cat([own, residual]).float().to(block.weight.device) for own in (q, v))
-        block.adapter = Adapter(
-            q_down, nn.Parameter(torch.zeros_like(q_down)), v_down, nn.Parameter(torch.zeros_like(v_down))
+        q_down, v_down = (torch.cat([own, residual]).float().to(backbone.device) for own in (q, v))
+        adapters.append(
+            Adapter(q_down, nn.Parameter(torch.zeros_like(q_down)), v_down, nn.Parameter(torch.zeros_like(v_down)))
         )
-    head = nn.Parameter(torch.zeros(len(info.classes), backbone.dim + 1, device=backbone.pixel_mean.device))
-    adapters = [block.adapter for block in blocks if block.adapter is not None]
-    parameters = [head, *(a.q_up for a in adapters), *(a.v_up for a in adapters)]
-    _optimise(backbone, blocks, parameters, train, config, len(past), checkpoint, progress)
+        block.adapter = adapters[-1]
+    head = nn.Parameter(torch.zeros(len(info.classes), backbone.dim + 1, device=backbone.device))
+    _optimise(
+        backbone,
+        blocks,
+        [head, *(a.q_up for a in adapters), *(a.v_up for a in adapters)],
+        train,
+        config,
+        len(past),
+        checkpoint,
+        progress,
+    )
     none = empty_basis(backbone.dim)
     records = []
     for (q_rank, v_rank), adapter in zip(ranks, adapters, strict=True):
@@ -311,7 +246,7 @@ def _train(
 def _optimise(
     backbone: Backbone,
     blocks: Sequence[AdaptedBlock],
-    parameters: list[nn.Parameter],
+    parameters: Sequence[Tensor],
     train: Encoded,
     config: TrainConfig,
     task: int,
@@ -319,13 +254,13 @@ def _optimise(
     progress: Progress,
 ) -> None:
     """Adam with a cosine rate over shuffled epochs; the order of images depends on seed, task and epoch alone."""
-    labels = train.images.labels
+    labels = train.labels
     epoch_steps = math.ceil(len(labels) / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     start = _restore(checkpoint, optimizer, parameters)
-    device, head = backbone.pixel_mean.device, parameters[0]
-    augment = Augment(config.augment, flip=config.flip)
+    device, head = backbone.device, parameters[0]
+    augment = Augment(config.augment, horizontal_flip=config.flip)
     order, generator = torch.empty(0, dtype=torch.long), torch.Generator()
     for step in range(start, total):
         epoch, position = divmod(step, epoch_steps)
@@ -333,8 +268,8 @@ def _optimise(
             order = torch.randperm(len(labels), generator=generator.manual_seed(_mix(config.seed, task, epoch)))
         batch = order[position * config.batch_size :][: config.batch_size]
         view = None
-        if augment.active:
-            view = partial(augment, generator=torch.Generator(device).manual_seed(_mix(config.seed, task, step, 1)))
+        if config.augment != "none" or config.flip:
+            view = partial(augment, generator=torch.Generator().manual_seed(_mix(config.seed, task, step, 1)))
         tokens = train.batch(batch, view)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             f, _ = run_suffix(backbone, blocks, tokens)
@@ -354,7 +289,7 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[nn.Parameter]) -> None:
+def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
     tensors = {}
     for index, parameter in enumerate(parameters):
         tensors[f"{index}.value"] = parameter.detach().cpu()
@@ -363,7 +298,7 @@ def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parame
     checkpoint.save(step, tensors)
 
 
-def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Sequence[nn.Parameter]) -> int:
+def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> int:
     saved = checkpoint.load()
     if saved is None:
         return 0
@@ -399,7 +334,7 @@ def _finish(
             for i, block in enumerate(blocks)
         )
     classes = len(info.classes)
-    statistics = ClassStatistics.of(features, train.images.labels, classes)
+    statistics = ClassStatistics.of(features, train.labels, classes)
     class_nll, novelty = torch.zeros(len(TEMPERATURES)), torch.zeros(len(NOVELTY_QUANTILES))
     if len(held):
         held_features, _ = _collect(network, held, collect=False)
@@ -412,16 +347,17 @@ def _finish(
             1.0,
             torch.device("cpu"),
         )
-        class_nll, accuracy = _class_nll(classifier, infos, held_features, held.images.labels)
+        class_nll, accuracy = _class_nll(classifier, infos, held_features, held.labels)
         novelty = classifier.novelty(held_features).double().quantile(torch.tensor(NOVELTY_QUANTILES).double())
         info = replace(info, held_back={**info.held_back, "accuracy": accuracy})
-        statistics = statistics + ClassStatistics.of(held_features, held.images.labels, classes)
+        statistics = statistics + ClassStatistics.of(held_features, held.labels, classes)
     return TaskRecord(info, blocks, head, statistics, class_nll, task_nll, novelty)
 
 
 def _collect(network: Network, encoded: Encoded, *, collect: bool) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Features [n, D] of all images, and the second moments of the adapted projections if ``collect``."""
-    features, moments = [], []
+    features: list[Tensor] = []
+    moments: list[tuple[Tensor, Tensor]] = []
     for _, tokens, phi in encoded.batches():
         batch, rows = network.from_prefix(tokens, phi, collect=collect)
         features.append(batch.cpu())

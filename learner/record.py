@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from duallora_edge.learner.adapters import Adapter
 from duallora_edge.learner.gaussian import ClassStatistics
-from torch import Tensor
 
 # Temperatures at which the held-back negative log-likelihood is recorded (geometric, factor 2^(1/4)).
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 33))
@@ -27,7 +28,7 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """The part of a task that is not tensors. ``residual`` is isolated, previous or none (METHODS in the docs)."""
+    """The part of a task that is not tensors. ``residual`` is ``isolated``, ``previous`` or ``none``."""
 
     name: str
     classes: tuple[str, ...]
@@ -38,6 +39,15 @@ class TaskInfo:
     counts: Mapping[str, int]
     held_back: Mapping[str, float | None] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "classes": list(self.classes)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TaskInfo:
+        """The inverse of `to_json`; other keys are ignored. Raises KeyError when one is missing."""
+        known = {f.name: value[f.name] for f in fields(cls)}
+        return cls(**{**known, "classes": tuple(value["classes"])})
+
 
 @dataclass(frozen=True)
 class TaskRecord:
@@ -45,7 +55,8 @@ class TaskRecord:
 
     ``statistics`` are of the features [f ; phi] of the task's classes in the order of ``info.classes``; ``head``
     [K, d + 1] is the linear head (bias last) that the adapters were trained with; ``class_nll`` and ``task_nll``
-    [len(TEMPERATURES)] are held-back negative log-likelihoods summed over ``held_back_count`` images.
+    [len(TEMPERATURES)] are held-back negative log-likelihoods summed over images; ``novelty`` holds quantiles of
+    the held-back novelty.
     """
 
     info: TaskInfo
@@ -81,14 +92,13 @@ class TaskRecord:
         """The inverse of `tensors`. Raises KeyError when a tensor is missing."""
         adapters, bases, statistics = files["adapters"], files["bases"], files["statistics"]
         count = 1 + max((int(name.split(".")[1]) for name in bases), default=-1)
+
+        def adapter(index: int, kind: str) -> Adapter:
+            return Adapter(*(adapters[f"blocks.{index}.{kind}.{part}"] for part in Adapter._fields))
+
         blocks = tuple(
             BlockRecord(
-                *(
-                    Adapter(*(adapters[f"blocks.{i}.{kind}.{part}"] for part in Adapter._fields))
-                    for kind in ("orthogonal", "residual")
-                ),
-                bases[f"blocks.{i}.q"],
-                bases[f"blocks.{i}.v"],
+                adapter(i, "orthogonal"), adapter(i, "residual"), bases[f"blocks.{i}.q"], bases[f"blocks.{i}.v"]
             )
             for i in range(count)
         )
@@ -110,12 +120,3 @@ class TaskRecord:
 def empty_adapter(dim: int) -> Adapter:
     """The adapter of rank 0."""
     return Adapter(*(torch.zeros(0, dim) for _ in Adapter._fields))
-
-
-def info_to_json(info: TaskInfo) -> dict[str, Any]:
-    return {
-        **{key: getattr(info, key) for key in ("name", "method", "residual", "seed", "data_digest")},
-        "classes": list(info.classes),
-        "counts": dict(info.counts),
-        "held_back": dict(info.held_back),
-    }

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from duallora_edge.device_profiles import detect
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from duallora_edge.device_profiles import detect
 
 R36_4_3 = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n# KERNEL_VARIANT: oot\n"
 ARM_CPU = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\n\nprocessor\t: 1\nCPU architecture: 8\n"

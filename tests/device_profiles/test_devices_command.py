@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from duallora_edge.device_profiles import list_profiles
 from duallora_edge.device_profiles.commands import devices
-
 from duallora_edge.errors import ProfileError
 
 

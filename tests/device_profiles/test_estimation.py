@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from duallora_edge.device_profiles import Workload, estimate, list_profiles, load_profile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from duallora_edge.device_profiles import Workload, estimate, list_profiles, load_profile
 from duallora_edge.errors import ProfileError
 
 # name: (width, depth, patch, image side, extra tokens, MLP factor, classes)

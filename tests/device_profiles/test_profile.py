@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from duallora_edge.device_profiles import DeviceProfile, jetpacks, list_profiles
-from duallora_edge.device_profiles.profile import FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duallora_edge.device_profiles import DeviceProfile, jetpacks, list_profiles
+from duallora_edge.device_profiles.profile import FOLDER
 from duallora_edge.errors import ProfileError
 
 PROFILES = list_profiles()

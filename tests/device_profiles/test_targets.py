@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from duallora_edge.device_profiles import Detected, detect, list_profiles, load_profile, resolve_target
 from duallora_edge.device_profiles.profile import FOLDER
-
 from duallora_edge.errors import ProfileError
 
 

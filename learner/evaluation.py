@@ -1,0 +1,120 @@
+"""Measuring a run: the answers of its states on the test images of its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duallora_edge.errors import RunError
+from duallora_edge.files import read_json, write_json
+from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.data import PixelSet, PreparedTask
+from duallora_edge.learner.encode import Encoded
+from duallora_edge.learner.metrics import Cell, Metrics, Predictions, Row, TaskClasses
+from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.report.page import About, write_report
+from duallora_edge.learner.run import Run
+
+Progress = Callable[[int, int], None]
+
+
+class Tests:
+    """Test images of tasks, encoded once by the frozen prefix and answered by every state."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._encoded: dict[str, Encoded] = {}
+
+    def add(self, task: PreparedTask, classes: Sequence[str]) -> None:
+        """Encode the test images of a task. Images of classes that the task did not learn are left out."""
+        test = task.test
+        keep = [i for i, label in enumerate(test.labels) if label in set(classes)]
+        if len(keep) < len(test):
+            test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
+        self._encoded[task.name] = Encoded(self.backbone, test, classes)
+
+    def row(self, tasks: Sequence[TaskRecord]) -> Row:
+        """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
+        model = ComposedModel(self.backbone, tasks)
+        return tuple(self._cell(model, tasks, index) for index in range(len(tasks)))
+
+    @torch.no_grad()
+    def _cell(self, model: ComposedModel, tasks: Sequence[TaskRecord], index: int) -> Cell:
+        info = tasks[index].info
+        encoded = self._encoded.get(info.name)
+        if encoded is None or not len(encoded):
+            return Cell()
+        answers = [model.from_prefix(tokens, phi) for _, tokens, phi in encoded.batches()]
+        columns = [model.catalogue.classes.index(name) for name in info.classes]
+        predictions = Predictions(
+            labels=torch.tensor(columns)[encoded.labels].numpy(),
+            probabilities=torch.cat([a.probabilities for a in answers]).cpu().numpy(),
+            task=index,
+            task_probabilities=torch.cat([a.task_probabilities for a in answers]).cpu().numpy(),
+        )
+        return Cell.from_predictions(predictions, columns)
+
+
+def measured_rows(run: Run) -> dict[str, Row]:
+    """Rows measured earlier, by the digest of the state they were measured on."""
+    path = run.path / "reports" / "rows.json"
+    if not path.is_file():
+        return {}
+    try:
+        return {str(key): tuple(map(Cell.from_json, row)) for key, row in read_json(path).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}); delete it and run 'duallora-edge evaluate {run.path}'."
+        ) from error
+
+
+def evaluate_run(run: Run, tests: Tests, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:
+    """Measure every state of the run on every task it knows, and write the report.
+
+    With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
+    state that is measured now.
+    """
+    head = run.head()
+    if not head:
+        raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
+    known = measured_rows(run) if reuse else {}
+    records = run.records(head)
+    rows: dict[str, Row] = {}
+    for k in range(1, len(head) + 1):
+        state = run.digest(head[:k])
+        if state in known and len(known[state]) == k:
+            rows[state] = known[state]
+        else:
+            rows[state] = tests.row(records[:k])
+            on_row(k, rows[state])
+    (run.path / "reports").mkdir(exist_ok=True)
+    write_json(run.path / "reports" / "rows.json", {key: [c.to_json() for c in row] for key, row in rows.items()})
+    return Metrics(
+        tuple(TaskClasses(record.info.name, record.info.classes) for record in records), tuple(rows.values())
+    )
+
+
+def report(run: Run, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
+    """Write the report of a run into its folder ``reports``; returns the path of report.html."""
+    return write_report(
+        run.path / "reports", metrics, About(run.path.name, run.config.method, details(run)), comparisons
+    )
+
+
+def details(run: Run) -> dict[str, str]:
+    """The facts under which a run's numbers were measured, as label and text."""
+    config, info = run.config, run.info
+    facts: Mapping[str, Any] = {
+        "Backbone": info.name,
+        "Input": f"{info.size} × {info.size} px",
+        "Frozen blocks": info.prefix_blocks,
+        "Ranks": f"{config.rank_orthogonal} orthogonal + {config.rank_residual} residual",
+        "Epochs": config.epochs,
+        "Precision of training": config.precision,
+        "Seed": config.seed,
+    }
+    return {label: str(value) for label, value in facts.items()}

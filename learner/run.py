@@ -1,0 +1,299 @@
+"""The run directory: tasks written once, one HEAD that names the active ones, a lock, a checkpoint.
+
+Every state is committed by rename, so a kill at any moment leaves the last committed state or a checkpoint that can
+be continued. Nothing is pickled and no pixel is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from duallora_edge.errors import ConfigError, RunError
+from duallora_edge.files import atomic_directory, read_json, sha256_file, write_atomic, write_json
+from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
+from duallora_edge.learner.record import TaskInfo, TaskRecord
+
+SCHEMA = 1
+TENSOR_FILES = ("adapters", "bases", "head", "statistics")
+
+
+@dataclass(frozen=True)
+class StoredTask:
+    """One entry of HEAD: the folder of a task and the id that its content must have."""
+
+    folder: str
+    id: str
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.split("-", 1)[0])
+
+
+class Run:
+    """A run directory, opened for reading; `locked` guards every change."""
+
+    def __init__(self, path: Path, config: TrainConfig, info: BackboneInfo) -> None:
+        self.path = path
+        self.config = config
+        self.info = info
+
+    @classmethod
+    def exists(cls, path: Path) -> bool:
+        return (path / "run.yaml").is_file()
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig, info: BackboneInfo) -> Run:
+        """Make a new run directory. Raises `RunError` when something else is there."""
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is not a folder; give another name with --run.")
+        foreign = [p.name for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else []
+        if set(foreign) - {"backbone.json", "tasks", "HEAD.json", "checkpoint", "reports"}:
+            raise RunError(f"{path} holds other files ({foreign[0]}, ...); give an empty or new folder with --run.")
+        (path / "tasks").mkdir(parents=True, exist_ok=True)
+        write_json(path / "backbone.json", info.to_json())
+        write_json(path / "HEAD.json", {"schema": SCHEMA, "tasks": []})
+        # run.yaml comes last: a folder that has it has everything.
+        settings = {key: value for key, value in config.to_json().items() if key not in PER_CALL}
+        settings["weights"] = str(Path(config.weights).resolve()) if config.weights else None
+        write_atomic(path / "run.yaml", yaml.safe_dump({"schema": SCHEMA, **settings}, sort_keys=False))
+        return cls(path, config, info)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open an existing run. Raises `RunError` when it is missing, damaged or of another schema."""
+        if not path.is_dir():
+            raise RunError(f"{path} is not a folder; 'duallora-edge train --data DIR --run {path}' makes a run.")
+        if not cls.exists(path):
+            raise RunError(f"{path} is not a run (no run.yaml); 'duallora-edge train' makes one.")
+        try:
+            settings = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))
+            if not isinstance(settings, dict) or settings.pop("schema", None) != SCHEMA:
+                raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
+            if isinstance(settings.get("task_order"), list):
+                settings["task_order"] = tuple(settings["task_order"])
+            config = TrainConfig(**settings)
+            info = BackboneInfo.from_json(read_json(path / "backbone.json"))
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, ConfigError) as error:
+            raise RunError(
+                f"The run {path} is damaged ({str(error).splitlines()[0]}); restore it from a copy."
+            ) from error
+        return cls(path, config, info)
+
+    def backbone(self, weights: str | None = None) -> Backbone:
+        """Load the backbone of the run and check that it is the same one. Raises `RunError` otherwise."""
+        source = weights or self.config.weights
+        backbone = load_backbone(
+            self.info.name,
+            weights=Path(source) if source else None,
+            size=self.info.size,
+            prefix_blocks=self.info.prefix_blocks,
+        )
+        if backbone.info != self.info:
+            raise RunError(
+                f"The weights of {self.info.name} are not those the run was trained with (sha256 "
+                f"{backbone.info.sha256[:12]}, expected {self.info.sha256[:12]}); give the right file with --weights."
+            )
+        return backbone
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def head(self) -> list[StoredTask]:
+        """The active tasks in order."""
+        try:
+            value = read_json(self.path / "HEAD.json")
+            return [StoredTask(str(entry["folder"]), str(entry["id"])) for entry in value["tasks"]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{self.path}/HEAD.json is damaged ({error}); restore it from a copy of the run.") from error
+
+    def find(self, name: str) -> StoredTask:
+        """The active task of this name. Raises `RunError` naming the tasks there are."""
+        names = {self.read_info(entry).name: entry for entry in self.head()}
+        if name not in names:
+            raise RunError(f"The run {self.path} has no task {name!r}; it has {', '.join(names) or 'none'}.")
+        return names[name]
+
+    def training_steps(self) -> int | None:
+        """Steps done of a task whose training was interrupted, or None."""
+        return FileCheckpoint(self.path / "checkpoint", "").steps()
+
+    def read_info(self, task: StoredTask) -> TaskInfo:
+        """The names, counts and settings of one task, without its tensors."""
+        return TaskInfo.from_json(self._task_json(task))
+
+    def read(self, task: StoredTask) -> TaskRecord:
+        """Read one task and check every file against its sha256. Raises `RunError` when anything was altered."""
+        description = self._task_json(task)
+        files: dict[str, dict[str, Tensor]] = {}
+        for name in TENSOR_FILES:
+            path = self.path / "tasks" / task.folder / f"{name}.safetensors"
+            try:
+                if sha256_file(path) != description["files"][path.name]:
+                    raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
+                files[name] = load(path.read_bytes())
+            except (OSError, KeyError, SafetensorError) as error:
+                raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
+        try:
+            return TaskRecord.from_tensors(TaskInfo.from_json(description), files)
+        except KeyError as error:
+            raise RunError(f"The task {task.folder} lacks the tensor {error}; restore it from a copy.") from error
+
+    def records(self, tasks: Sequence[StoredTask] | None = None) -> list[TaskRecord]:
+        """The records of the given tasks, or of all active ones."""
+        return [self.read(task) for task in (self.head() if tasks is None else tasks)]
+
+    def _task_json(self, task: StoredTask) -> dict[str, Any]:
+        path = self.path / "tasks" / task.folder / "task.json"
+        try:
+            value: dict[str, Any] = read_json(path)
+            if _content_id(value) != task.id:
+                raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
+        return value
+
+    # -- changing ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the only writer's lock. Raises `RunError` naming the process that holds it.
+
+        The lock belongs to the process (flock), so it is gone when the process dies, however it dies.
+        """
+        path = self.path / ".lock"
+        with path.open("a+", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise RunError(
+                    f"Process {file.read().strip() or '?'} is writing to {self.path}; wait for it or stop it first."
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            self._sweep()
+            yield
+
+    def _sweep(self) -> None:
+        """Delete what a killed writer left half-written; committed tasks and checkpoints are never touched."""
+        for folder in (self.path, self.path / "tasks", self.path / "checkpoint", self.path / "reports"):
+            if folder.is_dir():
+                for leftover in folder.glob(".*.tmp"):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def commit(self, record: TaskRecord) -> StoredTask:
+        """Write a task as a whole, then make it the newest active one. Deletes the checkpoint."""
+        head = self.head()
+        number = 1 + max((task.number for task in head), default=0)
+        folder = f"{number:04d}-{_slug(record.info.name)}"
+        description = {
+            "schema": SCHEMA,
+            **record.info.to_json(),
+            "parent": head[-1].id if head else None,
+        }
+        contents = {f"{name}.safetensors": save(tensors) for name, tensors in record.tensors().items()}
+        description["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        # A rolled-back task of the same number may lie there; it is no longer part of any state.
+        with atomic_directory(self.path / "tasks" / folder) as staging:
+            for name, data in contents.items():
+                (staging / name).write_bytes(data)
+            (staging / "task.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        task = StoredTask(folder, _content_id(description))
+        self.set_head([*head, task])
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        return task
+
+    def set_head(self, tasks: Sequence[StoredTask]) -> None:
+        """Make exactly these tasks the active ones, then delete the folders of tasks that no longer are."""
+        write_json(
+            self.path / "HEAD.json",
+            {"schema": SCHEMA, "tasks": [{"folder": task.folder, "id": task.id} for task in tasks]},
+        )
+        active = {task.folder for task in tasks}
+        for folder in (self.path / "tasks").iterdir():
+            if folder.name not in active and not folder.name.startswith("."):
+                shutil.rmtree(folder)
+
+    def checkpoint(self, key: str) -> FileCheckpoint:
+        """The checkpoint of the task in training; one left by a task of another key is ignored and replaced."""
+        return FileCheckpoint(self.path / "checkpoint", key)
+
+    def digest(self, tasks: Sequence[StoredTask] | None = None) -> str:
+        """SHA-256 over the ids of tasks (the active ones): equal digests mean equal states, bit for bit."""
+        ids = [task.id for task in (self.head() if tasks is None else tasks)]
+        return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """The settings of `TrainConfig` that led to the images of each task, by task name."""
+        path = self.path / "sources.json"
+        try:
+            value: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+            return {str(name): dict(settings) for name, settings in value.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} is damaged ({error}); delete it and name the images with --data.") from error
+
+    def remember_source(self, names: Sequence[str], config: TrainConfig) -> None:
+        """Note where the images of some tasks come from, so that later evaluations find their test images."""
+        values = config.to_json()
+        settings = {key: values[key] for key in SOURCE}
+        settings["data"] = config.data if config.data.startswith("torchvision:") else str(Path(config.data).resolve())
+        write_json(self.path / "sources.json", {**self.sources(), **dict.fromkeys(names, settings)})
+
+
+class FileCheckpoint:
+    """Training in progress, in one safetensors file that is replaced atomically."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.path = folder / "state.safetensors"
+
+    def steps(self) -> int | None:
+        """Steps done, whatever the key; None without a readable checkpoint."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                return int((file.metadata() or {})["step"])
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The saved step and tensors, or None without a checkpoint of this key."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != self.key:
+                    return None
+                return int(metadata["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None  # a checkpoint that cannot be read costs repeated work, never a wrong result
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        metadata = {"key": self.key, "step": str(step)}
+        write_atomic(self.path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+
+
+def _content_id(description: dict[str, Any]) -> str:
+    """SHA-256 of a task's description, which holds the sha256 of its files and the id of its parent."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "task"

@@ -1,0 +1,220 @@
+"""One call of `train` or `evaluate`: from configuration to run, images, tasks and report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duallora_edge.errors import ConfigError, DataError, RunError
+from duallora_edge.learner.backbone import Backbone, load_backbone
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
+from duallora_edge.learner.data import PreparedStream, PreparedTask, open_stream, prepare
+from duallora_edge.learner.evaluation import Tests, evaluate_run, report
+from duallora_edge.learner.metrics import Metrics, Row
+from duallora_edge.learner.recipe import learn_task
+from duallora_edge.learner.run import Run
+from duallora_edge.runtime.preprocess import Preprocessing
+
+
+class Listener:
+    """What a session tells while it works. The base class is silent."""
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Progress of the stage in work."""
+
+    def row(self, state: int, row: Row) -> None:
+        """The state after ``state`` tasks was measured."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``. Raises `ConfigError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("No CUDA device is available; leave out --device or use --device cpu.")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """``bf16`` for ``auto`` where the hardware multiplies bf16 natively, else ``fp32``."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def open_run(path: Path, config: TrainConfig, given: Sequence[str], listener: Listener) -> tuple[Run, Backbone]:
+    """Open the run at ``path`` or create it. Settings in ``given`` must not contradict those of an existing run."""
+    if not Run.exists(path):
+        listener.say(f"Backbone {config.backbone}")
+        backbone = load_backbone(
+            config.backbone,
+            weights=Path(config.weights) if config.weights else None,
+            size=config.size,
+            prefix_blocks=config.prefix_blocks,
+        )
+        config = replace(config, precision=pick_precision(config.precision, pick_device(config.device)))
+        return Run.create(path, config, backbone.info), backbone
+    run = Run.open(path)
+    values, stored = config.to_json(), run.config.to_json()
+    changed = [key for key in given if key not in PER_CALL and values[key] != stored[key]]
+    if changed:
+        texts = [f"{key} is {stored[key]!r}, not {values[key]!r}" for key in changed]
+        raise ConfigError(f"The run {path} was made with other settings: {'; '.join(texts)}. Use a new --run.")
+    return run, run.backbone(config.weights)
+
+
+def read_images(config: TrainConfig, run: Run, listener: Listener) -> PreparedStream:
+    """List, check and decode the images that a configuration names, at the input size of the run's backbone."""
+    if not config.data:
+        raise ConfigError("Name the images with --data DIR.")
+    stream = open_stream(
+        config.data,
+        classes_per_task=config.classes_per_task,
+        class_order=config.class_order,
+        task_order=config.task_order,
+        task_name=config.task_name,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+        data_root=Path(config.data_root) if config.data_root else None,
+    )
+    listener.say(stream.describe())
+    preprocessing = Preprocessing(run.info.size, run.config.resize, run.info.interpolation)
+    return prepare(stream, preprocessing, on_progress=lambda done, total: listener.progress("decode", done, total))
+
+
+def train_run(path: Path, config: TrainConfig, given: Sequence[str], listener: Listener) -> Metrics:
+    """Learn the tasks of ``config.data`` that the run does not know yet, evaluate, and write the report.
+
+    ``given`` names the settings that the user set; the others come from the run. Without data the images of the
+    last call are used. Interrupted at any moment, the same call continues. Returns the metrics of the run.
+    """
+    if not Run.exists(path) and not config.data:
+        raise ConfigError("Name the images to learn from with --data DIR.")
+    run, backbone = open_run(path, config, given, listener)
+    with run.locked():
+        if not config.data:
+            config = replace(config, **_last_source(run))
+        config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
+        stream = read_images(config, run, listener)
+        listener.say(stream.health.table())
+        known = _check_known(run, stream)
+        run.remember_source([task.name for task in stream.tasks], config)
+        backbone.to(pick_device(config.device))
+        tests = Tests(backbone)
+        add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
+        metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row) if known else None
+        for task in stream.tasks:
+            if task.name in known:
+                listener.say(f"Task {task.name} is already learned")
+                continue
+            _learn(run, backbone, task, config, listener)
+            tests.add(task, task.classes)
+            metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row)
+        if metrics is None:
+            raise DataError(f"{config.data} holds no task.")
+        report(run, metrics)
+    return metrics
+
+
+def measure_run(run: Run, data: str | None, device: str, weights: str | None, listener: Listener) -> Metrics:
+    """Measure every state of a run again and write the report; ``data`` replaces the remembered source."""
+    with run.locked():
+        backbone = run.backbone(weights).to(pick_device(device))
+        tests = Tests(backbone)
+        add_tests(run, tests, listener, data=data)
+        metrics = evaluate_run(run, tests, reuse=False, on_row=listener.row)
+        report(run, metrics)
+    return metrics
+
+
+def _learn(run: Run, backbone: Backbone, task: PreparedTask, config: TrainConfig, listener: Listener) -> None:
+    past = run.records()
+    if past and past[-1].info.method != config.method:
+        raise RunError(f"The run {run.path} was trained with {past[-1].info.method}; use a new --run.")
+    number = len(past) + 1
+    listener.say(
+        f"Task {number} {task.name}: {len(task.classes)} class{'es' if len(task.classes) > 1 else ''}, "
+        f"{len(task.train)} images to learn from, {len(task.validation)} held back, {len(task.test)} for the test"
+    )
+    if len(task.classes) == 1 and config.method != "frozen":
+        listener.say("  one class gives no gradient: its statistics are learned, no adapter")
+    checkpoint = run.checkpoint(_training_key(run, task, config))
+    started = time.monotonic()
+    record = learn_task(backbone, past, task, config, checkpoint, listener.progress)
+    run.commit(record)
+    residual = "" if record.info.residual == "none" else f", residual {record.info.residual}"
+    listener.say(f"  learned in {time.monotonic() - started:.0f} s{residual}")
+
+
+def _training_key(run: Run, task: PreparedTask, config: TrainConfig) -> str:
+    """Identifies one training exactly: a checkpoint of another configuration, state or task is not continued."""
+    settings = {key: value for key, value in config.to_json().items() if key not in SOURCE and key != "weights"}
+    text = json.dumps([settings, run.digest(), task.name, task.digest, list(task.classes)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _last_source(run: Run) -> dict[str, Any]:
+    sources = run.sources()
+    if not sources:
+        raise ConfigError(f"The run {run.path} knows no images yet; name them with --data DIR.")
+    return list(sources.values())[-1]
+
+
+def _check_known(run: Run, stream: PreparedStream) -> set[str]:
+    """Names of the tasks that are already learned, from the same images. Raises `DataError` for other images."""
+    learned = {info.name: info for info in map(run.read_info, run.head())}
+    for task in stream.tasks:
+        if task.name in learned and learned[task.name].data_digest != task.digest:
+            raise DataError(
+                f"The run {run.path} learned a task {task.name!r} from other images; "
+                "give the new images another name with --task-name (or rename the task's folder)."
+            )
+    return {task.name for task in stream.tasks if task.name in learned}
+
+
+def add_tests(
+    run: Run, tests: Tests, listener: Listener, *, data: str | None = None, skip: Collection[str] = ()
+) -> None:
+    """Read and encode the test images of the active tasks from where they were learned (or from ``data``).
+
+    A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
+    """
+    infos = {info.name: info for info in map(run.read_info, run.head()) if info.name not in skip}
+    sources = run.sources()
+    groups: dict[str, list[str]] = {}
+    for name in infos:
+        groups.setdefault(json.dumps(sources.get(name, {}), sort_keys=True), []).append(name)
+    for text, names in groups.items():
+        settings = json.loads(text)
+        if isinstance(settings.get("task_order"), list):
+            settings["task_order"] = tuple(settings["task_order"])
+        if data is not None:
+            settings["data"] = data
+        try:
+            stream = read_images(replace(run.config, **settings), run, listener)
+        except DataError as error:
+            if data is not None:
+                raise
+            listener.say(f"The test images of {', '.join(names)} cannot be read and are not measured: {error}")
+            continue
+        for task in stream.tasks:
+            if task.name in names:
+                tests.add(task, infos[task.name].classes)
