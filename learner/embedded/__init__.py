@@ -40,7 +40,7 @@ DATA_CONFIG: dict[str, Any] = {
 
 
 def create() -> VisionTransformer:
-    """The embedded ViT with its weights in fp32, in evaluation mode: ``[N, 3, 64, 64]`` to features ``[N, 192]``.
+    """The embedded ViT, weights in fp32, in evaluation mode: ``[N, 3, 64, 64]`` to features ``[N, 192]``.
 
     Raises `BackboneError` when the weights file is missing or is not the one that the package was made with.
     """

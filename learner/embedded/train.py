@@ -1,18 +1,17 @@
 """Make the embedded backbone: a small ViT distilled from a ViT-Ti/16, without labels.
 
-    python -m duallora_edge.learner.embedded.train --weights vit_tiny_patch16_224.safetensors -o OUT.safetensors \
-        --images=DATA/{cifar100,gtsrb,rsscn7,dtd10,clothing10,scene6}/train \
+    python -m duallora_edge.learner.embedded.train --weights VIT_TINY.safetensors -o OUT.safetensors \\
+        --images=DATA/{cifar100,gtsrb,rsscn7,dtd10,clothing10,scene6}/train \\
         --images=DATA/pacs/{photo,art_painting,cartoon,sketch}/train
 
 The teacher sees a view at 128 px, the student the same view at 64 px; both cut it into 8 x 8 patches, so their tokens
-correspond one to one. The student learns to give the teacher's final normalised tokens. MODEL_CARD.md has the rest.
+correspond one to one. The student learns to give the teacher's final normalised tokens. MODEL_CARD.md says more.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import click
 import numpy as np
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from duallora_edge.files import sha256_file, write_atomic, write_json
@@ -32,7 +32,7 @@ TEACHER = "vit_tiny_patch16_224"
 TEACHER_SIZE = 128
 HELD_BACK = 10  # every tenth image of a folder is not trained on; measure.py tests on it
 BATCH = 64
-POOL = 1024  # views that the teacher sees at once; each is used in PASSES steps, as the teacher is half of the work
+POOL = 1024  # views; the student uses each PASSES times, as the teacher's answer is half of the work
 PASSES = 3
 STEPS_A_POOL = PASSES * POOL // BATCH
 PEAK_RATE = 1e-3
@@ -50,9 +50,9 @@ def image_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def is_held_back(index: int) -> bool:
-    """Whether the image at ``index`` of its folder's sorted paths is kept out of the training."""
-    return index % HELD_BACK == 0
+def split(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The images to train on, and those held back."""
+    return [path for index, path in enumerate(paths) if index % HELD_BACK], paths[::HELD_BACK]
 
 
 def load_images(paths: list[Path], size: int) -> Tensor:
@@ -64,23 +64,21 @@ def load_images(paths: list[Path], size: int) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def create_teacher(weights: Path) -> nn.Module:
+def create_teacher(weights: Path) -> VisionTransformer:
     """The frozen ViT-Ti/16 at `TEACHER_SIZE` px, its position embedding interpolated by timm."""
-    source = {"file": str(weights)}
-    model: nn.Module = timm.create_model(
-        TEACHER, pretrained=True, pretrained_cfg_overlay=source, img_size=TEACHER_SIZE
-    )
-    return model.eval().requires_grad_(False)
+    file = {"file": str(weights)}
+    model = timm.create_model(TEACHER, pretrained=True, pretrained_cfg_overlay=file, img_size=TEACHER_SIZE)
+    return cast(VisionTransformer, model.eval().requires_grad_(False))
 
 
-def initialise(teacher: nn.Module) -> nn.Module:
+def initialise(teacher: VisionTransformer) -> VisionTransformer:
     """A student whose tensors all come from the teacher.
 
-    The patch embedding is shrunk from 16 to 8 px by the pseudo-inverse of the resize (FlexiViT, Beyer et al. 2023,
-    eq. 4), so that the tokens of the half-size image stay close to those of the full-size one; the position
+    The patch embedding is shrunk from 16 to 8 px by the pseudo-inverse of the resize (FlexiViT, Beyer et al.
+    2023), so that the tokens of the half-size image stay close to those of the full-size one; the position
     embedding is interpolated; the first blocks and the final norm are copied.
     """
-    student = timm.models.VisionTransformer(**ARCHITECTURE)
+    student = VisionTransformer(**ARCHITECTURE)
     wanted = student.state_dict()
     state = {name: tensor for name, tensor in teacher.state_dict().items() if name in wanted}
     patch = ARCHITECTURE["patch_size"]
@@ -88,15 +86,14 @@ def initialise(teacher: nn.Module) -> nn.Module:
     grid = [ARCHITECTURE["img_size"] // patch] * 2
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size=grid)
     student.load_state_dict(state)
-    module: nn.Module = student
-    return module
+    return student
 
 
 def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
     """Random views of images: ``uint8 [B, 3, H, W]`` to ``float [B, 3, H, W]`` in -1..1.
 
-    Crop of 25..100 % of the area with an aspect of 3/4..4/3, mirror, brightness, contrast and colour per channel,
-    grey, negative, low resolution, and a mix with another image of the batch (a pasted rectangle or a blend). The
+    Crop of 25..100 % of the area with an aspect of 3/4..4/3, mirror, brightness, contrast and colour, grey,
+    negative, low resolution, and a mix with another image of the batch (a pasted rectangle or a blend). The
     teacher sees the result too, so no view can be wrong, only unlike the pictures that a camera gives.
     """
     B, _, H, W = images.shape
@@ -132,27 +129,20 @@ def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(views, other, chosen(0.15) * uniform(0.2, 0.5, 1, 1, 1)).clamp(-1, 1)
 
 
-def tokens(model: nn.Module, views: Tensor) -> Tensor:
+def tokens(model: VisionTransformer, views: Tensor) -> Tensor:
     """Final normalised tokens ``float32 [B, 1 + patches, D]`` of ``model``, computed in bfloat16."""
-    forward: Any = model.forward_features
     with torch.autocast("cpu", torch.bfloat16):
-        features: Tensor = forward(views)
-    return features.float()
+        return model.forward_features(views).float()
 
 
-def shrink(views: Tensor) -> Tensor:
-    """The views ``[B, 3, H, W]`` at the size of the student."""
-    return F.interpolate(views, ARCHITECTURE["img_size"], mode="bicubic", antialias=True)
-
-
-def new_pool(number: int, images: Tensor, teacher: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
-    """`POOL` views for the student and the teacher's tokens for them; both depend on ``seed`` and ``number`` only."""
+def new_pool(number: int, images: Tensor, teacher: VisionTransformer, seed: int) -> tuple[Tensor, Tensor]:
+    """`POOL` views for the student, and the teacher's tokens for them; a function of ``seed`` and ``number``."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     small, wanted = [], []
     for _ in range(POOL // BATCH):
         index = torch.randint(len(images), (BATCH,), generator=generator)
         views = random_views(images[index], generator)
-        small.append(shrink(views))
+        small.append(F.interpolate(views, ARCHITECTURE["img_size"], mode="bicubic", antialias=True))
         with torch.no_grad():
             wanted.append(tokens(teacher, views))
     return torch.cat(small), torch.cat(wanted)
@@ -161,8 +151,8 @@ def new_pool(number: int, images: Tensor, teacher: nn.Module, seed: int) -> tupl
 def learning_rate(step: int, steps: int) -> float:
     """Warm-up, constant, linear decay (the WSD schedule of Hu et al. 2024).
 
-    The decay is a fixed number of steps at the end: a run stopped in its constant part and resumed with another
-    ``steps`` equals a run started with that number.
+    The decay is a fixed number of steps at the end: a run stopped in its constant part and resumed with
+    another ``steps`` equals a run started with that number.
     """
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / DECAY)
 
@@ -177,12 +167,12 @@ def distillation_loss(student: Tensor, teacher: Tensor, mean: Tensor, std: Tenso
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[2, D]`` of the class tokens (row 0) and patch tokens (row 1) of ``[N, T, D]``."""
+    """Mean and standard deviation ``[2, D]`` of tokens ``[N, T, D]``: row 0 class tokens, row 1 patch tokens."""
     parts = [features[:, 0], features[:, 1:].flatten(0, 1)]
     return torch.stack([part.mean(0) for part in parts]), torch.stack([part.std(0) for part in parts])
 
 
-def save_checkpoint(path: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(path: Path, step: int, student: VisionTransformer, optimizer: torch.optim.Optimizer) -> None:
     state = {f"weight.{name}": value.detach() for name, value in student.named_parameters()}
     for name, value in student.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -190,7 +180,7 @@ def save_checkpoint(path: Path, step: int, student: nn.Module, optimizer: torch.
     write_atomic(path, save(state, {"step": str(step)}))
 
 
-def load_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(path: Path, student: VisionTransformer, optimizer: torch.optim.Optimizer) -> int:
     state = load_file(path)
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
@@ -201,8 +191,10 @@ def load_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optim
     return step
 
 
-def distil(student: nn.Module, teacher: nn.Module, images: Tensor, pools: int, seed: int, checkpoint: Path) -> None:
-    """Train ``student`` in place; starts from ``checkpoint`` where it exists and writes it after every pool."""
+def distil(
+    student: VisionTransformer, teacher: VisionTransformer, images: Tensor, pools: int, seed: int, checkpoint: Path
+) -> None:
+    """Train ``student`` in place; continues from ``checkpoint`` if it exists, writes it after every pool."""
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     step = load_checkpoint(checkpoint, student, optimizer) if checkpoint.exists() else 0
     mean, std = statistics(new_pool(0, images, teacher, seed)[1])
@@ -215,10 +207,10 @@ def distil(student: nn.Module, teacher: nn.Module, images: Tensor, pools: int, s
         order = torch.cat([torch.randperm(POOL, generator=generator) for _ in range(PASSES)])
         total = torch.zeros(())
         for index in order.split(BATCH):
-            loss = distillation_loss(tokens(student, views[index]), wanted[index], mean, std)
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = distillation_loss(tokens(student, views[index]), wanted[index], mean, std)
+            loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             total += loss.detach()
@@ -227,30 +219,31 @@ def distil(student: nn.Module, teacher: nn.Module, images: Tensor, pools: int, s
         click.echo(f"step {step}/{steps}  loss {total.item() / STEPS_A_POOL:.4f}")
 
 
+EXISTING = click.Path(exists=True, path_type=Path)
+
+
 @click.command()
-@click.option("--images", "folders", multiple=True, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--weights", required=True, type=click.Path(path_type=Path, exists=True), help="The teacher's.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Safetensors file to write.")
-@click.option("--pools", default=60, show_default=True, type=click.IntRange(0), help=f"{STEPS_A_POOL} steps each.")
-@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--images", "folders", multiple=True, required=True, type=EXISTING, help="Repeat for more folders.")
+@click.option("--weights", required=True, type=EXISTING, help="The teacher's.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--pools", default=100, show_default=True, help=f"{STEPS_A_POOL} steps each.")
+@click.option("--seed", default=0, show_default=True)
 def main(folders: tuple[Path, ...], weights: Path, output: Path, pools: int, seed: int) -> None:
     """Distil the embedded backbone from the images in the folders; a stopped run continues where it was."""
-    torch.manual_seed(seed)
-    paths = [path for folder in folders for index, path in enumerate(image_paths(folder)) if not is_held_back(index)]
-    images = load_images(paths, TEACHER_SIZE)
+    images = load_images([path for folder in folders for path in split(image_paths(folder))[0]], TEACHER_SIZE)
     click.echo(f"{len(images)} images")
     teacher = create_teacher(weights)
     student = initialise(teacher)
     distil(student, teacher, images, pools, seed, output.with_suffix(".checkpoint.safetensors"))
-    half = {name: value.half().contiguous() for name, value in student.state_dict().items()}
+    half = {name: value.half() for name, value in student.state_dict().items()}
     write_atomic(output, save(half))
-    description: dict[str, Any] = {
+    description = {
         "architecture": ARCHITECTURE,
         "data_config": DATA_CONFIG,
         "parameters": sum(value.numel() for value in half.values()),
         "sha256": sha256_file(output),
     }
-    write_json(output.with_suffix(".json"), json.loads(json.dumps(description)))
+    write_json(output.with_suffix(".json"), description)
     click.echo(f"Wrote {output} ({output.stat().st_size:,} bytes)")
 
 
