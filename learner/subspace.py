@@ -28,10 +28,14 @@ def project_out(moment: Tensor, basis: Tensor) -> Tensor:
     return (outside + outside.T) / 2
 
 
-def top_directions(moment: Tensor, rank: int) -> Tensor:
-    """The (at most) ``rank`` leading eigenvectors of a moment as rows, float64 [r, d]; null directions are left out."""
+def top_directions(moment: Tensor, rank: int, total: Tensor | None = None) -> Tensor:
+    """The (at most) ``rank`` leading eigenvectors of a moment as rows, float64 [r, d].
+
+    Null directions are left out: those with less than 1e-10 of the energy ``total`` (by default of the moment
+    itself), which is rounding.
+    """
     values, vectors = torch.linalg.eigh(moment)
-    significant = int((values > values[-1].clamp(min=0) * 1e-10).sum()) if values[-1] > 0 else 0
+    significant = int((values > 1e-10 * (moment.trace() if total is None else total)).sum())
     rows = vectors.flip(1).T[: min(rank, significant)]
     # The sign of an eigenvector is arbitrary; fixing it makes results comparable between libraries.
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
@@ -44,7 +48,7 @@ def constrained_directions(moment: Tensor, basis: Tensor, rank: int) -> Tensor:
     Rounding leaves eigenvectors of the projected moment about 1e-15 outside the complement; they are projected
     once more so that the constraint of the orthogonal adapter holds to machine precision.
     """
-    rows = top_directions(project_out(moment, basis), rank)
+    rows = top_directions(project_out(moment, basis), rank, moment.trace())
     rows = rows - (rows @ basis.T) @ basis
     return rows / rows.norm(dim=1, keepdim=True)
 
