@@ -79,6 +79,16 @@ class Estimate:
     fits: bool | None
     note: str
 
+    @property
+    def text(self) -> str:
+        """One sentence for people: latency with its range, memory, whether it fits, and the note."""
+        latency = "latency unknown"
+        if self.latency_ms is not None:
+            latency = f"{self.latency_ms:.2f} ms a batch of {self.batch} ({self.low_ms:.2f} to {self.high_ms:.2f})"
+        fits = {True: "fits", False: "does not fit", None: "fit unknown"}[self.fits]
+        memory = f"{self.memory_bytes / 1e6:.0f} MB"
+        return f"{self.profile}, {self.mode} mode, {self.precision}: {latency}, {memory}, {fits}. {self.note}"
+
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return asdict(self)

@@ -14,7 +14,7 @@ from duallora_edge.errors import DualLoraEdgeError
 
 # name -> ("module:attribute", extra that brings what the module imports, one-line help)
 COMMANDS = {
-    "demo": ("duallora_edge.learner.demo:demo", "demo", "Learn, export, verify and measure on embedded data."),
+    "demo": ("duallora_edge.demo:demo", "demo", "Learn, export, verify and measure on embedded data."),
     "train": ("duallora_edge.learner.commands:train", "train", "Learn the next task(s) of a run; resumes by itself."),
     "evaluate": ("duallora_edge.learner.commands:evaluate", "train", "Accuracy matrix, forgetting, calibration."),
     "status": ("duallora_edge.learner.commands:status", "train", "Tasks, classes, sizes and accuracy of a run."),

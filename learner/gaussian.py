@@ -55,13 +55,15 @@ class ClassStatistics:
 class GaussianClassifier:
     """K Gaussians with one covariance Sigma: their log-likelihoods are linear in x up to a common term.
 
-    ``logits(x) = x weight^T + bias`` equals log N(x; mu_k, Sigma) + x Sigma^-1 x^T / 2 + const, and
-    ``whitening`` W [D, D] satisfies W W^T = Sigma^-1. All float64.
+    With z = x ``whitening`` + ``offset`` (the whitened, centred features), log N(x; mu_k, Sigma) equals
+    ``x weight_k^T + bias_k - |z|^2 / 2`` up to a constant. ``weight`` [K, D], ``bias`` [K], ``whitening`` [D, D],
+    ``offset`` [D], all float64. Centring keeps the terms small, which float32 needs.
     """
 
     weight: Tensor
     bias: Tensor
     whitening: Tensor
+    offset: Tensor
 
     @classmethod
     def fit(cls, statistics: Sequence[ClassStatistics]) -> GaussianClassifier:
@@ -84,5 +86,7 @@ class GaussianClassifier:
         sigma = (1 - shrinkage) * pooled + torch.diag(shrinkage * variance + floor)
         values, vectors = torch.linalg.eigh(sigma)
         whitening = vectors * values.rsqrt()
-        weight = means @ whitening @ whitening.T
-        return cls(weight, -0.5 * (weight * means).sum(dim=1), whitening)
+        centre = means.mean(dim=0)
+        centred = (means - centre) @ whitening
+        weight = centred @ whitening.T
+        return cls(weight, -0.5 * centred.square().sum(dim=1) - weight @ centre, whitening, -centre @ whitening)

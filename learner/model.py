@@ -162,6 +162,7 @@ class Classifier(nn.Module):
     nearest_weight: Tensor
     nearest_bias: Tensor
     whitening: Tensor
+    offset: Tensor
     class_sums: Tensor
     task_sums: Tensor
 
@@ -188,6 +189,7 @@ class Classifier(nn.Module):
             nearest_weight=gaussian.weight,
             nearest_bias=gaussian.bias,
             whitening=gaussian.whitening,
+            offset=gaussian.offset,
             class_sums=catalogue.class_sums(),
             task_sums=catalogue.task_sums(),
         )
@@ -198,7 +200,7 @@ class Classifier(nn.Module):
 
     def novelty(self, features: Tensor) -> Tensor:
         """Squared Mahalanobis distance to the nearest component, divided by D: about 1 for a known class. [B]"""
-        squared = (features @ self.whitening).square().sum(dim=1)
+        squared = (features @ self.whitening + self.offset).square().sum(dim=1)
         nearest = (features @ self.nearest_weight.T + self.nearest_bias).amax(dim=1)
         return (squared - 2 * nearest).clamp(min=0) / features.shape[1]
 

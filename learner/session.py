@@ -198,23 +198,27 @@ def add_tests(
     A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
     """
     infos = {info.name: info for info in map(run.read_info, run.head()) if info.name not in skip}
-    sources = run.sources()
-    groups: dict[str, list[str]] = {}
-    for name in infos:
-        groups.setdefault(json.dumps(sources.get(name, {}), sort_keys=True), []).append(name)
-    for text, names in groups.items():
-        settings = json.loads(text)
-        if isinstance(settings.get("task_order"), list):
-            settings["task_order"] = tuple(settings["task_order"])
+    for settings in source_groups(run, infos):
         if data is not None:
             settings["data"] = data
         try:
             stream = read_images(replace(run.config, **settings), run, listener)
-        except DataError as error:
+        except (DataError, ConfigError) as error:
             if data is not None:
                 raise
-            listener.say(f"The test images of {', '.join(names)} cannot be read and are not measured: {error}")
+            listener.say(f"The test images from {settings.get('data')} cannot be read and are not measured: {error}")
             continue
         for task in stream.tasks:
-            if task.name in names:
+            if task.name in infos:
                 tests.add(task, infos[task.name].classes)
+
+
+def source_groups(run: Run, names: Collection[str]) -> list[dict[str, Any]]:
+    """The different sources (settings of `TrainConfig`) of the named tasks, in the order they were used."""
+    groups: list[dict[str, Any]] = []
+    for name, settings in run.sources().items():
+        if isinstance(settings.get("task_order"), list):
+            settings["task_order"] = tuple(settings["task_order"])
+        if name in names and settings not in groups:
+            groups.append(settings)
+    return groups

@@ -1,0 +1,90 @@
+"""The command that turns a run into a bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+
+from duallora_edge.device_profiles import resolve_target
+from duallora_edge.errors import DataError, ExportError
+from duallora_edge.export.bundle import export_run
+from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.run import Run
+from duallora_edge.learner.session import Listener, read_images, source_groups
+from duallora_edge.runtime.preprocess import Frame
+
+REAL_IMAGES = 256
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--target", default="jetson", show_default=True, help="A device (see 'devices'), or a profile's YAML file."
+)
+@click.option("--jetpack", help="JetPack version on the device. [the profile's default]")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--bundle-version", type=click.IntRange(1), help="[one more than the bundle it replaces]")
+@click.option("--weights", help="The backbone's weights, when the file was moved.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def export(
+    run: Path,
+    target: str,
+    jetpack: str | None,
+    output: Path,
+    bundle_version: int | None,
+    weights: str | None,
+    as_json: bool,
+) -> None:
+    """Write a verified bundle for a device: one ONNX file, golden outputs, manifest.
+
+    The graph is compared with the trained model on generated images and, where the images of the run can still be
+    read, on real ones; a bundle is written only when they agree.
+
+    \b
+    Example:
+      duallora-edge export runs/site-a --target jetson -o bundle
+      duallora-edge export runs/site-a --target orin-nx-16gb --jetpack 6.2 -o bundle
+    """
+    resolved = resolve_target(target, jetpack)
+    opened = Run.open(run)
+    records = opened.records()
+    if not records:
+        raise ExportError(f"The run {run} has learned no task yet; 'duallora-edge train' teaches it one.")
+    click.echo(f"Target: {resolved.reason}", err=True)
+    model = ComposedModel(opened.backbone(weights), records).eval()
+    exported = export_run(opened, model, resolved, output, training_images(opened), bundle_version)
+    if as_json:
+        click.echo(json.dumps(exported.manifest.to_json(), indent=2))
+        return
+    for name in ("generated", "real"):
+        if name in exported.manifest.parity:
+            parity = exported.manifest.parity[name]
+            click.echo(
+                f"Parity on {parity['images']} {name} images: top-1 agreement {100 * parity['top1_agreement']:.2f} %, "
+                f"largest probability difference {parity['max_probability_difference']:.1e}"
+            )
+    for entry in exported.estimates:
+        click.echo(entry.text)
+    size = exported.manifest.files["model.onnx"].bytes
+    click.echo(f"Bundle: {output}  version {exported.manifest.bundle_version}, {size / 1e6:.1f} MB")
+
+
+def training_images(run: Run) -> Frame | None:
+    """Up to `REAL_IMAGES` training images, spread over the tasks, or None (said) where no source can be read."""
+    names = {run.read_info(task).name for task in run.head()}
+    pixels: list[Frame] = []
+    for settings in source_groups(run, names):
+        try:
+            stream = read_images(replace(run.config, **settings), run, Listener())
+        except DataError as error:
+            click.echo(f"Parity is not checked on real images of {settings['data']}: {error}", err=True)
+            continue
+        for task in stream.tasks:
+            if task.name in names and len(task.train):
+                count = min(len(task.train), -(-REAL_IMAGES // len(names)))
+                pixels.append(task.train.pixels[np.linspace(0, len(task.train) - 1, count, dtype=np.int64)])
+    return np.concatenate(pixels) if pixels else None

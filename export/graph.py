@@ -1,0 +1,394 @@
+"""The deployable graph: an ONNX model of a `ComposedModel`, built node by node.
+
+Building it directly, instead of tracing, gives exact control of names, opset and form:
+
+* frames uint8 [N, S, S, 3] go in; normalisation is folded into the patch embedding;
+* initializers have the names and the layout of the PyTorch state dict, so that weights can be updated in place;
+* orthogonal adapters are folded into the qkv weights; the residual adapters of all tasks are one pair of stacked
+  matrices a block, gated per image;
+* tokens are rows of a matrix [N * L, d], so that every linear layer is one Gemm with its bias;
+* the last block is computed for the class token alone where the backbone pools by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from duallora_edge import __version__
+from duallora_edge.errors import ExportError
+from duallora_edge.learner.adapters import AdaptedBlock
+from duallora_edge.learner.model import ComposedModel
+from duallora_edge.runtime.bundle import INPUT, OUTPUTS
+
+LAYER_NORM_OPSET = 17
+GELU_OPSET = 20
+MIN_OPSET = 14
+
+Array = npt.NDArray[Any]
+
+
+class Builder:
+    """Collects nodes and initializers. Every method returns the name of the tensor it makes."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, Array] = {}
+        self._count = 0
+
+    def weight(self, name: str, value: Tensor | Array) -> str:
+        """An initializer; the same name twice must carry the same value."""
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        if name in self.initializers:
+            assert np.array_equal(self.initializers[name], array), name
+        self.initializers[name] = np.asarray(array, order="C")
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A vector of int64, shared between its uses."""
+        return self.weight("ints." + "_".join(str(v) for v in values), np.array(values, np.int64))
+
+    def number(self, value: float) -> str:
+        """A float32 scalar, shared between its uses."""
+        return self.weight(f"number.{value!r}", np.array(value, np.float32))
+
+    def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        """Add a node with one output, named ``name`` or by a running number."""
+        self._count += 1
+        output = name or f"{op.lower()}_{self._count}"
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def split(self, x: str, sizes: Sequence[int]) -> list[str]:
+        """Split the last axis."""
+        self._count += 1
+        outputs = [f"split_{self._count}_{part}" for part in range(len(sizes))]
+        self.nodes.append(helper.make_node("Split", [x, self.ints(*sizes)], outputs, name=outputs[0], axis=-1))
+        return outputs
+
+    def reshape(self, x: str, *shape: int) -> str:
+        return self.node("Reshape", x, self.ints(*shape))
+
+    def slice(self, x: str, start: int, end: int, axis: int) -> str:
+        return self.node("Slice", x, self.ints(start), self.ints(end), self.ints(axis))
+
+    def gemm(self, x: str, weight: str, bias: str | None) -> str:
+        """x weight^T + bias for a matrix x and a weight in the (out, in) layout."""
+        return self.node("Gemm", x, weight, *([bias] if bias else []), transB=1)
+
+    def layer_norm(self, x: str, scale: str, bias: str | None, eps: float) -> str:
+        """Normalise the last axis; decomposed where the opset has no such operator."""
+        if self.opset >= LAYER_NORM_OPSET:
+            return self.node("LayerNormalization", x, scale, *([bias] if bias else []), axis=-1, epsilon=eps)
+        centred = self.node("Sub", x, self._mean(x))
+        variance = self._mean(self.node("Mul", centred, centred))
+        deviation = self.node("Sqrt", self.node("Add", variance, self.number(eps)))
+        y = self.node("Mul", self.node("Div", centred, deviation), scale)
+        return self.node("Add", y, bias) if bias else y
+
+    def _mean(self, x: str) -> str:
+        if self.opset >= 18:
+            return self.node("ReduceMean", x, self.ints(-1), keepdims=1)
+        return self.node("ReduceMean", x, axes=[-1], keepdims=1)
+
+    def mean_over_tokens(self, x: str) -> str:
+        """Mean over axis 1, kept with length 1."""
+        if self.opset >= 18:
+            return self.node("ReduceMean", x, self.ints(1), keepdims=1)
+        return self.node("ReduceMean", x, axes=[1], keepdims=1)
+
+    def max_last(self, x: str) -> str:
+        """Maximum over the last axis, which is dropped."""
+        if self.opset >= 18:
+            return self.node("ReduceMax", x, self.ints(-1), keepdims=0)
+        return self.node("ReduceMax", x, axes=[-1], keepdims=0)
+
+    def gelu(self, x: str) -> str:
+        """The exact Gaussian error linear unit, x Phi(x)."""
+        if self.opset >= GELU_OPSET:
+            return self.node("Gelu", x)
+        erf = self.node("Erf", self.node("Div", x, self.number(float(np.float32(2.0**0.5)))))
+        return self.node("Mul", self.node("Mul", x, self.node("Add", erf, self.number(1.0))), self.number(0.5))
+
+
+class VitGraph:
+    """Translates the parts of a `ComposedModel` into nodes of a `Builder`."""
+
+    def __init__(self, model: ComposedModel, opset: int) -> None:
+        self.model = model
+        self.backbone = model.network.backbone
+        self.vit = self.backbone.model
+        self.dim = self.backbone.dim
+        self.special = self.backbone.special_tokens
+        self.length = self.special + (self.backbone.info.size // self.vit.patch_embed.patch_size[0]) ** 2
+        self.b = Builder(opset)
+
+    def build(self) -> onnx.GraphProto:
+        """The whole graph."""
+        x = self._embed()
+        prefix = self.backbone.info.prefix_blocks
+        for index, block in enumerate(self.vit.blocks[:prefix]):
+            x = self._block(f"blocks.{index}", AdaptedBlock(block), x, None)
+        phi = self._summary(x)
+        posterior = self._posterior(phi)
+        blocks = self.model.network.blocks
+        for offset, block in enumerate(blocks):
+            last = offset == len(blocks) - 1 and self.backbone.pools_class_token
+            x = self._block(f"blocks.{prefix + offset}", block, x, posterior, class_token_only=last)
+        self._classify(self._feature(x), phi)
+        size = self.backbone.info.size
+        image = helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["N", size, size, 3])
+        columns = {
+            "probabilities": ["N", len(self.model.catalogue.classes)],
+            "task_probabilities": ["N", len(self.model.catalogue.tasks)],
+            "novelty": ["N"],
+            "features": ["N", self.dim + self.backbone.summary_dim],
+        }
+        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, columns[name]) for name in OUTPUTS]
+        initializers = [numpy_helper.from_array(value, name) for name, value in self.b.initializers.items()]
+        return helper.make_graph(self.b.nodes, "duallora_edge", [image], outputs, initializers)
+
+    # -- before the blocks ------------------------------------------------------------------------------------
+
+    def _embed(self) -> str:
+        """Tokens [N * L, d]. w (p - mean) / std + bias = (w / std) p + (bias - sum w mean / std): exact, no padding."""
+        b, proj = self.b, self.vit.patch_embed.proj
+        mean, std = self.backbone.pixel_mean.double().cpu(), self.backbone.pixel_std.double().cpu()
+        weight = proj.weight.double().cpu() / std[None, :, None, None]
+        bias = -(weight * mean[None, :, None, None]).sum(dim=(1, 2, 3))
+        if proj.bias is not None:
+            bias = bias + proj.bias.double().cpu()
+        # Cast comes first: parsers of TensorRT refuse to transpose uint8.
+        pixels = b.node("Transpose", b.node("Cast", INPUT, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+        x = b.node(
+            "Conv",
+            pixels,
+            b.weight("patch_embed.proj.weight", weight.float()),
+            b.weight("patch_embed.proj.bias", bias.float()),
+            strides=list(proj.stride),
+            kernel_shape=list(proj.kernel_size),
+        )
+        x = b.node("Transpose", b.reshape(x, 0, self.dim, -1), perm=[0, 2, 1])
+        if not isinstance(self.vit.patch_embed.norm, nn.Identity):
+            x = self._norm("patch_embed.norm", self.vit.patch_embed.norm, x)
+        # Class and register tokens are constants: padding makes room and one addition brings them and the positions.
+        x = b.node("Pad", x, b.ints(0, self.special, 0, 0, 0, 0)) if self.special else x
+        x = b.node("Add", x, b.weight("token_embed", self._token_embedding()))
+        x = b.reshape(x, -1, self.dim)
+        return self._norm("norm_pre", self.vit.norm_pre, x)
+
+    def _token_embedding(self) -> Array:
+        """Class token, register tokens and positions as one constant [1, L, d], by the backbone's own code."""
+        vit = self.vit
+        side = self.backbone.info.size // vit.patch_embed.patch_size[0]
+        shape = (1, side, side, self.dim) if vit.dynamic_img_size else (1, side * side, self.dim)
+        blank = vit.patch_embed.proj.weight.new_zeros(shape)
+        constant: Array = vit._pos_embed(blank).detach().cpu().numpy()
+        return constant
+
+    def _norm(self, name: str, norm: nn.Module, x: str) -> str:
+        if isinstance(norm, nn.Identity):
+            return x
+        if not isinstance(norm, nn.LayerNorm):
+            raise ExportError(
+                f"The normalisation {type(norm).__name__} of {name} cannot be exported; use a LayerNorm ViT."
+            )
+        scale = self.b.weight(f"{name}.weight", norm.weight)
+        bias = None if norm.bias is None else self.b.weight(f"{name}.bias", norm.bias)
+        return self.b.layer_norm(x, scale, bias, norm.eps)
+
+    # -- blocks -----------------------------------------------------------------------------------------------
+
+    def _block(
+        self, name: str, adapted: AdaptedBlock, x: str, posterior: str | None, *, class_token_only: bool = False
+    ) -> str:
+        """One block on rows x [N * L, d]; with ``class_token_only`` the result is [N, d]."""
+        b, block = self.b, adapted.block
+        y = self._norm(f"{name}.norm1", block.norm1, x)
+        heads = self._attention(name, adapted, y, posterior, class_token_only)
+        if class_token_only:
+            x = self._class_rows(x)
+        attended = b.gemm(heads, *self._linear(f"{name}.attn.proj", block.attn.proj))
+        x = b.node("Add", x, self._scaled(f"{name}.ls1", block.ls1, attended))
+        y = self._norm(f"{name}.norm2", block.norm2, x)
+        return b.node("Add", x, self._scaled(f"{name}.ls2", block.ls2, self._mlp(f"{name}.mlp", block.mlp, y)))
+
+    def _attention(
+        self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None, class_token_only: bool
+    ) -> str:
+        """Heads concatenated, rows [N * Lq, d], before the output projection."""
+        b, attn, d = self.b, adapted.block.attn, self.dim
+        weight = adapted.weight
+        bias = attn.qkv.bias
+        hidden = self._residual(name, adapted, y, posterior)
+        if class_token_only:
+            q = self._projection(
+                f"{name}.attn.qkv.q", self._class_rows(y), weight[:d], None if bias is None else bias[:d]
+            )
+            kv = self._projection(f"{name}.attn.qkv.kv", y, weight[d:], None if bias is None else bias[d:])
+            if hidden and adapted.adapter:
+                up_q = b.weight(f"{name}.residual.q_up", adapted.adapter.q_up)
+                up_v = b.weight(f"{name}.residual.kv_up", nn.functional.pad(adapted.adapter.v_up, (d, 0)))
+                q = b.node("Gemm", self._class_rows(hidden, adapted.adapter.q_up.shape[0]), up_q, q)
+                kv = b.node("Gemm", hidden, up_v, kv)
+            k, v = b.split(kv, [d, d])
+        else:
+            qkv = self._projection(f"{name}.attn.qkv", y, weight, bias)
+            if hidden and adapted.adapter:
+                up = np.concatenate(
+                    [
+                        t.detach().cpu().numpy()
+                        for t in (adapted.adapter.q_up, 0 * adapted.adapter.q_up, adapted.adapter.v_up)
+                    ],
+                    axis=1,
+                )
+                qkv = b.node("Gemm", hidden, b.weight(f"{name}.residual.up", up), qkv)
+            q, k, v = b.split(qkv, [d, d, d])
+        queries = 1 if class_token_only else self.length
+        q, k, v = (
+            b.reshape(t, -1, n, attn.num_heads, attn.head_dim)
+            for t, n in ((q, queries), (k, self.length), (v, self.length))
+        )
+        q = self._norm(f"{name}.attn.q_norm", attn.q_norm, q)
+        k = self._norm(f"{name}.attn.k_norm", attn.k_norm, k)
+        q = b.node("Mul", b.node("Transpose", q, perm=[0, 2, 1, 3]), b.number(attn.scale))
+        scores = b.node("MatMul", q, b.node("Transpose", k, perm=[0, 2, 3, 1]))
+        heads = b.node("MatMul", b.node("Softmax", scores, axis=-1), b.node("Transpose", v, perm=[0, 2, 1, 3]))
+        return b.reshape(b.node("Transpose", heads, perm=[0, 2, 1, 3]), -1, d)
+
+    def _residual(self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None) -> str | None:
+        """Down-projected rows [N * L, R] of the residual adapters of all tasks, opened per image; None without any."""
+        b, adapter = self.b, adapted.adapter
+        if adapter is None or adapted.gate_map is None or posterior is None:
+            return None
+        rank = adapter.q_down.shape[0]
+        gates = b.node("MatMul", posterior, b.weight(f"{name}.residual.gate_map", adapted.gate_map))
+        hidden = b.gemm(y, b.weight(f"{name}.residual.down", adapter.q_down), None)
+        gated = b.node("Mul", b.reshape(hidden, -1, self.length, rank), b.reshape(gates, -1, 1, rank))
+        return b.reshape(gated, -1, rank)
+
+    def _projection(self, name: str, x: str, weight: Tensor, bias: Tensor | None) -> str:
+        stored = self.b.weight(f"{name}.weight", weight)
+        return self.b.gemm(x, stored, None if bias is None else self.b.weight(f"{name}.bias", bias))
+
+    def _linear(self, name: str, layer: nn.Linear) -> tuple[str, str | None]:
+        weight = self.b.weight(f"{name}.weight", layer.weight)
+        return weight, None if layer.bias is None else self.b.weight(f"{name}.bias", layer.bias)
+
+    def _scaled(self, name: str, scale: nn.Module, x: str) -> str:
+        if isinstance(scale, LayerScale):
+            return self.b.node("Mul", x, self.b.weight(f"{name}.gamma", scale.gamma))
+        return x
+
+    def _mlp(self, name: str, mlp: Any, x: str) -> str:
+        """fc1, activation, fc2; a gated or normalised MLP is refused."""
+        children = {key for key, child in mlp.named_children() if not isinstance(child, (nn.Identity, nn.Dropout))}
+        if children != {"fc1", "act", "fc2"}:
+            raise ExportError(f"The MLP {type(mlp).__name__} of {name} cannot be exported; use a ViT with a plain MLP.")
+        hidden = self.b.gemm(x, *self._linear(f"{name}.fc1", mlp.fc1))
+        return self.b.gemm(self._activation(name, mlp.act, hidden), *self._linear(f"{name}.fc2", mlp.fc2))
+
+    def _activation(self, name: str, act: nn.Module, x: str) -> str:
+        kind = type(act).__name__
+        if kind in ("GELU", "Gelu") and getattr(act, "approximate", "none") == "none":
+            return self.b.gelu(x)
+        if kind in ("QuickGELU", "QuickGelu"):
+            return self.b.node("Mul", x, self.b.node("Sigmoid", self.b.node("Mul", x, self.b.number(1.702))))
+        if kind == "ReLU":
+            return self.b.node("Relu", x)
+        raise ExportError(f"The activation {kind} of {name} cannot be exported; use a ViT with GELU.")
+
+    def _class_rows(self, x: str, width: int | None = None) -> str:
+        """Rows [N, width] of the class tokens of rows [N * L, width]."""
+        width = width or self.dim
+        first = self.b.slice(self.b.reshape(x, -1, self.length, width), 0, 1, 1)
+        return self.b.reshape(first, -1, width)
+
+    # -- after the blocks -------------------------------------------------------------------------------------
+
+    def _summary(self, x: str) -> str:
+        """The prefix summary phi [N, 3d] (or [N, 2d] without a class token) of rows [N * L, d]."""
+        b = self.b
+        tokens = b.reshape(x, -1, self.length, self.dim)
+        patches = b.slice(tokens, self.special, self.length, 1)
+        mean = b.mean_over_tokens(patches)
+        centred = b.node("Sub", patches, mean)
+        deviation = b.node("Sqrt", b.mean_over_tokens(b.node("Mul", centred, centred)))
+        parts = [b.slice(tokens, 0, 1, 1), mean, deviation] if self.vit.has_class_token else [mean, deviation]
+        ones = b.weight("summary.scale", np.ones(self.dim, np.float32))
+        joined = b.layer_norm(b.node("Concat", *parts, axis=1), ones, None, 1e-6)
+        return b.reshape(joined, -1, self.backbone.summary_dim)
+
+    def _posterior(self, phi: str) -> str:
+        """The task posterior [N, T]; the temperature is folded into the weights."""
+        b, memory = self.b, self.model.network.memory
+        logits = b.gemm(
+            phi,
+            b.weight("memory.weight", memory.weight / memory.temperature),
+            b.weight("memory.bias", memory.bias / memory.temperature),
+        )
+        return b.node("MatMul", b.node("Softmax", logits, axis=-1), b.weight("memory.task_sums", memory.task_sums))
+
+    def _feature(self, x: str) -> str:
+        """The final feature f [N, d]; x is [N, d] when the last block gave the class token alone."""
+        if self.backbone.pools_class_token:
+            pooled = self._norm("norm", self.vit.norm, x)
+        else:
+            tokens = self.b.reshape(self._norm("norm", self.vit.norm, x), -1, self.length, self.dim)
+            pooled = self.b.mean_over_tokens(self.b.slice(tokens, self.special, self.length, 1))
+            pooled = self.b.reshape(pooled, -1, self.dim)
+        return self._norm("fc_norm", self.vit.fc_norm, pooled)
+
+    def _classify(self, f: str, phi: str) -> None:
+        """The four outputs. The temperature is folded into the classifier's weights."""
+        b, c = self.b, self.model.classifier
+        features = b.node("Concat", f, phi, axis=1, name="features")
+        logits = b.gemm(
+            features,
+            b.weight("classifier.weight", c.weight / c.temperature),
+            b.weight("classifier.bias", c.bias / c.temperature),
+        )
+        components = b.node("Softmax", logits, axis=-1)
+        b.node("MatMul", components, b.weight("classifier.class_sums", c.class_sums), name="probabilities")
+        b.node("MatMul", components, b.weight("classifier.task_sums", c.task_sums), name="task_probabilities")
+        whitening = b.weight("novelty.whitening", c.whitening.T)
+        white = b.gemm(features, whitening, b.weight("novelty.offset", c.offset))
+        width = white_width(c.whitening)
+        squared = b.reshape(b.node("MatMul", b.reshape(white, -1, 1, width), b.reshape(white, -1, width, 1)), -1)
+        nearest = b.gemm(
+            features, b.weight("novelty.weight", c.nearest_weight), b.weight("novelty.bias", c.nearest_bias)
+        )
+        distance = b.node("Sub", squared, b.node("Mul", b.max_last(nearest), b.number(2.0)))
+        b.node("Mul", b.node("Relu", distance), b.number(1.0 / width), name="novelty")
+
+
+def white_width(whitening: Tensor) -> int:
+    """D, the number of features."""
+    return int(whitening.shape[0])
+
+
+def build_model(model: ComposedModel, opset: int, ir_version: int) -> onnx.ModelProto:
+    """The ONNX model of a composed model, checked by `onnx.checker` with shape inference.
+
+    Raises `ExportError` when the opset is below 14 or a part of the backbone cannot be expressed.
+    """
+    if opset < MIN_OPSET:
+        raise ExportError(f"Opset {opset} is too old for this graph; targets need at least {MIN_OPSET}.")
+    graph = VitGraph(model, opset).build()
+    built = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
+        producer_name="duallora-edge",
+        producer_version=__version__,
+    )
+    onnx.checker.check_model(built, full_check=True)
+    return built

@@ -1,0 +1,107 @@
+"""Proof that the exported graph answers as the PyTorch model does, on generated and on real images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+
+from duallora_edge.errors import ExportError
+from duallora_edge.learner.model import ComposedModel
+from duallora_edge.runtime.bundle import INPUT, OUTPUTS
+from duallora_edge.runtime.preprocess import Frame
+
+MAX_PROBABILITY_DIFFERENCE = 1e-3
+MIN_TOP1_AGREEMENT = 0.999
+MIN_FEATURE_COSINE = 0.9999
+BATCH = 32
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement of two sets of outputs on ``images`` images; differences are absolute."""
+
+    images: int
+    top1_agreement: float
+    task_agreement: float
+    max_probability_difference: float
+    max_task_probability_difference: float
+    max_relative_novelty_difference: float
+    min_feature_cosine: float
+
+    @classmethod
+    def between(cls, reference: Arrays, other: Arrays) -> Parity:
+        """Compare outputs by name, float32 arrays with the same number of rows."""
+        top1 = reference["probabilities"].argmax(1) == other["probabilities"].argmax(1)
+        tasks = reference["task_probabilities"].argmax(1) == other["task_probabilities"].argmax(1)
+        f, g = reference["features"].astype(np.float64), other["features"].astype(np.float64)
+        cosine = (f * g).sum(1) / np.maximum(np.linalg.norm(f, axis=1) * np.linalg.norm(g, axis=1), 1e-12)
+        novelty = np.abs(reference["novelty"] - other["novelty"]) / np.maximum(np.abs(reference["novelty"]), 1e-3)
+        return cls(
+            images=len(top1),
+            top1_agreement=float(top1.mean()),
+            task_agreement=float(tasks.mean()),
+            max_probability_difference=_largest(reference, other, "probabilities"),
+            max_task_probability_difference=_largest(reference, other, "task_probabilities"),
+            max_relative_novelty_difference=float(novelty.max()),
+            min_feature_cosine=float(cosine.min()),
+        )
+
+    def check(self, what: str) -> None:
+        """Raise `ExportError` when the agreement is not good enough. NaN never is."""
+        good = (
+            self.top1_agreement >= MIN_TOP1_AGREEMENT
+            and self.max_probability_difference <= MAX_PROBABILITY_DIFFERENCE
+            and self.min_feature_cosine >= MIN_FEATURE_COSINE
+        )
+        if not good:
+            raise ExportError(
+                f"The exported graph does not answer as the trained model on {what} images (top-1 agreement "
+                f"{100 * self.top1_agreement:.2f} %, largest probability difference "
+                f"{self.max_probability_difference:.2g}); nothing was written, please report this backbone."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _largest(reference: Arrays, other: Arrays, name: str) -> float:
+    return float(np.abs(reference[name] - other[name]).max())
+
+
+@torch.no_grad()
+def torch_outputs(model: ComposedModel, images: Frame) -> Arrays:
+    """Outputs of the PyTorch model in fp32 on uint8 [N, S, S, 3]."""
+    rows = [model(torch.from_numpy(images[i : i + BATCH].copy())) for i in range(0, len(images), BATCH)]
+    return {name: torch.cat([getattr(row, name) for row in rows]).cpu().numpy() for name in OUTPUTS}
+
+
+def onnx_outputs(model: onnx.ModelProto, images: Frame) -> Arrays:
+    """Outputs of the graph in ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rows = [session.run(list(OUTPUTS), {INPUT: images[i : i + BATCH]}) for i in range(0, len(images), BATCH)]
+    return {name: np.concatenate([row[k] for row in rows]) for k, name in enumerate(OUTPUTS)}
+
+
+def generated_images(count: int, size: int, seed: int = 0) -> Frame:
+    """Images uint8 [count, size, size, 3] that need no data: noise at four scales on colour gradients."""
+    rng = np.random.default_rng(seed)
+    axis = np.linspace(0, 1, size, dtype=np.float32)
+    images = []
+    for index in range(count):
+        start, right, down = rng.uniform(0, 255, (3, 3)).astype(np.float32)
+        base = start + (right - start) * axis[None, :, None] / 2 + (down - start) * axis[:, None, None] / 2
+        cell = max(1, size // (4 << (index % 4)))
+        coarse = rng.normal(0, 50, (-(-size // cell), -(-size // cell), 3))
+        noise = np.repeat(np.repeat(coarse, cell, axis=0), cell, axis=1)[:size, :size]
+        images.append(np.clip(base + noise, 0, 255))
+    return np.stack(images).astype(np.uint8)
