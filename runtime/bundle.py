@@ -1,0 +1,377 @@
+"""A bundle: the folder a device receives, its manifest, and the reader that trusts nothing in it.
+
+BUNDLE/manifest.json   what the model expects and returns, and the size and SHA-256 of every other file
+BUNDLE/model.onnx      the graph: uint8 images in, calibrated probabilities out
+BUNDLE/golden.npz      generated images and the outputs that the original model gave for them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from duallora_edge.device_profiles.reader import Section
+from duallora_edge.errors import BundleError
+from duallora_edge.files import read_json, sha256_file
+from duallora_edge.runtime.preprocess import Frame, Preprocessing
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+GOLDEN = "golden.npz"
+INPUT = "image"
+OUTPUTS = ("probabilities", "task_probabilities", "novelty", "features")
+
+MAX_FILE_BYTES = 2**40
+MAX_GOLDEN_BYTES = 256 * 2**20
+MAX_FEATURES = 2**20
+MAX_PROBLEMS = 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What the graph returns for N images, all float32.
+
+    ``probabilities [N, C]`` are calibrated and sum to 1 over the classes, ``task_probabilities [N, T]`` over the
+    tasks, ``novelty [N]`` grows with the distance to everything learned, ``features [N, d]`` describe the image.
+    """
+
+    probabilities: FloatArray
+    task_probabilities: FloatArray
+    novelty: FloatArray
+    features: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Golden(Outputs):
+    """Generated images, ``image: uint8 [N, S, S, 3]``, and the outputs of the model before its export."""
+
+    image: Frame
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and the classes it brought examples of, as indices into the class list, in any order.
+
+    A class may belong to several tasks: a known class that was met again in another domain.
+    """
+
+    name: str
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``temperature`` is inside the graph already; an image is novel when its novelty exceeds the threshold."""
+
+    temperature: float
+    novelty_threshold: float | None
+    method: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """SHA-256 (hexadecimal) and size of a file in the bundle."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """The record of an existing file. Raises ``OSError`` when it cannot be read."""
+        return cls(sha256_file(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a device needs to know about a bundle; ``target``, ``parity`` and ``provenance`` are free JSON.
+
+    ``feature_size`` is d of the output ``features [N, d]``; the other tensor shapes follow from the number of
+    classes, the number of tasks and the image size.
+    """
+
+    bundle_version: int
+    name: str
+    classes: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    preprocessing: Preprocessing
+    feature_size: int
+    calibration: Calibration
+    files: Mapping[str, FileRecord]
+    target: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def output_shapes(self, images: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every output for a batch of ``images``."""
+        columns = {"probabilities": len(self.classes), "task_probabilities": len(self.tasks)}
+        columns["features"] = self.feature_size
+        return {name: (images, columns[name]) if name in columns else (images,) for name in OUTPUTS}
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of manifest.json."""
+        return {
+            "schema": SCHEMA,
+            "bundle_version": self.bundle_version,
+            "name": self.name,
+            "classes": list(self.classes),
+            "tasks": [{"name": task.name, "classes": list(task.classes)} for task in self.tasks],
+            "preprocessing": self.preprocessing.to_json(),
+            "input": _input_json(self.preprocessing.size),
+            "outputs": {
+                name: {"dtype": "float32", "shape": ["N", *shape[1:]]} for name, shape in self.output_shapes(1).items()
+            },
+            "calibration": {
+                **self.calibration.extra,
+                "temperature": self.calibration.temperature,
+                "novelty_threshold": self.calibration.novelty_threshold,
+                "method": self.calibration.method,
+            },
+            "target": dict(self.target),
+            "parity": dict(self.parity),
+            "provenance": dict(self.provenance),
+            "files": {name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in self.files.items()},
+        }
+
+    @classmethod
+    def from_json(cls, document: object) -> Manifest:
+        """Read the content of manifest.json; keys it does not know are ignored.
+
+        Raises `BundleError` for an unknown schema, or with every problem at once.
+        """
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if not isinstance(document, dict) or type(schema) is not int:
+            raise BundleError("The manifest has no schema version, so this is no bundle; export the run again.")
+        if schema != SCHEMA:
+            remedy = "upgrade duallora-edge on this device" if schema > SCHEMA else "export the run again"
+            raise BundleError(f"The manifest has schema {reprlib.repr(schema)}, this version reads {SCHEMA}; {remedy}.")
+        problems: list[str] = []
+        try:
+            # NaN, infinities and lone surrogates are read by Python, but are neither JSON nor printable.
+            json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+            manifest = _read_manifest(Section(document, "", problems))
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise BundleError(f"The manifest is not valid ({str(error)[:200]}); export the run again.") from error
+        if problems or manifest is None:
+            more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+            listed = "; ".join(problems[:MAX_PROBLEMS])
+            raise BundleError(f"The manifest is not valid ({listed}{more}); export the run again.")
+        return manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was opened: every file is there and, unless ``verify`` was off, unaltered."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file."""
+        return self.path / MODEL
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> Bundle:
+        """Open the bundle in the folder ``path``.
+
+        ``verify`` compares the SHA-256 of every file with the manifest; without it only their sizes are
+        compared, which is for bundles that this process verified before. Raises `BundleError`.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise BundleError(f"{root} is not a folder; give the folder that 'duallora-edge export' wrote.")
+        file = _inside(root, MANIFEST)
+        if file is None:
+            raise BundleError(f"{root} has no {MANIFEST}, so it is no bundle; copy the whole folder again.")
+        try:
+            manifest = Manifest.from_json(read_json(file))
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(f"{file} cannot be read ({str(error)[:200]}); copy the bundle again.") from error
+        except BundleError as error:
+            raise BundleError(f"{file}: {error}") from error
+        for name, record in manifest.files.items():
+            _check_file(root, name, record, verify)
+        return cls(root, manifest)
+
+    def golden(self) -> Golden:
+        """The golden images and outputs; raises `BundleError` when they are damaged or do not fit the manifest."""
+        file = self.path / GOLDEN
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MAX_GOLDEN_BYTES:
+                    raise ValueError(f"larger than {MAX_GOLDEN_BYTES} bytes")
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in (INPUT, *OUTPUTS)}
+        except Exception as error:  # zipfile, zlib and NumPy raise many types on damaged files
+            raise BundleError(f"{file} cannot be read ({str(error)[:200]}); copy the bundle again.") from error
+        size, images = self.manifest.preprocessing.size, len(np.atleast_1d(arrays[INPUT]))
+        expected = {INPUT: (images, size, size, 3), **self.manifest.output_shapes(images)}
+        for name, array in arrays.items():
+            dtype = np.dtype(np.uint8 if name == INPUT else np.float32)
+            if array.dtype != dtype or array.shape != expected[name] or images == 0 or not np.isfinite(array).all():
+                raise BundleError(
+                    f"{file}: '{name}' must be finite {dtype} {list(expected[name])} of at least one image, "
+                    f"not {array.dtype} {list(array.shape)}; export the run again."
+                )
+        return Golden(**arrays)
+
+
+def _input_json(size: int) -> dict[str, Any]:
+    return {"name": INPUT, "dtype": "uint8", "shape": ["N", size, size, 3]}
+
+
+def _read_manifest(top: Section) -> Manifest | None:
+    """The manifest, or None when something was added to the list of problems."""
+    classes = _names(top, "classes")
+    tasks = _read_tasks(top, len(classes))
+    preprocessing = _read_preprocessing(top.section("preprocessing"))
+    features = top.section("outputs").section("features")
+    shape = features.values.get("shape")
+    feature_size = shape[1] if isinstance(shape, list) and len(shape) == 2 else None
+    if type(feature_size) is not int or not 1 <= feature_size <= MAX_FEATURES:
+        features.problem("shape", f'must be ["N", d] with d from 1 to {MAX_FEATURES}')
+    manifest = Manifest(
+        bundle_version=top.integer("bundle_version", 1, 2**53),
+        name=_name(top, "name"),
+        classes=classes,
+        tasks=tasks,
+        preprocessing=preprocessing or Preprocessing(8),
+        feature_size=feature_size if type(feature_size) is int else 1,
+        calibration=_read_calibration(top.section("calibration")),
+        files=_read_files(top.section("files")),
+        target=top.section("target").values,
+        parity=top.section("parity").values,
+        provenance=top.section("provenance").values,
+    )
+    if top.problems:
+        return None
+    written = manifest.to_json()
+    for key in ("input", "outputs"):
+        given = top.section(key).values
+        for name, value in written[key].items():
+            if given.get(name) != value:
+                top.problem(f"{key}.{name}", f"does not fit the classes, tasks and image size, which give {value}")
+    return None if top.problems else manifest
+
+
+def _name(section: Section, key: str) -> str:
+    value = section.text(key)
+    if _CONTROL.search(value):
+        section.problem(key, "must not contain control characters")
+    return value
+
+
+def _names(section: Section, key: str) -> tuple[str, ...]:
+    values = section.texts(key)
+    if section.has(key) and section.values[key] == []:
+        section.problem(key, "must not be empty")
+    if len(set(values)) < len(values):
+        section.problem(key, "has the same name twice")
+    if any(_CONTROL.search(value) for value in values):
+        section.problem(key, "must not contain control characters")
+    return values
+
+
+def _read_tasks(top: Section, class_count: int) -> tuple[Task, ...]:
+    entries = top.values.get("tasks")
+    if not isinstance(entries, list) or not entries:
+        top.problem("tasks", "must be a list of at least one task")
+        return ()
+    tasks = []
+    for index, entry in enumerate(entries):
+        section = Section(entry, f"tasks[{index}]", top.problems)
+        members = section.values.get("classes")
+        if not isinstance(members, list) or not members or not all(_is_index(item, class_count) for item in members):
+            section.problem("classes", f"must be a list of indices below {class_count}, the number of classes")
+            members = []
+        tasks.append(Task(_name(section, "name"), tuple(members)))
+    if len({task.name for task in tasks}) < len(tasks):
+        top.problem("tasks", "has the same name twice")
+    missing = set(range(class_count)) - {index for task in tasks for index in task.classes}
+    if missing and not top.problems:
+        top.problem("tasks", f"leave out {len(missing)} of the {class_count} classes")
+    return tuple(tasks)
+
+
+def _is_index(value: object, below: int) -> bool:
+    return type(value) is int and 0 <= value < below
+
+
+def _read_preprocessing(section: Section) -> Preprocessing | None:
+    before = len(section.problems)
+    size = section.integer("size", 8, 4096)
+    resize, interpolation = section.text("resize"), section.text("interpolation")
+    if len(section.problems) > before:
+        return None
+    try:
+        return Preprocessing(size, resize, interpolation)
+    except ValueError as error:
+        section.problem("", str(error))
+        return None
+
+
+def _read_calibration(section: Section) -> Calibration:
+    threshold = None
+    if section.values.get("novelty_threshold", 0) is not None:
+        threshold = section.number("novelty_threshold", -1e30, 1e30)
+    known = ("temperature", "novelty_threshold", "method")
+    return Calibration(
+        temperature=section.number("temperature", 1e-6, 1e6),
+        novelty_threshold=threshold,
+        method=section.text("method"),
+        extra={key: value for key, value in section.values.items() if key not in known},
+    )
+
+
+def _read_files(section: Section) -> dict[str, FileRecord]:
+    for required in (MODEL, GOLDEN):
+        if required not in section.values:
+            section.problem("", f"must list {required}")
+    records = {}
+    for name in section.values:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or _CONTROL.search(name) or not path.parts:
+            section.problem("", f"{reprlib.repr(name)} leaves the bundle folder")
+            continue
+        record = section.section(name)
+        digest = record.text("sha256")
+        if digest and not _SHA256.fullmatch(digest):
+            record.problem("sha256", "must be 64 hexadecimal digits")
+        records[name] = FileRecord(digest, record.integer("bytes", 0, MAX_FILE_BYTES))
+    return records
+
+
+def _inside(root: Path, name: str) -> Path | None:
+    """The regular file ``name`` below ``root``, or None when there is none or a link leads out of ``root``."""
+    try:
+        file = (root / name).resolve(strict=True)
+        inside = file.is_relative_to(root.resolve()) and file.is_file()
+    except (OSError, RuntimeError):  # missing, too long, or a circle of links
+        return None
+    return root / name if inside else None
+
+
+def _check_file(root: Path, name: str, record: FileRecord, verify: bool) -> None:
+    file = _inside(root, name)
+    if file is None:
+        raise BundleError(f"{root / name} is missing or leads out of the bundle; copy the whole bundle again.")
+    size = file.stat().st_size
+    if size != record.bytes:
+        raise BundleError(f"{file} has {size} bytes instead of {record.bytes}; copy the whole bundle again.")
+    if verify and sha256_file(file) != record.sha256:
+        raise BundleError(f"{file} was altered (its SHA-256 differs from the manifest); copy the whole bundle again.")
