@@ -1,0 +1,176 @@
+"""The ladder: a real inference decides, every rung that was passed over says why, strict forbids a fallback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from duallora_edge.errors import BackendError
+from duallora_edge.runtime import backends
+from duallora_edge.runtime.backends import MAX_DIFFERENCE, UnavailableError, check_golden, open_backend
+from duallora_edge.runtime.bundle import Bundle, Golden, Outputs
+from duallora_edge.runtime.preprocess import Frame
+
+CPU = backends.LADDER["cpu"]
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def failing(error: Exception) -> Callable[[Bundle, int | None], backends.Run]:
+    def opener(bundle: Bundle, threads: int | None) -> backends.Run:
+        raise error
+
+    return opener
+
+
+def wrong(bundle: Bundle, threads: int | None) -> backends.Run:
+    """A rung that starts and computes, but not the right numbers."""
+    run = CPU(bundle, threads)
+
+    def shifted(images: Frame) -> Outputs:
+        outputs = run(images)
+        probabilities = np.roll(outputs.probabilities, 1, axis=1)
+        return Outputs(probabilities, outputs.task_probabilities, outputs.novelty, outputs.features)
+
+    return shifted
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("images", [1, 5])
+def test_outputs_equal_the_reference(
+    shared_bundle: Path, numpy_outputs: Callable[[Frame], dict[str, np.ndarray]], backend: str, images: int
+) -> None:
+    opened = open_backend(Bundle.open(shared_bundle), backend, threads=1)
+    frames = np.random.default_rng(images).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
+    outputs = opened.run(frames)
+    for name, expected in numpy_outputs(frames).items():
+        np.testing.assert_allclose(getattr(outputs, name), expected, atol=1e-5)
+    assert opened.check.passed and opened.check.images == 4
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
+def test_a_missing_provider_is_told(shared_bundle: Path) -> None:
+    bundle = Bundle.open(shared_bundle)
+    opened = open_backend(bundle, "cuda")
+    assert opened.name == "cpu"
+    assert "built without CUDAExecutionProvider" in opened.not_used["cuda"]
+    assert str(opened).startswith("cpu (not cuda: ")
+    assert open_backend(bundle, "cpu", strict=True).not_used == {}
+    assert open_backend(bundle, "auto", strict=True).name == "cpu"
+    with pytest.raises(BackendError, match=r"cuda: .* built without .*leave out 'strict'"):
+        open_backend(bundle, "cuda", strict=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="this ONNX Runtime has no CUDA")
+def test_cuda_gives_the_golden_outputs(shared_bundle: Path) -> None:
+    assert open_backend(Bundle.open(shared_bundle), "cuda", strict=True).check.passed
+
+
+@pytest.mark.parametrize(
+    ("opener", "reason", "is_fallback"),
+    [
+        (failing(RuntimeError("no kernel image\nsecond line")), "no kernel image", True),
+        (failing(RuntimeError()), "RuntimeError", True),
+        (failing(UnavailableError("not installed")), "not installed", False),
+        (wrong, "wrong results, largest difference", True),
+    ],
+)
+def test_the_ladder(
+    shared_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opener: Callable[[Bundle, int | None], backends.Run],
+    reason: str,
+    is_fallback: bool,
+) -> None:
+    bundle = Bundle.open(shared_bundle)
+    monkeypatch.setattr(backends, "LADDER", {"cuda": opener, "cpu": CPU})
+    opened = open_backend(bundle, "auto")
+    assert opened.name == "cpu" and opened.not_used["cuda"].startswith(reason)
+    assert "second line" not in opened.not_used["cuda"]
+    assert opened.to_json()["not_used"] == opened.not_used
+    with pytest.raises(BackendError, match="cuda: "):
+        open_backend(bundle, "cuda", strict=True)
+    if is_fallback:
+        with pytest.raises(BackendError, match="cuda: "):
+            open_backend(bundle, "auto", strict=True)
+    else:
+        assert open_backend(bundle, "auto", strict=True).name == "cpu"
+
+
+def test_no_rung_works(bundle: Path, seal: Callable[[Path], None]) -> None:
+    arrays = dict(np.load(bundle / "golden.npz"))
+    arrays["probabilities"] = arrays["probabilities"][:, ::-1].copy()
+    np.savez(bundle / "golden.npz", **arrays)
+    seal(bundle)
+    with pytest.raises(BackendError, match="cpu: wrong results"):
+        open_backend(Bundle.open(bundle))
+
+
+def test_a_model_that_is_none(bundle: Path, seal: Callable[[Path], None]) -> None:
+    (bundle / "model.onnx").write_bytes(b"no model")
+    seal(bundle)
+    with pytest.raises(BackendError, match=r"cpu: .*export the run again"):
+        open_backend(Bundle.open(bundle))
+
+
+def test_without_onnxruntime(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"pip install 'duallora-edge\[cpu\]'"):
+        open_backend(Bundle.open(shared_bundle))
+
+
+@pytest.mark.parametrize(("backend", "threads"), [("npu", None), ("cpu", 0)])
+def test_wrong_arguments(shared_bundle: Path, backend: str, threads: int | None) -> None:
+    with pytest.raises(BackendError):
+        open_backend(Bundle.open(shared_bundle), backend, threads)
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 16, 16, 3), np.float32)])
+def test_a_run_that_fails(shared_bundle: Path, images: Frame) -> None:
+    with pytest.raises(BackendError, match="The model failed on CPUExecutionProvider"):
+        open_backend(Bundle.open(shared_bundle)).run(images)
+
+
+@pytest.mark.parametrize(
+    ("difference", "passed"),
+    [(0.0, True), (0.9 * MAX_DIFFERENCE, True), (1.1 * MAX_DIFFERENCE, False), (np.nan, False)],
+)
+@pytest.mark.parametrize("output", ["probabilities", "task_probabilities"])
+def test_the_tolerance(output: str, difference: float, passed: bool) -> None:
+    image = np.zeros((2, 8, 8, 3), np.uint8)
+    golden = Golden(
+        probabilities=np.array([[0.5, 0.5], [0.9, 0.1]], np.float32),
+        task_probabilities=np.array([[1.0, 0.0], [0.0, 1.0]], np.float32),
+        novelty=np.zeros(2, np.float32),
+        features=np.zeros((2, 1), np.float32),
+        image=image,
+    )
+    arrays = {"probabilities": golden.probabilities.copy(), "task_probabilities": golden.task_probabilities.copy()}
+    arrays[output][1] += np.float32(difference) * np.array([-1, 1], np.float32)
+    rows = iter(range(2))
+
+    def run(images: Frame) -> Outputs:
+        row = next(rows)
+        one = slice(row, row + 1)
+        return Outputs(arrays["probabilities"][one], arrays["task_probabilities"][one], golden.novelty, golden.features)
+
+    check = check_golden(run, golden)
+    assert check.passed is passed
+    assert check.max_difference == pytest.approx(difference, abs=1e-6, nan_ok=True)
+
+
+def test_a_tie_in_the_golden_outputs_may_fall_either_way() -> None:
+    golden = Golden(
+        probabilities=np.array([[0.4999, 0.5001]], np.float32),
+        task_probabilities=np.ones((1, 1), np.float32),
+        novelty=np.zeros(1, np.float32),
+        features=np.zeros((1, 1), np.float32),
+        image=np.zeros((1, 8, 8, 3), np.uint8),
+    )
+    swapped = Outputs(golden.probabilities[:, ::-1], golden.task_probabilities, golden.novelty, golden.features)
+    assert check_golden(lambda images: swapped, golden).passed
