@@ -1,0 +1,21 @@
+"""What runs on the device: NumPy and Pillow, and an inference library that is imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from duallora_edge.runtime.bundle import Bundle
+    from duallora_edge.runtime.classifier import Classifier, Prediction
+    from duallora_edge.runtime.preprocess import Preprocessing
+
+__all__ = ["Bundle", "Classifier", "Prediction", "Preprocessing"]
+
+_MODULES = {"Bundle": "bundle", "Classifier": "classifier", "Prediction": "classifier", "Preprocessing": "preprocess"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
