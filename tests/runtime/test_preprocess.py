@@ -1,0 +1,95 @@
+"""Reading and scaling: every kind of image file and array becomes upright RGB of the right size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duallora_edge.errors import DataError
+from duallora_edge.runtime.preprocess import Preprocessing, read_image, to_rgb
+
+
+@pytest.mark.parametrize(
+    ("pixel", "dtype", "color", "expected"),
+    [
+        ((1, 2, 3), np.uint8, "rgb", (1, 2, 3)),
+        ((1, 2, 3), np.uint8, "bgr", (3, 2, 1)),
+        ((7,), np.uint8, "rgb", (7, 7, 7)),
+        ((10, 20, 30, 255), np.uint8, "rgb", (10, 20, 30)),
+        ((10, 20, 30, 0), np.uint8, "rgb", (255, 255, 255)),
+        ((0, 100, 255, 128), np.uint8, "bgr", (255, 177, 127)),
+        ((256, 65535, 0), np.uint16, "rgb", (1, 255, 0)),
+    ],
+)
+def test_to_rgb(pixel: tuple[int, ...], dtype: type, color: str, expected: tuple[int, ...]) -> None:
+    frame = np.full((2, 3, len(pixel)), pixel, dtype=dtype)
+    result = to_rgb(frame, color)
+    assert result.dtype == np.uint8 and result.shape == (2, 3, 3)
+    assert tuple(result[1, 2].tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("L", 9, (9, 9, 9)),
+        ("1", 1, (255, 255, 255)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBA", (1, 2, 3, 0), (255, 255, 255)),
+        ("LA", (4, 255), (4, 4, 4)),
+        ("P", 0, (0, 0, 0)),
+        ("I;16", 65535, (255, 255, 255)),
+    ],
+)
+def test_read_image_of_every_mode(tmp_path: Path, mode: str, value: object, expected: tuple[int, ...]) -> None:
+    file = tmp_path / "image.png"
+    Image.new(mode, (3, 2), value).save(file)  # type: ignore[arg-type]
+    image = read_image(file)
+    assert image.shape == (2, 3, 3) and tuple(image[0, 0].tolist()) == expected
+
+
+def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held with its right side down
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    upright = read_image(tmp_path / "photo.png")
+    assert upright.shape == (40, 20, 3)
+    assert upright[:20].min() == 255 and upright[20:].max() == 0
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crop_keeps_the_centre_and_squash_keeps_everything(interpolation: str) -> None:
+    frame = np.zeros((30, 90, 3), np.uint8)
+    frame[:, 28:62] = 200  # Pillow's filters reach a little over the edge of the square
+    assert Preprocessing(16, "crop", interpolation)(frame).min() == 200
+    squashed = Preprocessing(18, "squash", interpolation)(frame)
+    assert squashed.shape == (18, 18, 3)
+    assert squashed[:, :3].max() == 0 and squashed[:, 8:10].min() == 200
+
+
+def test_downscaling_averages() -> None:
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    small = Preprocessing(8, "crop", "bilinear")(to_rgb(board))
+    assert abs(small.astype(int) - 127).max() <= 2
+
+
+def test_a_frame_of_the_right_size_is_not_touched() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(Preprocessing(16)(frame[:, ::-1]), frame[:, ::-1])
+
+
+@pytest.mark.parametrize("values", [{"size": 4}, {"size": 5000}, {"resize": "fill"}, {"interpolation": "nearest"}])
+def test_settings_that_do_not_exist(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Preprocessing(**{"size": 16, **values})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"x" * 50])
+def test_a_damaged_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_image(tmp_path / "image.png")
