@@ -1,0 +1,106 @@
+"""Class statistics and the Gaussian classifier against direct formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import multivariate_normal
+
+from duallora_edge.learner.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics, GaussianClassifier
+
+DIM = 6
+
+
+def sample(seed: int, n: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    features = rng.normal(size=(n, DIM)) * np.geomspace(5, 0.1, DIM) + rng.normal(size=(classes, DIM))[labels]
+    return torch.from_numpy(features), torch.from_numpy(labels)
+
+
+def assert_equal(a: ClassStatistics, b: ClassStatistics) -> None:
+    for name in ("counts", "means", "scatter"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_statistics_equal_loops() -> None:
+    features, labels = sample(0, 40, 3)
+    statistics = ClassStatistics.of(features, labels, 4)  # the last class has no image
+    scatter = np.zeros((DIM, DIM))
+    for k in range(3):
+        rows = features[labels == k].numpy()
+        np.testing.assert_allclose(statistics.means[k], rows.mean(axis=0))
+        scatter += len(rows) * np.cov(rows.T, bias=True)
+    np.testing.assert_allclose(statistics.scatter, scatter)
+    assert statistics.counts.tolist() == [*(float((labels == k).sum()) for k in range(3)), 0.0]
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 30), split=st.integers(0, 30), classes=st.integers(1, 4))
+def test_statistics_of_a_union_are_the_sum(seed: int, n: int, split: int, classes: int) -> None:
+    features, labels = sample(seed, n, classes)
+    whole = ClassStatistics.of(features, labels, classes)
+    parts = [ClassStatistics.of(features[s], labels[s], classes) for s in (slice(split), slice(split, None))]
+    assert_equal(parts[0] + parts[1], whole)
+    assert_equal(parts[1] + parts[0], whole)
+
+
+@given(seed=st.integers(0, 2**32 - 1), start=st.integers(0, DIM), stop=st.integers(0, DIM))
+def test_a_part_has_the_statistics_of_those_features(seed: int, start: int, stop: int) -> None:
+    features, labels = sample(seed, 20, 3)
+    chosen = slice(start, stop)
+    assert_equal(
+        ClassStatistics.of(features, labels, 3).part(chosen), ClassStatistics.of(features[:, chosen], labels, 3)
+    )
+
+
+def slow_covariance(statistics: list[ClassStatistics]) -> np.ndarray:
+    """The shrunk covariance, element by element."""
+    n = sum(float(s.counts.sum()) for s in statistics)
+    k = sum(len(s.counts) for s in statistics)
+    pooled = sum(s.scatter.numpy() for s in statistics) / (n - k)
+    a = PRIOR_IMAGES_PER_FEATURE * DIM / (n + PRIOR_IMAGES_PER_FEATURE * DIM)
+    sigma = np.zeros((DIM, DIM))
+    for i in range(DIM):
+        for j in range(DIM):
+            sigma[i, j] = pooled[i, j] if i == j else (1 - a) * pooled[i, j]
+    return sigma + 1e-4 * np.trace(pooled) / DIM * np.eye(DIM)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_logits_are_log_densities_up_to_a_common_term(seed: int) -> None:
+    statistics = [ClassStatistics.of(*sample(seed + i, 30, classes), classes) for i, classes in enumerate((2, 3))]
+    fitted = GaussianClassifier.fit(statistics)
+    x = sample(99, 8, 2)[0]
+    sigma, means = slow_covariance(statistics), torch.cat([s.means for s in statistics]).numpy()
+    expected = np.stack([multivariate_normal(mean, sigma).logpdf(x.numpy()) for mean in means], axis=1)
+    logits = (x @ fitted.weight.T + fitted.bias).numpy()
+    np.testing.assert_allclose(
+        logits - logits[:, :1], expected - expected[:, :1], rtol=1e-8, atol=1e-8
+    )  # the common term cancels in differences between classes
+    np.testing.assert_allclose(fitted.whitening @ fitted.whitening.T, np.linalg.inv(sigma), rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "labels"),
+    [
+        ("one image", [[1.0, 2.0]], [0]),
+        ("one image a class", [[0.0, 0.0], [1.0, 2.0]], [0, 1]),
+        ("a constant feature", [[0.0, 3.0], [1.0, 3.0], [5.0, 3.0], [6.0, 3.0]], [0, 0, 1, 1]),
+        ("copies of one image", [[1.0, 2.0]] * 4, [0, 0, 0, 0]),
+    ],
+)
+def test_degenerate_classes_stay_finite(name: str, features: list[list[float]], labels: list[int]) -> None:
+    x, y = torch.tensor(features), torch.tensor(labels)
+    fitted = GaussianClassifier.fit([ClassStatistics.of(x, y, max(labels) + 1)])
+    logits = x.double() @ fitted.weight.T + fitted.bias
+    assert bool(torch.isfinite(logits).all()), name
+    assert torch.equal(logits.argmax(dim=1), y)
+
+
+def test_the_order_of_tasks_does_not_matter() -> None:
+    parts = [ClassStatistics.of(*sample(i, 20, 2), 2) for i in range(3)]
+    forward, backward = GaussianClassifier.fit(parts), GaussianClassifier.fit(parts[::-1])
+    torch.testing.assert_close(forward.weight, backward.weight.reshape(3, 2, DIM).flip(0).reshape(6, DIM))
