@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,10 @@ MAX_YAML_BYTES = 1 << 20
 SOURCE = ("data", "classes_per_task", "class_order", "task_order", "task_name", "data_root", "test_fraction")
 # Settings that later calls of the same run may change; all others define the run.
 PER_CALL = (*SOURCE, "weights", "device", "augment", "flip")
+
+# Values are quoted in messages; a few lines of YAML references can stand for millions of items.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class TrainConfig:
             between("epochs", 0, 10_000),
             between("min_steps", 0, 1_000_000),
             between("batch_size", 1, 65_536),
+            between("seed", 0, 2**63 - 1),
             between("checkpoint_steps", 1, 1_000_000),
             between("classes_per_task", 1, 1_000_000),
             between("size", 8, 4096),
@@ -113,9 +119,9 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConf
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            problems.append(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            problems.append(f"unknown key {_SHORT.repr(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
         elif (text := _type_problem(value, known[key])) is not None:
-            problems.append(f"{key} must be {text}, not {value!r}")
+            problems.append(f"{key} must be {text}, not {_SHORT.repr(value)}")
     good = {key: value for key, value in values.items() if key in known and _type_problem(value, known[key]) is None}
     merged = {**good, **{key: value for key, value in overrides.items() if value is not None}}
     if isinstance(merged.get("task_order"), list):
@@ -136,7 +142,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes; it is not a configuration.")
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: 2024-99-99, or no UTF-8
         raise ConfigError(
             f"{path} cannot be read as YAML ({str(error).splitlines()[0]}); mend or leave it out."
         ) from error

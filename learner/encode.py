@@ -38,7 +38,7 @@ class Encoded:
         self.tokens: Tensor | None = None
         summaries, tokens = [], []
         keep = size < MAX_CACHE_SHARE * _available_memory()
-        for batch in torch.arange(count).split(BATCH):
+        for batch in _batches(count):
             encoded = self._prefix(batch)
             summaries.append(backbone.summary(encoded).cpu())
             if keep:
@@ -64,8 +64,13 @@ class Encoded:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(indices, tokens, phi) of all images in order."""
-        for indices in torch.arange(len(self)).split(BATCH):
+        for indices in _batches(len(self)):
             yield indices, self.batch(indices), self.phi[indices].to(self.backbone.device)
+
+
+def _batches(count: int) -> Sequence[Tensor]:
+    """The numbers 0..count-1 in batches; none for 0, where `Tensor.split` would give an empty one."""
+    return torch.arange(count).split(BATCH) if count else ()
 
 
 def _available_memory() -> int:

@@ -1,0 +1,114 @@
+"""Configuration files: every problem at once, and nothing in them can hang or crash the reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duallora_edge.errors import ConfigError
+from duallora_edge.learner.config import MAX_YAML_BYTES, PER_CALL, SOURCE, TrainConfig, load_config
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "train.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def problem(path: Path | None, **overrides: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and len(message) < 2000
+    return message
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "epochs: 7\nseed: 3\ntask_order: [b, a]\nlearning_rate: 1\nflip: true\nsize: null\n")
+    config = load_config(file, {"seed": 5, "method": None})
+    assert (config.epochs, config.seed, config.method, config.task_order) == (7, 5, "dual_lora", ("b", "a"))
+    assert config.flip is True and config.learning_rate == 1 and config.size is None
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "# nothing yet\n"), {}) == TrainConfig()
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    text = "epoch: 3\nmethd: x\nseed: many\nflip: 1\nenergy: 2.5\nmethod: magic\ntask_order: [1, 2]\nbackbone: null\n"
+    message = problem(write(tmp_path, text))
+    for part in (
+        "unknown key 'epoch', did you mean 'epochs'?",
+        "unknown key 'methd', did you mean 'method'?",
+        "seed must be a whole number, not 'many'",
+        "flip must be true or false, not 1",
+        "task_order must be a list of names, not [1, 2]",
+        "backbone must be given, not None",
+        "energy must be 0.0..1.0, not 2.5",
+        "method must be one of dual_lora, sequential, frozen, not 'magic'",
+        "train.yaml",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("batch_size: true", "batch_size must be a whole number"),
+        ("batch_size: 3.5", "batch_size must be a whole number"),
+        ("learning_rate: fast", "learning_rate must be a number"),
+        ("learning_rate: .nan", "learning_rate must be"),
+        ("energy: .inf", "energy must be"),
+        ("data: 5", "data must be a text"),
+        ("seed: -1", "seed must be"),
+        ("completely-different: 1", "unknown key 'completely-different'"),
+        ("5: 1", "unknown key 5"),
+        ("- a\n- b", "must hold keys and values, not a list"),
+        ("just text", "must hold keys and values, not a str"),
+        ("a: [", "cannot be read as YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "cannot be read as YAML"),
+        ("a: 2024-99-99", "cannot be read as YAML"),
+        ("? [a]\n: 1", "cannot be read as YAML"),
+        ("a: " + "9" * 5000, ""),
+        ("a: " + "[" * 5000, "cannot be read as YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in problem(write(tmp_path, text))
+
+
+def test_a_bomb_of_references_is_refused_quickly(tmp_path: Path) -> None:
+    """Nine levels of nine references each: four hundred million items if anything wrote them all out."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    assert "seed must be a whole number" in problem(write(tmp_path, "\n".join([*lines, "seed: *a8"])))
+
+
+def test_a_large_file_is_refused(tmp_path: Path) -> None:
+    assert "larger than" in problem(write(tmp_path, "#" * (MAX_YAML_BYTES + 1)))
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "train.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    for path in (binary, tmp_path / "missing.yaml", tmp_path):
+        assert "cannot be read as YAML" in problem(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"rank_orthogonal": -1}, "rank_orthogonal must be 0..256, not -1"),
+        ({"batch_size": 0, "epochs": -1}, "epochs must be 0..10000, not -1; batch_size must be 1..65536, not 0"),
+        ({"validation_fraction": 0.9}, "validation_fraction must be 0.0..0.5"),
+        ({"size": 7}, "size must be 8..4096"),
+    ],
+)
+def test_bad_flags(overrides: dict[str, Any], expected: str) -> None:
+    assert expected in problem(None, **overrides)
+
+
+def test_groups_of_settings_name_settings() -> None:
+    assert set(SOURCE) < set(PER_CALL) < set(TrainConfig().to_json())
