@@ -75,8 +75,8 @@ class Report:
 
     ``single_stream``: one prepared image a run, the model only. ``phases``: ``preprocess``, ``infer``,
     ``postprocess`` and ``end_to_end`` of camera frames of ``frame`` (width, height). ``memory``: readings
-    ``before_load``, ``after_load``, ``after_runs`` (single images only) and ``after_batches``. ``estimate``: what
-    the exporter expected of its target device, not a measurement.
+    ``before_load``, ``after_load``, ``after_runs`` (single images only) and ``after_batches``. ``estimates``: what
+    the exporter expected of its target device, one a power mode, not measured.
     """
 
     bundle: Mapping[str, Any]
@@ -88,7 +88,7 @@ class Report:
     phases: Mapping[str, Latency]
     throughput: tuple[Throughput, ...]
     memory: Mapping[str, Memory]
-    estimate: Mapping[str, Any] | None
+    estimates: tuple[Mapping[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -190,7 +190,7 @@ def run_benchmark(
     memory["after_runs"] = read_memory()
     batches = throughput(classifier.backend.run, image, seconds)
     memory["after_batches"] = read_memory()
-    estimate = manifest.target.get("estimate")
+    estimates = manifest.target.get("estimates")
     return Report(
         bundle={
             "path": str(path),
@@ -209,7 +209,7 @@ def run_benchmark(
         phases=parts,
         throughput=batches,
         memory=memory,
-        estimate=estimate if isinstance(estimate, dict) else None,
+        estimates=tuple(entry for entry in estimates if isinstance(entry, dict)) if isinstance(estimates, list) else (),
     )
 
 

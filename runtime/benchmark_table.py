@@ -30,7 +30,7 @@ def table(report: Report) -> str:
         _columns([["batch", "images/s", "batches"], *_throughput(report)]),
         _columns(_memory(report.memory)),
         *_reasons(report.memory["after_batches"]),
-        *_estimate(report.estimate),
+        "\n".join(_estimate(entry) for entry in report.estimates),
     ]
     return "\n\n".join(block for block in blocks if block)
 
@@ -92,15 +92,13 @@ def _reasons(memory: Memory) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _estimate(estimate: Any) -> list[str]:
-    """The exporter's estimate for its target. It comes from a file, so nothing in it is taken for granted."""
-    if not estimate:
-        return []
-    latency = estimate.get("latency_ms")
-    value = f"{latency:.2g} ms" if isinstance(latency, (int, float)) else "no latency"
-    text = f"estimate stored at export for {estimate.get('profile')} ({estimate.get('precision')}): {value}"
-    text += f"; {estimate.get('note', 'estimate, not measured')}"
-    return ["".join(character if character.isprintable() else "?" for character in text)]
+def _estimate(entry: Mapping[str, Any]) -> str:
+    """A line for what the exporter expected. It comes from a file, so nothing in it is taken for granted."""
+    latency = entry.get("latency_ms")
+    value = f"{latency:.2g} ms" if isinstance(latency, float) else "no latency"
+    where = f"{entry.get('profile')}, {entry.get('mode')} mode, {entry.get('precision')}"
+    text = f"stored at export for {where}: {value}; {entry.get('note', 'estimate, not measured')}"
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _columns(rows: Rows) -> str:

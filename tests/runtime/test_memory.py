@@ -54,7 +54,7 @@ def test_the_gpu_memory_of_a_jetson(proc: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("script", "expected", "reason"),
     [
-        (f"echo '1, 50'; echo '{os.getpid()}, 120'; echo '{os.getpid()}, 30'", 150 * 2**20, None),
+        ('echo "1, 50"; echo "$PPID, 120"; echo "$PPID, 30"', 150 * 2**20, None),
         ("echo '1, 50'", None, "does not list this process"),
         ("echo '[N/A], [N/A]'", None, "does not list this process"),
         ("exit 9", None, "CalledProcessError"),
