@@ -212,8 +212,11 @@ def _state_digest(state: dict[str, Tensor]) -> str:
 
 def _load(model: VisionTransformer, state: dict[str, Tensor], source: str, name: str) -> None:
     """Load a state dict, resampling patch and position embeddings; classifier heads are left out."""
-    filtered = checkpoint_filter_fn(state, model)
-    kept = {key: value.float() for key, value in filtered.items() if not key.startswith(("head.", "head_dist."))}
+    try:
+        filtered = checkpoint_filter_fn(state, model)
+    except Exception as error:  # it guesses formats from names and shapes, and fails in many ways on other models
+        raise BackboneError(f"The weights {source} do not fit {name}; name the backbone they belong to.") from error
+    kept = {key: value.float() for key, value in filtered.items() if not key.startswith("head.")}
     wanted = model.state_dict()
     missing = sorted(set(wanted) - set(kept))
     unknown = sorted(set(kept) - set(wanted))
@@ -235,7 +238,7 @@ def _load(model: VisionTransformer, state: dict[str, Tensor], source: str, name:
 def _check_supported(model: nn.Module, name: str) -> None:
     """Refuse what the forward passes here do not compute exactly."""
     problems: list[str] = []
-    if not isinstance(model, VisionTransformer):
+    if type(model) is not VisionTransformer:  # subclasses compute something else, such as a distilled DeiT
         problems.append(f"it is a {type(model).__name__}, not a plain vision transformer")
     else:
         checks: list[tuple[str, Callable[[], bool]]] = [

@@ -26,7 +26,7 @@ from torch import Tensor
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.files import atomic_directory, read_json, sha256_file, write_atomic, write_json
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
-from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
 SCHEMA = 1
@@ -39,6 +39,10 @@ class StoredTask:
 
     folder: str
     id: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\d{4,}-[A-Za-z0-9._-]+", self.folder):
+            raise ValueError(f"{self.folder!r} is no folder of a task")
 
     @property
     def number(self) -> int:
@@ -63,8 +67,9 @@ class Run:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is not a folder; give another name with --run.")
         foreign = [p.name for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else []
-        if set(foreign) - {"backbone.json", "tasks", "HEAD.json", "checkpoint", "reports"}:
-            raise RunError(f"{path} holds other files ({foreign[0]}, ...); give an empty or new folder with --run.")
+        # A creation that was killed may have left these; it is done again.
+        if others := sorted(set(foreign) - {"backbone.json", "tasks", "HEAD.json"}):
+            raise RunError(f"{path} holds other files ({others[0]}, ...); give an empty or new folder with --run.")
         (path / "tasks").mkdir(parents=True, exist_ok=True)
         write_json(path / "backbone.json", info.to_json())
         write_json(path / "HEAD.json", {"schema": SCHEMA, "tasks": []})
@@ -82,14 +87,14 @@ class Run:
         if not cls.exists(path):
             raise RunError(f"{path} is not a run (no run.yaml); 'duallora-edge train' makes one.")
         try:
-            settings = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))
-            if not isinstance(settings, dict) or settings.pop("schema", None) != SCHEMA:
+            settings = read_yaml(path / "run.yaml")
+            if settings.pop("schema", None) != SCHEMA:
                 raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
             if isinstance(settings.get("task_order"), list):
                 settings["task_order"] = tuple(settings["task_order"])
             config = TrainConfig(**settings)
             info = BackboneInfo.from_json(read_json(path / "backbone.json"))
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, ConfigError) as error:
+        except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
             raise RunError(
                 f"The run {path} is damaged ({str(error).splitlines()[0]}); restore it from a copy."
             ) from error
@@ -198,7 +203,7 @@ class Run:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def commit(self, record: TaskRecord) -> StoredTask:
-        """Write a task as a whole, then make it the newest active one. Deletes the checkpoint."""
+        """Write a task as a whole, then make it the newest active one."""
         head = self.head()
         number = 1 + max((task.number for task in head), default=0)
         folder = f"{number:04d}-{_slug(record.info.name)}"
@@ -216,11 +221,13 @@ class Run:
             (staging / "task.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
         task = StoredTask(folder, _content_id(description))
         self.set_head([*head, task])
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
         return task
 
     def set_head(self, tasks: Sequence[StoredTask]) -> None:
-        """Make exactly these tasks the active ones, then delete the folders of tasks that no longer are."""
+        """Make exactly these tasks the active ones, then delete the folders of tasks that no longer are.
+
+        The checkpoint goes too: training that began on another state cannot continue on this one.
+        """
         write_json(
             self.path / "HEAD.json",
             {"schema": SCHEMA, "tasks": [{"folder": task.folder, "id": task.id} for task in tasks]},
@@ -229,6 +236,7 @@ class Run:
         for folder in (self.path / "tasks").iterdir():
             if folder.name not in active and not folder.name.startswith("."):
                 shutil.rmtree(folder)
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def checkpoint(self, key: str) -> FileCheckpoint:
         """The checkpoint of the task in training; one left by a task of another key is ignored and replaced."""

@@ -17,7 +17,9 @@ from duallora_edge.errors import DataError
 
 Frame = npt.NDArray[np.uint8]
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 89_000_000  # just under the number at which Pillow warns
+# Formats of cameras and photo collections; others (EPS, PDF, ...) reach decoders that should not see untrusted files.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO", "AVIF", "JPEG2000")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -93,7 +95,7 @@ def read_image(path: Path) -> Frame:
     Raises `DataError` when the file is missing, damaged, truncated, or larger than `MAX_PIXELS`.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down.")
             return to_rgb(_to_array(ImageOps.exif_transpose(image)))
