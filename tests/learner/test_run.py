@@ -1,0 +1,265 @@
+"""The run directory: written once, undone exactly, and damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from duallora_edge.errors import RunError
+from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.run import TENSOR_FILES, FileCheckpoint, Run
+
+CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_backbone: Backbone) -> Run:
+    return Run.create(tmp_path / "run", CONFIG, tiny_backbone.info)
+
+
+@pytest.fixture(scope="module")
+def third(
+    make_task: Callable[..., PreparedTask], learn: Callable[..., list[TaskRecord]], two_tasks: list[TaskRecord]
+) -> TaskRecord:
+    return learn([make_task("third task/é", ["e", "f"], [4, 5])], two_tasks)[-1]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_opens_as_it_was_created(run: Run, tiny_backbone: Backbone) -> None:
+    opened = Run.open(run.path)
+    assert opened.info == tiny_backbone.info
+    assert opened.config == replace(CONFIG, data="", task_order=None)  # where images lie is no part of a run
+    assert opened.head() == [] and opened.training_steps() is None and opened.sources() == {}
+
+
+def test_a_committed_task_reads_back(run: Run, two_tasks: list[TaskRecord]) -> None:
+    for record in two_tasks:
+        run.commit(record)
+    opened = Run.open(run.path)
+    for record, found in zip(two_tasks, opened.records(), strict=True):
+        assert found.info == record.info
+        for name, part in record.tensors().items():
+            assert all(torch.equal(value, found.tensors()[name][key]) for key, value in part.items())
+    assert opened.digest() == run.digest() != opened.digest(opened.head()[:1])
+    assert opened.find("second") == opened.head()[1]
+    with pytest.raises(RunError, match="no task 'third'; it has first, second"):
+        opened.find("third")
+
+
+def test_rollback_is_the_identity(run: Run, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
+    for record in two_tasks:
+        run.commit(record)
+    before, digest = snapshot(run.path), run.digest()
+    run.commit(third)
+    assert run.digest() != digest
+    assert [entry.folder for entry in run.head()] == ["0001-first", "0002-second", "0003-third-task"]
+    run.set_head(run.head()[:-1])
+    assert (run.digest(), snapshot(run.path)) == (digest, before)
+
+
+def test_remove_leaves_the_other_tasks_alone(run: Run, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
+    for record in [*two_tasks, third]:
+        run.commit(record)
+    kept = snapshot(run.path / "tasks" / "0003-third-task")
+    head = run.head()
+    run.set_head([head[0], head[2]])
+    assert [record.info.name for record in Run.open(run.path).records()] == ["first", "third task/é"]
+    assert snapshot(run.path / "tasks" / "0003-third-task") == kept
+    assert not (run.path / "tasks" / "0002-second").exists()
+    assert run.commit(two_tasks[1]).folder == "0004-second"  # a number is never given twice to living tasks
+
+
+@pytest.mark.parametrize("file", [f"{name}.safetensors" for name in TENSOR_FILES])
+@pytest.mark.parametrize("where", [0, 0.5, -1], ids=["first", "middle", "last"])
+def test_one_changed_byte_is_noticed(run: Run, two_tasks: list[TaskRecord], file: str, where: float) -> None:
+    task = run.commit(two_tasks[0])
+    path = run.path / "tasks" / task.folder / file
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content)) if where >= 0 else -1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=rf"{file} was altered since it was written; restore it"):
+        run.read(task)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda text: text.replace('"first"', '"other"'), "was altered"),
+        (lambda text: text.replace('"seed": 0', '"seed": 1'), "was altered"),
+        (lambda text: text[:50], "cannot be read"),
+        (lambda text: "[]", "was altered"),
+    ],
+)
+def test_a_changed_description_is_noticed(
+    run: Run, two_tasks: list[TaskRecord], change: Callable[[str], str], reason: str
+) -> None:
+    task = run.commit(two_tasks[0])
+    path = run.path / "tasks" / task.folder / "task.json"
+    path.write_text(change(path.read_text("utf-8")), "utf-8")
+    with pytest.raises(RunError, match=reason):
+        run.read_info(task)
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "task.json"])
+def test_a_missing_file_is_noticed(run: Run, two_tasks: list[TaskRecord], file: str) -> None:
+    task = run.commit(two_tasks[0])
+    (run.path / "tasks" / task.folder / file).unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        run.read(task)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"schema": 1}',
+        '{"tasks": 5}',
+        '{"tasks": [1]}',
+        '{"tasks": [{"folder": "0001-a"}]}',
+        '{"tasks": [{"folder": "../0001-a", "id": "0"}]}',
+        '{"tasks": [{"folder": "a", "id": "0"}]}',
+    ],
+)
+def test_a_damaged_head(run: Run, head: str) -> None:
+    (run.path / "HEAD.json").write_text(head)
+    with pytest.raises(RunError, match=r"HEAD\.json is damaged .*; restore it"):
+        run.head()
+
+
+def edit_yaml(path: Path, **changes: object) -> None:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: edit_yaml(path / "run.yaml", schema=99), "not of schema 1; use the version that wrote it"),
+        (lambda path: edit_yaml(path / "run.yaml", future_setting=1), "damaged"),
+        (lambda path: edit_yaml(path / "run.yaml", epochs="many"), "damaged"),
+        (lambda path: edit_yaml(path / "run.yaml", method="magic"), "damaged"),
+        (lambda path: (path / "run.yaml").write_text("a: [" * 5000), "damaged"),
+        (lambda path: (path / "run.yaml").write_text("# " * 2**20), "damaged"),
+        (lambda path: (path / "run.yaml").write_bytes(b"\xff\xfe"), "damaged"),
+        (lambda path: (path / "run.yaml").write_text("- a"), "damaged"),
+        (lambda path: (path / "run.yaml").write_text(""), "not of schema 1"),
+        (lambda path: (path / "backbone.json").unlink(), "damaged"),
+        (lambda path: (path / "backbone.json").write_text("{}"), "damaged"),
+        (lambda path: (path / "backbone.json").write_text("7"), "damaged"),
+        (lambda path: (path / "run.yaml").unlink(), "is not a run"),
+        (lambda path: shutil.rmtree(path), "is not a folder; .* makes a run"),
+    ],
+)
+def test_a_damaged_run_does_not_open(run: Run, damage: Callable[[Path], object], reason: str) -> None:
+    damage(run.path)
+    with pytest.raises(RunError, match=reason) as caught:
+        Run.open(run.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"holds other files \(thesis\.tex"):
+        Run.create(tmp_path, CONFIG, tiny_backbone.info)
+    with pytest.raises(RunError, match="is not a folder"):
+        Run.create(tmp_path / "thesis.tex", CONFIG, tiny_backbone.info)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_creation_that_was_killed_is_done_again(run: Run, tiny_backbone: Backbone) -> None:
+    (run.path / "run.yaml").unlink()  # it is written last
+    assert not Run.exists(run.path)
+    assert Run.create(run.path, CONFIG, tiny_backbone.info).head() == []
+
+
+def test_the_weights_must_be_those_of_the_run(run: Run) -> None:
+    edit_yaml(run.path / "run.yaml", backbone="embedded")
+    info = {**json.loads((run.path / "backbone.json").read_text()), "name": "embedded", "size": 64}
+    (run.path / "backbone.json").write_text(json.dumps(info))
+    with pytest.raises(RunError, match="not those the run was trained with .*--weights"):
+        Run.open(run.path).backbone()
+
+
+def test_one_writer_at_a_time(run: Run) -> None:
+    with run.locked():
+        with pytest.raises(RunError, match=f"Process {os.getpid()} is writing .*wait for it or stop it"), run.locked():
+            pass
+        assert Run.open(run.path).head() == []  # reading goes on
+    with run.locked():
+        pass
+
+
+def test_what_a_killed_writer_left_is_swept(run: Run, two_tasks: list[TaskRecord]) -> None:
+    run.commit(two_tasks[0])
+    before = snapshot(run.path)
+    (run.path / ".HEAD.json.x1.tmp").write_text("half")
+    (run.path / "tasks" / ".0002-second.y2.tmp").mkdir()
+    (run.path / "tasks" / ".0002-second.y2.tmp" / "head.safetensors").write_text("half")
+    (run.path / "reports").mkdir()
+    (run.path / "reports" / ".report.html.z3.tmp").write_text("half")
+    with run.locked():
+        pass
+    (run.path / ".lock").unlink()
+    assert snapshot(run.path) == before
+
+
+def test_a_task_written_without_its_head_is_no_part_of_the_run(run: Run, two_tasks: list[TaskRecord]) -> None:
+    """A kill between writing a task and naming it: the state is the one before, and the task can be learned again."""
+    run.commit(two_tasks[0])
+    head, digest = (run.path / "HEAD.json").read_bytes(), run.digest()
+    run.commit(two_tasks[1])
+    expected = snapshot(run.path)
+    (run.path / "HEAD.json").write_bytes(head)
+    assert Run.open(run.path).digest() == digest
+    run.commit(two_tasks[1])
+    assert snapshot(run.path) == expected
+
+
+def test_checkpoints_belong_to_one_training(run: Run, two_tasks: list[TaskRecord]) -> None:
+    tensors = {"0.value": torch.randn(3, 2), "empty": torch.zeros(0, 4)}
+    run.checkpoint("one").save(7, tensors)
+    step, found = run.checkpoint("one").load() or (0, {})
+    assert step == 7 == run.training_steps()
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+    assert run.checkpoint("two").load() is None
+    run.checkpoint("two").save(1, tensors)
+    assert run.checkpoint("one").load() is None and run.training_steps() == 1
+    run.commit(two_tasks[0])  # another state: training that began before it is over
+    assert run.training_steps() is None and run.checkpoint("two").load() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"\xff" * 8, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_damaged_checkpoint_is_as_good_as_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.safetensors").write_bytes(content)
+    checkpoint = FileCheckpoint(tmp_path, "key")
+    assert checkpoint.load() is None and checkpoint.steps() is None
+    checkpoint.save(2, {"a": torch.zeros(1)})
+    assert checkpoint.steps() == 2
+
+
+def test_sources_are_remembered_by_task(run: Run, tmp_path: Path) -> None:
+    run.remember_source(["a", "b"], replace(CONFIG, data=str(tmp_path / "x" / ".." / "images")))
+    run.remember_source(["b"], replace(CONFIG, data="torchvision:MNIST", classes_per_task=2))
+    found = Run.open(run.path).sources()
+    assert found["a"]["data"] == str(tmp_path / "images") and found["a"]["task_order"] == ["b", "a"]
+    assert (found["b"]["data"], found["b"]["classes_per_task"]) == ("torchvision:MNIST", 2)
+    (run.path / "sources.json").write_text('{"a": 1}')
+    with pytest.raises(RunError, match=r"sources\.json is damaged .*delete it"):
+        run.sources()
