@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -323,11 +325,14 @@ def privacy_list(run: Run) -> dict[str, Any]:
     ):
         if (run.path / name).is_file():
             files.append({"file": name, "bytes": (run.path / name).stat().st_size, "what": what})
-    return {"pixels": False, "single_image_features": False, "files": files, "pixel_cache": str(default_cache_dir())}
+    return {"pixels": False, "files": files, "pixel_cache": str(default_cache_dir())}
 
 
 def privacy_text(value: dict[str, Any]) -> str:
-    lines = ["No pixels and no features of single images are stored in the run. About the images it holds:"]
+    lines = [
+        "No pixels are stored in the run, and features only as means over the images of a class (which for a class "
+        "of one image is that image's feature). About the images it holds:"
+    ]
     lines += [f"{entry['bytes']:>12,} B  {entry['file']:<48} {entry['what']}" for entry in value["files"]]
     lines.append(
         f"Decoded images are cached outside the run in {value['pixel_cache']}; delete that folder to drop them."
@@ -336,5 +341,10 @@ def privacy_text(value: dict[str, Any]) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Size of all files below a folder, in bytes. Files may come and go meanwhile: a training may be at work."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += (Path(parent) / name).stat().st_size
+    return size
