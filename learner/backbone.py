@@ -238,10 +238,12 @@ def _load(model: VisionTransformer, state: dict[str, Tensor], source: str, name:
 def _check_supported(model: nn.Module, name: str) -> None:
     """Refuse what the forward passes here do not compute exactly."""
     problems: list[str] = []
-    if type(model) is not VisionTransformer:  # subclasses compute something else, such as a distilled DeiT
-        problems.append(f"it is a {type(model).__name__}, not a plain vision transformer")
+    other = f"it is a {type(model).__name__}, not a plain vision transformer"
+    if not isinstance(model, VisionTransformer):
+        problems.append(other)
     else:
         checks: list[tuple[str, Callable[[], bool]]] = [
+            (other, lambda: type(model) is VisionTransformer),  # a distilled DeiT pools two tokens
             ("its blocks are not plain pre-norm blocks", lambda: all(type(b) is Block for b in model.blocks)),
             (
                 "its attention has no fused qkv projection",

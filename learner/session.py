@@ -44,6 +44,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("No CUDA device is available; leave out --device or use --device cpu.")
     return device
@@ -73,6 +75,8 @@ def open_run(path: Path, config: TrainConfig, given: Sequence[str], listener: Li
         return Run.create(path, config, backbone.info), backbone
     run = Run.open(path)
     values, stored = config.to_json(), run.config.to_json()
+    if config.precision == "auto":  # what was chosen when the run was made
+        values["precision"] = stored["precision"]
     changed = [key for key in given if key not in PER_CALL and values[key] != stored[key]]
     if changed:
         texts = [f"{key} is {stored[key]!r}, not {values[key]!r}" for key in changed]

@@ -73,7 +73,7 @@ def tiny_backbone(make_backbone: Callable[..., Backbone]) -> Backbone:
 
 
 def draw_shapes(kind: int, count: int, side: int, seed: int) -> Pixels:
-    """``count`` images uint8 [count, side, side, 3] of class ``kind``: its shape in its colour, somewhere, with noise."""
+    """``count`` noisy images uint8 [count, side, side, 3] of class ``kind``: its shape in its colour, somewhere."""
     rng = np.random.default_rng((kind, seed))
     rows, columns = np.mgrid[:side, :side] / side
     colour = np.array([(kind * 97 + 40) % 200, (kind * 53 + 120) % 200, (kind * 151 + 10) % 200]) + 55

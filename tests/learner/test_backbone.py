@@ -164,9 +164,7 @@ def state_with(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
     ],
     ids=["resnet", "other test model", "other width", "missing", "odd positions", "flat", "nested", "nan"],
 )
-def test_weights_of_something_else(
-    tmp_path: Path, state: Callable[[], dict[str, torch.Tensor]], reason: str
-) -> None:
+def test_weights_of_something_else(tmp_path: Path, state: Callable[[], dict[str, torch.Tensor]], reason: str) -> None:
     path = tmp_path / "other.safetensors"
     save_file(state(), path)
     assert reason in refusal(SMALL, weights=path)

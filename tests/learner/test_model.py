@@ -128,7 +128,9 @@ def test_one_frame_alone_equals_itself_among_64(tiny_backbone: Backbone, two_tas
     with torch.no_grad():
         whole = model(frames).probabilities
         for index in (0, 31, 63):
-            torch.testing.assert_close(model(frames[index : index + 1]).probabilities[0], whole[index], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                model(frames[index : index + 1]).probabilities[0], whole[index], atol=1e-5, rtol=0
+            )
 
 
 def test_outputs_are_probabilities(tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> None:
@@ -167,7 +169,9 @@ def test_a_certain_posterior_recreates_the_network_of_its_task(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_are_summed_from_a_base_that_never_changes(tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> None:
+def test_weights_are_summed_from_a_base_that_never_changes(
+    tiny_backbone: Backbone, two_tasks: list[TaskRecord]
+) -> None:
     before = [block.attn.qkv.weight.clone() for block in tiny_backbone.suffix]
     once, twice = (ComposedModel(tiny_backbone, two_tasks).network.blocks for _ in range(2))
     for block, same, base, original in zip(once, twice, tiny_backbone.suffix, before, strict=True):

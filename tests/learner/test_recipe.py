@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -65,7 +66,7 @@ def test_new_updates_do_not_touch_what_old_tasks_read(make_task: MakeTask, learn
 def test_the_residual_of_mode_previous_lies_in_the_newest_bases(make_task: MakeTask, learn: Learn) -> None:
     records = learn([make_task(str(i), *digit_of(2, 2 * i)) for i in range(3)], residual="previous")
     assert all(len(block.residual.q_down) == 0 for block in records[0].blocks)  # the first task has nothing before it
-    for earlier, record in zip(records, records[1:], strict=False):
+    for earlier, record in itertools.pairwise(records):
         for before, block in zip(earlier.blocks, record.blocks, strict=True):
             newest = torch.cat([before.q_basis, before.v_basis])
             down = block.residual.q_down
@@ -200,7 +201,7 @@ def test_the_seed_matters(make_task: MakeTask, learn: Learn) -> None:
     assert not torch.equal(one.head, two.head)
 
 
-class Interrupted(Exception):
+class InterruptedTrainingError(Exception):
     pass
 
 
@@ -217,7 +218,7 @@ class BreakingCheckpoint:
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         self.saved = (step, {name: value.clone() for name, value in tensors.items()})
         if step == self.stop_at:
-            raise Interrupted
+            raise InterruptedTrainingError
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 10])
@@ -230,7 +231,7 @@ def test_interrupted_training_gives_the_same_bits(
     settings = {"min_steps": 10, "batch_size": 10, "checkpoint_steps": 1, **settings}
     whole = learn([task], two_tasks, **settings)[-1]
     checkpoint = BreakingCheckpoint(stop_at)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTrainingError):
         learn([task], two_tasks, checkpoint=checkpoint, **settings)
     checkpoint.stop_at = 0
     assert_identical(learn([task], two_tasks, checkpoint=checkpoint, **settings)[-1], whole)
@@ -239,7 +240,7 @@ def test_interrupted_training_gives_the_same_bits(
 def test_rank_zero_can_be_interrupted(make_task: MakeTask, learn: Learn) -> None:
     task, settings = make_task("a", *digit_of(2)), {"rank_orthogonal": 0, "rank_residual": 0, "checkpoint_steps": 1}
     checkpoint = BreakingCheckpoint(2)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTrainingError):
         learn([task], checkpoint=checkpoint, **settings)
     assert_identical(learn([task], checkpoint=checkpoint, **settings)[0], learn([task], **settings)[0])
 

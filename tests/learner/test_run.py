@@ -193,7 +193,7 @@ def test_the_weights_must_be_those_of_the_run(run: Run) -> None:
     edit_yaml(run.path / "run.yaml", backbone="embedded")
     info = {**json.loads((run.path / "backbone.json").read_text()), "name": "embedded", "size": 64}
     (run.path / "backbone.json").write_text(json.dumps(info))
-    with pytest.raises(RunError, match="not those the run was trained with .*--weights"):
+    with pytest.raises(RunError, match=r"not those the run was trained with .*--weights"):
         Run.open(run.path).backbone()
 
 

@@ -1,0 +1,247 @@
+"""The learner's commands: what they print, their exit codes, and one sentence for every bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from duallora_edge.learner.commands import folder_bytes
+from duallora_edge.learner.run import Run
+
+Call = Callable[..., tuple[int, str, str]]
+QUICK = ("--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--precision", "fp32")
+QUICK = (*QUICK, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, image_stream: Path) -> Path:
+    """A run that learned both tasks of the stream; to be copied before it is changed."""
+    from duallora_edge.cli import main
+
+    path = tmp_path_factory.mktemp("learned") / "run"
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in ("train", "--data", image_stream, "--run", path, *QUICK)])
+    assert not stopped.value.code
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, learned: Path) -> Path:
+    return Path(shutil.copytree(learned, tmp_path / "run"))
+
+
+def failure(result: tuple[int, str, str]) -> str:
+    """The message of a command that failed as it should: code 1, and the last line on standard error a sentence."""
+    code, _, err = result
+    assert code == 1 and "Traceback" not in err
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("Error: ") and message.endswith(".")
+    return message
+
+
+def test_train_says_what_it_found_and_where_the_run_is(call: Call, tmp_path: Path, image_stream: Path) -> None:
+    code, out, err = call("train", "--data", image_stream, "--run", tmp_path / "run", *QUICK)
+    assert code == 0
+    assert "task folders, 2 tasks" in err and "after 2 tasks: " in err
+    assert "Last accuracy" in out
+    assert out.splitlines()[-1] == f"Run: {tmp_path}/run  report: {tmp_path}/run/reports/report.html"
+
+
+def test_json_on_standard_output_alone(call: Call, run: Path, image_stream: Path) -> None:
+    for arguments in (
+        ("train", "--data", image_stream, "--run", run, "--json"),
+        ("evaluate", run, "--json", "--device", "cpu"),
+        ("status", run, "--json"),
+        ("status", run, "--privacy", "--json"),
+    ):
+        code, out, _ = call(*arguments)
+        assert code == 0 and isinstance(json.loads(out), dict), arguments
+
+
+def test_status(call: Call, run: Path) -> None:
+    code, out, err = call("status", run)
+    assert (code, err) == (0, "")
+    assert "dual_lora on embedded, 64 px: 2 task(s), 4 classes" in out
+    assert out.splitlines()[-1] == f"Run: {run}"
+    value = json.loads(call("status", run, "--json")[1])
+    assert [(task["name"], task["classes"]) for task in value["tasks"]] == [("01-round", 2), ("02-lines", 2)]
+    assert value["digest"] == Run.open(run).digest() and value["in_training"] is None
+    assert value["bytes"] == sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) == folder_bytes(run)
+
+
+def test_status_privacy_lists_every_file_of_the_tasks(call: Call, run: Path) -> None:
+    listed = {
+        entry["file"]: entry["bytes"] for entry in json.loads(call("status", run, "--privacy", "--json")[1])["files"]
+    }
+    for path in (run / "tasks").rglob("*.*"):
+        if path.is_file():
+            assert listed[str(path.relative_to(run))] == path.stat().st_size
+    assert "No pixels" in call("status", run, "--privacy")[1]
+
+
+def test_status_tells_of_interrupted_training(call: Call, run: Path) -> None:
+    Run.open(run).checkpoint("key").save(30, {"a": torch.zeros(1)})
+    assert "in training, 30 steps done; 'duallora-edge train' continues it" in call("status", run)[1]
+    call("rollback", run)
+    assert "in training" not in call("status", run)[1]
+
+
+def test_rollback_until_nothing_is_left(call: Call, run: Path) -> None:
+    assert "Undid 02-lines; 1 task(s) left" in call("rollback", run)[1]
+    assert "Undid 01-round; 0 task(s) left" in call("rollback", run)[1]
+    assert "has no task to undo" in failure(call("rollback", run))
+    assert call("status", run)[0] == 0
+    assert "learned no task yet" in failure(call("evaluate", run, "--device", "cpu"))
+
+
+def test_remove_and_measure(call: Call, run: Path) -> None:
+    assert "has no task '01'; it has 01-round, 02-lines" in failure(call("remove", run, "01"))
+    code, out, _ = call("remove", run, "01-round")
+    assert code == 0 and "Removed 01-round; 1 task(s) left" in out
+    assert "not measured" in call("status", run)[1]
+    assert call("evaluate", run, "--device", "cpu")[0] == 0
+    assert "not measured" not in call("status", run)[1]
+
+
+def test_evaluate_beside_another_run(call: Call, run: Path, learned: Path) -> None:
+    code, out, _ = call("evaluate", run, "--device", "cpu", "--compare", learned)
+    assert code == 0 and "this run" in out
+
+
+def test_a_locked_run_can_be_read_but_not_changed(call: Call, run: Path, image_stream: Path) -> None:
+    with Run.open(run).locked():
+        for arguments in (
+            ("rollback", run),
+            ("remove", run, "01-round"),
+            ("train", "--data", image_stream, "--run", run),
+        ):
+            assert "is writing to" in failure(call(*arguments))
+        assert call("status", run)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "status", "rollback", "remove"])
+def test_help_shows_an_example(call: Call, command: str) -> None:
+    code, out, _ = call(command, "--help")
+    assert code == 0 and "Example:\n" in out and f"duallora-edge {command}" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train",),
+        ("train", "--run", "x", "--epochs", "many"),
+        ("train", "--run", "x", "--method", "magic"),
+        ("train", "--run", "x", "--no-such-option"),
+        ("status",),
+        ("remove", "x"),
+        ("statsu", "x"),
+    ],
+)
+def test_wrong_usage(call: Call, arguments: tuple[str, ...]) -> None:
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "") and "Error: " in err
+
+
+@pytest.mark.parametrize("command", [("status",), ("evaluate",), ("rollback",), ("remove", "task")])
+def test_no_run_there(call: Call, tmp_path: Path, command: tuple[str, ...]) -> None:
+    assert "is not a folder; 'duallora-edge train" in failure(call(command[0], tmp_path / "none", *command[1:]))
+    assert "is not a run" in failure(call(command[0], tmp_path, *command[1:]))
+
+
+def test_train_without_data(call: Call, tmp_path: Path) -> None:
+    assert "--data" in failure(call("train", "--run", tmp_path / "run"))
+
+
+def test_all_problems_of_a_configuration_at_once(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("epoch: 1\nseed: x\n")
+    message = failure(call("train", "--config", tmp_path / "train.yaml", "--data", tmp_path, "--run", tmp_path / "run"))
+    assert "did you mean 'epochs'" in message and "seed must be a whole number" in message
+
+
+def test_settings_come_from_file_and_flags(call: Call, tmp_path: Path, image_stream: Path) -> None:
+    (tmp_path / "train.yaml").write_text(f"data: {image_stream}\ntask_order: [02-lines]\nseed: 4\nepochs: 3\n")
+    code, _, _ = call("train", "--config", tmp_path / "train.yaml", "--run", tmp_path / "run", *QUICK)
+    run = Run.open(tmp_path / "run")
+    assert code == 0 and (run.config.seed, run.config.epochs) == (4, 1)
+    assert [run.read_info(task).name for task in run.head()] == ["02-lines"]
+
+
+def test_images_that_cannot_be_used(call: Call, tmp_path: Path, image_stream: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    run = ("--run", tmp_path / "run", *QUICK)
+    assert "holds no images" in failure(call("train", "--data", tmp_path / "empty", *run))
+    assert "does not exist" in failure(call("train", "--data", tmp_path / "nowhere", *run))
+    assert "unknown task 'x'" in failure(call("train", "--data", image_stream, "--task-order", "x", *run))
+    assert call("status", tmp_path / "run")[0] == 0
+    assert call("train", "--data", image_stream, *run)[0] == 0  # the failures left nothing in the way
+
+
+def test_a_broken_image_is_left_out_and_said(call: Call, tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    data = image_task(tmp_path / "data", {"disc": 0, "square": 1})
+    (data / "train" / "disc" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more of it")
+    code, _, err = call("train", "--data", data, "--run", tmp_path / "run", *QUICK)
+    assert code == 0 and "1 unreadable: left out" in err and "torn.jpg" in err
+
+
+def test_the_same_and_other_images_under_a_learned_name(
+    call: Call, run: Path, tmp_path: Path, image_stream: Path, image_task: Callable[..., Path]
+) -> None:
+    code, _, err = call("train", "--data", image_stream, "--run", run)
+    assert code == 0 and "Task 01-round is already learned" in err
+    image_task(tmp_path / "other" / "01-round", {"disc": 0, "square": 1}, seed=7)
+    message = failure(call("train", "--data", tmp_path / "other", "--run", run))
+    assert "learned a task '01-round' from other images" in message and "--task-name" in message
+
+
+def test_weights_that_do_not_fit(call: Call, tmp_path: Path, image_stream: Path) -> None:
+    noise, pickled = tmp_path / "noise.safetensors", tmp_path / "model.pth"
+    noise.write_bytes(np.random.default_rng(0).bytes(1000))
+    torch.save({"a": torch.zeros(1)}, pickled)
+    for path in (noise, pickled):
+        options = ("--backbone", "test_vit", "--weights", path)
+        message = failure(call("train", "--data", image_stream, "--run", tmp_path / "run", *options))
+        assert "is not a readable safetensors file" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_altered_task_is_noticed(call: Call, run: Path, image_stream: Path) -> None:
+    path = run / "tasks" / "0001-01-round" / "adapters.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    assert "was altered since it was written" in failure(call("evaluate", run, "--device", "cpu"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_what_was_learned(call: Call, run: Path, small_disk: Path, image_stream: Path) -> None:
+    shutil.copytree(run, small_disk / "run")
+    call("rollback", small_disk / "run")
+    digest = Run.open(small_disk / "run").digest()
+    stopper = small_disk / "stopper"
+    with pytest.raises(OSError), stopper.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)) == 4096:
+            pass
+        raise OSError  # a last write that was cut short says the same
+    message = failure(call("train", "--data", image_stream, "--run", small_disk / "run"))
+    assert "No space left on device" in message and "Free some space and run the same command again" in message
+    assert call("status", small_disk / "run")[0] == 0
+    assert Run.open(small_disk / "run").digest() == digest
+    stopper.unlink()
+    assert call("train", "--data", image_stream, "--run", small_disk / "run")[0] == 0
+    assert Run.open(small_disk / "run").digest() == Run.open(run).digest()
