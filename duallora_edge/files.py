@@ -60,7 +60,10 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """
     if path.stat().st_size > limit:
         raise ValueError(f"{path} is larger than {limit} bytes")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -81,7 +81,7 @@ def training_images(run: Run) -> Frame | None:
         try:
             stream = read_images(replace(run.config, **settings), run, Listener())
         except DataError as error:
-            click.echo(f"Parity is not checked on real images of {settings['data']}: {error}", err=True)
+            click.echo(f"Parity is not checked on real images of {settings.get('data')}: {error}", err=True)
             continue
         for task in stream.tasks:
             if task.name in names and len(task.train):

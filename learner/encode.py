@@ -57,9 +57,12 @@ class Encoded:
         return self.backbone.prefix(pixels if transform is None else transform(pixels))
 
     def batch(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Prefix tokens float32 [B, L, d] of some images; ``transform`` augments their pixels first."""
+        """Prefix tokens float32 [B, L, d] of some images; ``transform`` augments their pixels first.
+
+        They are rounded to float16 also where they are recomputed, so that free memory does not change results.
+        """
         if self.tokens is None or transform is not None:
-            return self._prefix(indices, transform)
+            return self._prefix(indices, transform).half().float()
         return self.tokens[indices].to(self.backbone.device).float()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -234,7 +234,7 @@ class Run:
         )
         active = {task.folder for task in tasks}
         for folder in (self.path / "tasks").iterdir():
-            if folder.name not in active and not folder.name.startswith("."):
+            if folder.is_dir() and folder.name not in active and not folder.name.startswith("."):
                 shutil.rmtree(folder)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 

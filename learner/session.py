@@ -218,9 +218,13 @@ def add_tests(
 
 
 def source_groups(run: Run, names: Collection[str]) -> list[dict[str, Any]]:
-    """The different sources (settings of `TrainConfig`) of the named tasks, in the order they were used."""
-    groups: list[dict[str, Any]] = []
-    for name, settings in run.sources().items():
+    """The different sources (settings of `TrainConfig`) of the named tasks, in the order they were used.
+
+    Tasks whose source is not known (sources.json was lost) make an empty group.
+    """
+    sources = run.sources()
+    groups: list[dict[str, Any]] = [] if set(names) <= set(sources) else [{}]
+    for name, settings in sources.items():
         if isinstance(settings.get("task_order"), list):
             settings["task_order"] = tuple(settings["task_order"])
         if name in names and settings not in groups:
