@@ -9,11 +9,13 @@ READY := $(VENV)/.installed
 demo: $(READY)
 	$(BIN)/duallora-edge demo --run out/demo
 
-# The default tier; tests that need the real images run when DUALLORA_EDGE_ASSETS names their folder.
+# The default tier, one thread a worker; tests that need the real images run when DUALLORA_EDGE_ASSETS names their folder.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
+# TensorRT-RTX builds engines ahead of time without a GPU; it is not part of the other installs.
 test-slow: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[rtx]'
 	$(BIN)/python -m pytest -m slow
 
 # mypy does not follow the package mapping of an editable install, so it gets a tree of links.

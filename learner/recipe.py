@@ -77,20 +77,21 @@ def learn_task(
     phi_statistics = ClassStatistics.of(train.phi, train.labels, len(task.classes))
     memory = [*(record.statistics.part(slice(backbone.dim, None)) for record in past), phi_statistics]
     identity = _task_identity(memory, held) if past and len(held) else None
+    trains = config.method != "frozen" and len(task.classes) > 1
     info = TaskInfo(
         name=task.name,
         classes=task.classes,
         method=config.method,
-        residual=_residual_mode(config, past, identity, len(held)),
+        residual=_residual_mode(config, past, identity, len(held)) if trains else "none",
         seed=config.seed,
         data_digest=task.digest,
         counts={name: int((train.labels == k).sum()) for k, name in enumerate(task.classes)},
         held_back={"images": len(held), "task_accuracy": identity.accuracy if identity else None},
     )
-    if config.method == "frozen" or len(task.classes) == 1:
-        blocks, head = _untrained(backbone, len(task.classes))
-    else:
+    if trains:
         blocks, head = _train(backbone, past, info, train, config, checkpoint, progress)
+    else:
+        blocks, head = _untrained(backbone, len(task.classes))
     task_nll = identity.nll if identity else torch.zeros(len(TEMPERATURES))
     temperature = best_temperature([*(record.task_nll for record in past), task_nll], DEFAULT_TASK_TEMPERATURE)
     network = Network(
