@@ -79,7 +79,7 @@ def training_images(run: Run) -> Frame | None:
     pixels: list[Frame] = []
     for settings in source_groups(run, names):
         try:
-            stream = read_images(replace(run.config, **settings), run, Listener())
+            stream = read_images(replace(run.config, **settings), run.info, Listener())
         except DataError as error:
             click.echo(f"Parity is not checked on real images of {settings.get('data')}: {error}", err=True)
             continue

@@ -72,7 +72,8 @@ class Run:
             raise RunError(f"{path} holds other files ({others[0]}, ...); give an empty or new folder with --run.")
         (path / "tasks").mkdir(parents=True, exist_ok=True)
         write_json(path / "backbone.json", info.to_json())
-        write_json(path / "HEAD.json", {"schema": SCHEMA, "tasks": []})
+        if not (path / "HEAD.json").exists():
+            write_json(path / "HEAD.json", {"schema": SCHEMA, "tasks": []})
         # run.yaml comes last: a folder that has it has everything.
         settings = {key: value for key, value in config.to_json().items() if key not in PER_CALL}
         settings["weights"] = str(Path(config.weights).resolve()) if config.weights else None

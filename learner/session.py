@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from duallora_edge.errors import ConfigError, DataError, RunError
-from duallora_edge.learner.backbone import Backbone, load_backbone
+from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask, open_stream, prepare
 from duallora_edge.learner.evaluation import Tests, evaluate_run, report
@@ -61,18 +61,19 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def open_run(path: Path, config: TrainConfig, given: Sequence[str], listener: Listener) -> tuple[Run, Backbone]:
-    """Open the run at ``path`` or create it. Settings in ``given`` must not contradict those of an existing run."""
-    if not Run.exists(path):
-        listener.say(f"Backbone {config.backbone}")
-        backbone = load_backbone(
-            config.backbone,
-            weights=Path(config.weights) if config.weights else None,
-            size=config.size,
-            prefix_blocks=config.prefix_blocks,
-        )
-        config = replace(config, precision=pick_precision(config.precision, pick_device(config.device)))
-        return Run.create(path, config, backbone.info), backbone
+def new_backbone(config: TrainConfig, listener: Listener) -> Backbone:
+    """The backbone that a configuration names."""
+    listener.say(f"Backbone {config.backbone}")
+    return load_backbone(
+        config.backbone,
+        weights=Path(config.weights) if config.weights else None,
+        size=config.size,
+        prefix_blocks=config.prefix_blocks,
+    )
+
+
+def open_run(path: Path, config: TrainConfig, given: Sequence[str]) -> Run:
+    """Open the run at ``path``. Settings in ``given`` must not contradict those it was made with."""
     run = Run.open(path)
     values, stored = config.to_json(), run.config.to_json()
     if config.precision == "auto":  # what was chosen when the run was made
@@ -81,11 +82,11 @@ def open_run(path: Path, config: TrainConfig, given: Sequence[str], listener: Li
     if changed:
         texts = [f"{key} is {stored[key]!r}, not {values[key]!r}" for key in changed]
         raise ConfigError(f"The run {path} was made with other settings: {'; '.join(texts)}. Use a new --run.")
-    return run, run.backbone(config.weights)
+    return run
 
 
-def read_images(config: TrainConfig, run: Run, listener: Listener) -> PreparedStream:
-    """List, check and decode the images that a configuration names, at the input size of the run's backbone."""
+def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> PreparedStream:
+    """List, check and decode the images that a configuration names, at the input size of the backbone."""
     if not config.data:
         raise ConfigError("Name the images with --data DIR.")
     stream = open_stream(
@@ -100,7 +101,7 @@ def read_images(config: TrainConfig, run: Run, listener: Listener) -> PreparedSt
         data_root=Path(config.data_root) if config.data_root else None,
     )
     listener.say(stream.describe())
-    preprocessing = Preprocessing(run.info.size, run.config.resize, run.info.interpolation)
+    preprocessing = Preprocessing(info.size, config.resize, info.interpolation)
     return prepare(stream, preprocessing, on_progress=lambda done, total: listener.progress("decode", done, total))
 
 
@@ -110,18 +111,26 @@ def train_run(path: Path, config: TrainConfig, given: Sequence[str], listener: L
     ``given`` names the settings that the user set; the others come from the run. Without data the images of the
     last call are used. Interrupted at any moment, the same call continues. Returns the metrics of the run.
     """
-    if not Run.exists(path) and not config.data:
-        raise ConfigError("Name the images to learn from with --data DIR.")
-    run, backbone = open_run(path, config, given, listener)
-    with run.locked():
-        if not config.data:
-            config = replace(config, **_last_source(run))
+    run = open_run(path, config, given) if Run.exists(path) else None
+    if not config.data:
+        if run is None:
+            raise ConfigError("Name the images to learn from with --data DIR.")
+        config = replace(config, **_last_source(run))
+    device = pick_device(config.device)
+    if run is None:
+        backbone = new_backbone(config, listener)
+        config = replace(config, precision=pick_precision(config.precision, device))
+    else:
+        backbone = run.backbone(config.weights)
         config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
-        stream = read_images(config, run, listener)
-        listener.say(stream.health.table())
+    stream = read_images(config, backbone.info, listener)
+    listener.say(stream.health.table())
+    # Only now, so that images that cannot be used do not leave an empty run behind.
+    run = run or Run.create(path, config, backbone.info)
+    with run.locked():
         known = _check_known(run, stream)
         run.remember_source([task.name for task in stream.tasks], config)
-        backbone.to(pick_device(config.device))
+        backbone.to(device)
         tests = Tests(backbone)
         add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
         metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row) if known else None
@@ -206,7 +215,7 @@ def add_tests(
         if data is not None:
             settings["data"] = data
         try:
-            stream = read_images(replace(run.config, **settings), run, listener)
+            stream = read_images(replace(run.config, **settings), run.info, listener)
         except (DataError, ConfigError) as error:
             if data is not None:
                 raise
