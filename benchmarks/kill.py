@@ -44,9 +44,11 @@ def main(kills: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         write_digits(images)
-        settings = ["--data", images, "--precision", "fp32", "--config", Path(folder) / "settings.yaml"]
-        # More steps and checkpoints than the default, so that kills fall into training too.
-        (Path(folder) / "settings.yaml").write_text("min_steps: 200\ncheckpoint_steps: 20\n")
+        settings = ["--data", images, "--config", Path(folder) / "settings.yaml"]
+        # Three tasks; more steps and checkpoints than the default, so that kills fall into training too.
+        (Path(folder) / "settings.yaml").write_text(
+            "task_order: [digits-0-1, digits-2-3, digits-4-5]\nprecision: fp32\nmin_steps: 150\ncheckpoint_steps: 20\n"
+        )
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         start = time.monotonic()
         subprocess.run(command("train", *settings, "--run", whole), check=True, capture_output=True)
