@@ -19,6 +19,7 @@ from duallora_edge.runtime.preprocess import Frame
 MAX_PROBABILITY_DIFFERENCE = 1e-3
 MIN_TOP1_AGREEMENT = 0.999
 MIN_FEATURE_COSINE = 0.9999
+MAX_RELATIVE_NOVELTY_DIFFERENCE = 0.05  # wide: it is a small difference of large numbers for images seen in training
 BATCH = 32
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -59,13 +60,17 @@ class Parity:
         good = (
             self.top1_agreement >= MIN_TOP1_AGREEMENT
             and self.max_probability_difference <= MAX_PROBABILITY_DIFFERENCE
+            and self.max_task_probability_difference <= MAX_PROBABILITY_DIFFERENCE
+            and self.max_relative_novelty_difference <= MAX_RELATIVE_NOVELTY_DIFFERENCE
             and self.min_feature_cosine >= MIN_FEATURE_COSINE
         )
         if not good:
             raise ExportError(
                 f"The exported graph does not answer as the trained model on {what} images (top-1 agreement "
-                f"{100 * self.top1_agreement:.2f} %, largest probability difference "
-                f"{self.max_probability_difference:.2g}); nothing was written, please report this backbone."
+                f"{100 * self.top1_agreement:.2f} %, largest differences: probability "
+                f"{self.max_probability_difference:.2g}, task probability {self.max_task_probability_difference:.2g}, "
+                f"relative novelty {self.max_relative_novelty_difference:.2g}; smallest cosine of features "
+                f"{self.min_feature_cosine:.6f}); nothing was written, please report this backbone."
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""Models to export: learned in a moment from generated images, with answers soft enough to show small errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.record import TEMPERATURES, TaskRecord
+from duallora_edge.learner.run import Run
+
+SOFT = -torch.arange(len(TEMPERATURES), dtype=torch.float)  # held-back likelihoods that ask for the highest one
+
+
+def soften(record: TaskRecord) -> TaskRecord:
+    """The record with the highest temperature: probabilities and gates far from 0 and 1."""
+    return replace(record, class_nll=SOFT, task_nll=SOFT.clone())
+
+
+@pytest.fixture(scope="session")
+def compose(
+    tiny_backbone: Backbone, make_task: Callable[..., PreparedTask], learn: Callable[..., list[TaskRecord]]
+) -> Callable[..., ComposedModel]:
+    """``compose(["ab", "cd"], ["isolated", "previous"])``: a model of two tasks, one letter a class."""
+
+    def make(
+        tasks: Sequence[str],
+        residuals: Sequence[str] = ("isolated", "isolated", "previous"),
+        backbone: Backbone = tiny_backbone,
+        method: str = "dual_lora",
+    ) -> ComposedModel:
+        records: list[TaskRecord] = []
+        for index, classes in enumerate(tasks):
+            kinds = range(2 * index, 2 * index + len(classes))
+            task = make_task(f"task {index}", list(classes), kinds, train=6, held=2)
+            residual = residuals[index % len(residuals)]
+            settings = {"residual": residual, "method": method, "learning_rate": 0.03}
+            records = learn([task], past=records, backbone=backbone, **settings)
+        return ComposedModel(backbone, [soften(record) for record in records]).eval()
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> Run:
+    """A run on disk, named ``site``, that learned two tasks of two classes."""
+    created = Run.create(tmp_path / "site", TrainConfig(), tiny_backbone.info)
+    for record in two_tasks:
+        created.commit(soften(record))
+    return created
+
+
+@pytest.fixture
+def model(run: Run, tiny_backbone: Backbone) -> ComposedModel:
+    """The model of ``run``."""
+    return ComposedModel(tiny_backbone, run.records()).eval()
