@@ -226,7 +226,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 @click.option("--images", "folders", multiple=True, required=True, type=EXISTING, help="Repeat for more folders.")
 @click.option("--weights", required=True, type=EXISTING, help="The teacher's.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--pools", default=100, show_default=True, help=f"{STEPS_A_POOL} steps each.")
+@click.option("--pools", default=43, show_default=True, help=f"{STEPS_A_POOL} steps each.")
 @click.option("--seed", default=0, show_default=True)
 def main(folders: tuple[Path, ...], weights: Path, output: Path, pools: int, seed: int) -> None:
     """Distil the embedded backbone from the images in the folders; a stopped run continues where it was."""
