@@ -46,11 +46,10 @@ def export_run(
     """Build, verify and write the bundle of a run for a target.
 
     ``real_images`` uint8 [N, S, S, 3] join the parity check and are not stored. ``version`` defaults to one more
-    than the bundle that is replaced. Raises `ExportError` when the graph does not answer as the model, and leaves
-    an existing bundle untouched then.
+    than the bundle that is replaced. Raises `ExportError` when something else than a bundle is there or the graph
+    does not answer as the model, and leaves what is there untouched then.
     """
-    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} exists and is not a bundle; give another name with -o.")
+    previous = _previous_version(output)
     graph = build_model(model, target.opset, target.ir_version)
     parity = _verify(model, graph, real_images)
     work = workload(graph)
@@ -64,7 +63,7 @@ def export_run(
         (staging / GOLDEN).write_bytes(buffer.getvalue())
         (staging / README).write_text(_readme(run, model, target, estimates), encoding="utf-8")
         manifest = Manifest(
-            bundle_version=version or _next_version(output),
+            bundle_version=version or previous + 1,
             name=run.path.resolve().name,
             classes=model.catalogue.classes,
             tasks=_tasks(model),
@@ -113,13 +112,18 @@ def _tasks(model: ComposedModel) -> tuple[Task, ...]:
     )
 
 
-def _next_version(output: Path) -> int:
+def _previous_version(output: Path) -> int:
+    """Version of the bundle that will be replaced, 0 without one. What is not a whole bundle is never replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return 0
     if not (output / MANIFEST).is_file():
-        return 1
+        raise ExportError(f"{output} exists and is not a bundle; give another name with -o.")
     try:
-        return Bundle.open(output, verify=False).manifest.bundle_version + 1
+        return Bundle.open(output, verify=False).manifest.bundle_version
     except BundleError as error:
-        raise ExportError(f"{output} holds a damaged bundle ({error}); delete it or name the version.") from error
+        raise ExportError(
+            f"{output} holds no readable bundle ({str(error).rstrip('.')}); delete it or give another name with -o."
+        ) from error
 
 
 def _provenance(run: Run) -> dict[str, Any]:

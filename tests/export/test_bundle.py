@@ -1,0 +1,233 @@
+"""Bundles: accepted by the device's reader, right in their answers, and replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from duallora_edge import __version__
+from duallora_edge.device_profiles import resolve_target
+from duallora_edge.errors import ExportError
+from duallora_edge.export.bundle import GENERATED_IMAGES, GOLDEN_IMAGES, README, export_run
+from duallora_edge.export.graph import build_model
+from duallora_edge.export.parity import generated_images, torch_outputs
+from duallora_edge.files import read_json
+from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.run import Run
+from duallora_edge.runtime import Bundle, Classifier
+from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, OUTPUTS
+
+TARGET = resolve_target("orin-nano-8gb", "6.2")
+REAL = generated_images(20, 32, seed=9)  # they stand for photographs
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def bundle(run: Run, model: ComposedModel, tmp_path: Path) -> Path:
+    """A bundle of version 1."""
+    export_run(run, model, TARGET, tmp_path / "out" / "bundle", None)
+    return tmp_path / "out" / "bundle"
+
+
+@pytest.mark.parametrize(("name", "jetpack"), [("orin-nano-8gb", "6.2"), ("x86-cpu", None), ("xavier-nx", "5.1")])
+def test_the_runtime_answers_as_pytorch(
+    run: Run, model: ComposedModel, tmp_path: Path, name: str, jetpack: str | None
+) -> None:
+    target = resolve_target(name, jetpack)
+    exported = export_run(run, model, target, tmp_path / "bundle", REAL)
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.to_json() == json.loads(json.dumps(exported.manifest.to_json()))
+    assert {path.name for path in bundle.path.iterdir()} == {MANIFEST, MODEL, GOLDEN, README}
+    graph = onnx.load(bundle.model_path)
+    assert (graph.opset_import[0].version, graph.ir_version) == (target.opset, target.ir_version)
+
+    classifier = Classifier.load(tmp_path / "bundle", threads=1)
+    frames = [*REAL[:5], *generated_images(2, 51, seed=3)]  # of the size of the model, and larger
+    expected = torch_outputs(model, np.stack([bundle.manifest.preprocessing(frame) for frame in frames]))
+    for index, prediction in enumerate(classifier.batch(frames)):
+        np.testing.assert_allclose(prediction.probabilities, expected["probabilities"][index], atol=1e-4)
+        assert prediction.label == "abcd"[expected["probabilities"][index].argmax()]
+        assert prediction.task == ("first", "second")[expected["task_probabilities"][index].argmax()]
+        assert prediction.novelty == pytest.approx(expected["novelty"][index], rel=1e-3)
+
+
+def test_manifest(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+    exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL)
+    manifest = read_json(tmp_path / "bundle" / MANIFEST)
+    assert (manifest["name"], manifest["bundle_version"]) == ("site", 1)
+    assert manifest["classes"] == ["a", "b", "c", "d"]
+    assert manifest["tasks"] == [{"name": "first", "classes": [0, 1]}, {"name": "second", "classes": [2, 3]}]
+    assert manifest["preprocessing"] == {"size": 32, "resize": run.config.resize, "interpolation": "bicubic"}
+    assert manifest["outputs"]["features"]["shape"] == ["N", 4 * 48]
+    assert manifest["calibration"]["temperature"] == model.classifier.temperature == 256
+    assert manifest["calibration"]["novelty_threshold"] == model.novelty_threshold > 0
+    target = manifest["target"]
+    assert (target["profile"], target["jetpack"]) == ("orin-nano-8gb", "6.2")
+    assert (target["opset"], target["ir_version"], target["precision"]) == (17, 8, "fp32")
+    assert [entry["mode"] for entry in target["estimates"]] == ["normal", "super"]
+    assert all("estimate" in entry["note"] for entry in target["estimates"])
+    assert all("estimate" in entry.text for entry in exported.estimates)
+    graph = onnx.load(tmp_path / "bundle" / MODEL)
+    assert target["nodes"]["total"] == len(graph.graph.node) and target["flops"] > 1e6
+    assert target["parameters"] == sum(numpy_helper.to_array(tensor).size for tensor in graph.graph.initializer)
+    parity = manifest["parity"]
+    assert (parity["generated"]["images"], parity["real"]["images"]) == (GENERATED_IMAGES, len(REAL))
+    assert parity["generated"]["top1_agreement"] == parity["real"]["top1_agreement"] == 1
+    assert parity["real"]["max_probability_difference"] < 1e-4
+    provenance = manifest["provenance"]
+    assert provenance["made_by"] == f"duallora-edge {__version__}" and provenance["run_digest"] == run.digest()
+    assert provenance["backbone"]["name"] == "tiny" and set(provenance["versions"]) >= {"torch", "onnx"}
+
+
+@pytest.mark.parametrize("real", [None, REAL[:0]], ids=["unknown", "none"])
+def test_parity_on_real_images_is_claimed_only_when_there_were_any(
+    run: Run, model: ComposedModel, tmp_path: Path, real: np.ndarray | None
+) -> None:
+    parity = export_run(run, model, TARGET, tmp_path / "bundle", real).manifest.parity
+    assert "generated" in parity and "real" not in parity
+
+
+def test_no_path_of_this_machine_is_in_the_manifest(bundle: Path, tmp_path: Path) -> None:
+    for name in (MANIFEST, README):
+        text = (bundle / name).read_text(encoding="utf-8")
+        assert str(tmp_path) not in text and str(Path.home()) + "/" not in text
+
+
+def test_golden_images_are_generated_and_nothing_of_the_training_is_inside(
+    bundle: Path, model: ComposedModel, make_task: object
+) -> None:
+    golden = Bundle.open(bundle).golden()
+    np.testing.assert_array_equal(golden.image, generated_images(GOLDEN_IMAGES, 32, seed=1))
+    expected = torch_outputs(model, golden.image)
+    for name in OUTPUTS:
+        np.testing.assert_allclose(getattr(golden, name), expected[name], rtol=1e-4, atol=1e-6)
+    assert callable(make_task)
+    learned: PreparedTask = make_task("first", ["a", "b"], [0, 1])
+    everything = b"".join(content(bundle).values())
+    rows = [image[row].tobytes() for image in learned.train.pixels for row in (0, 16)]
+    assert not [row for row in rows if row in everything]
+    with np.load(bundle / GOLDEN, allow_pickle=False) as archive:
+        assert set(archive.files) == {"image", *OUTPUTS}
+
+
+def test_readme_says_what_the_bundle_is(bundle: Path) -> None:
+    text = (bundle / README).read_text(encoding="utf-8")
+    assert text.startswith("# site\n") and "4 classes from 2 tasks" in text
+    assert "Orin Nano 8GB" in text and "JetPack 6.2" in text
+    assert "(opset 17, IR 8, fp32)" in text and "`image [N, 32, 32, 3]`" in text
+    assert "Estimates, not measured on the device:" in text and text.count("\n* orin-nano-8gb") == 2
+
+
+def test_an_export_replaces_the_bundle_as_a_whole(run: Run, model: ComposedModel, bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("of version 1")
+    second = export_run(run, model, resolve_target("x86-cpu"), bundle, None)
+    assert second.manifest.bundle_version == Bundle.open(bundle).manifest.bundle_version == 2
+    assert sorted(path.name for path in bundle.iterdir()) == sorted((GOLDEN, MANIFEST, MODEL, README))
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert export_run(run, model, TARGET, bundle, None, version=9).manifest.bundle_version == 9
+    assert export_run(run, model, TARGET, bundle, None).manifest.bundle_version == 10
+
+
+def test_an_empty_folder_is_used(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    assert export_run(run, model, TARGET, tmp_path / "new", None).manifest.bundle_version == 1
+    Bundle.open(tmp_path / "new")
+
+
+@pytest.mark.parametrize("version", [None, 3])
+@pytest.mark.parametrize("name", ["photo.jpg", ".hidden", "sub/photo.jpg", MANIFEST])
+def test_a_folder_of_somebody_else_is_refused_and_untouched(
+    run: Run, model: ComposedModel, tmp_path: Path, name: str, version: int | None
+) -> None:
+    folder = tmp_path / "mine"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text('{"name": "a web page"}')
+    before = content(tmp_path)
+    with pytest.raises(ExportError, match=r"(is not a bundle; give another name|holds no readable bundle)"):
+        export_run(run, model, TARGET, folder, None, version)
+    assert content(tmp_path) == before
+
+
+def test_a_file_is_refused_and_untouched(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("words")
+    with pytest.raises(ExportError, match="exists and is not a bundle"):
+        export_run(run, model, TARGET, tmp_path / "mine", None)
+    assert (tmp_path / "mine").read_text() == "words"
+
+
+def damaged(model: ComposedModel, opset: int, ir_version: int) -> onnx.ModelProto:
+    """A graph whose first class is a little more likely than in the model."""
+    graph = build_model(model, opset, ir_version)
+    (bias,) = (tensor for tensor in graph.graph.initializer if tensor.name == "classifier.bias")
+    value = numpy_helper.to_array(bias).copy()
+    value[0] += 0.1
+    bias.CopyFrom(numpy_helper.from_array(value, bias.name))
+    return graph
+
+
+def test_a_graph_that_answers_otherwise_leaves_the_old_bundle(
+    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(bundle.parent)
+    monkeypatch.setattr("duallora_edge.export.bundle.build_model", damaged)
+    with pytest.raises(ExportError, match="does not answer as the trained model on generated images"):
+        export_run(run, model, TARGET, bundle, None)
+    assert content(bundle.parent) == before
+    with pytest.raises(ExportError, match="nothing was written"):
+        export_run(run, model, TARGET, bundle.with_name("other"), None)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_a_graph_that_fails_on_real_images_alone_is_refused(
+    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(bundle.parent)
+    whole = torch_outputs
+
+    def on_real_images_only(reference: ComposedModel, images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = whole(reference, images)
+        if len(images) == len(REAL):
+            outputs["probabilities"] = outputs["probabilities"][:, ::-1]
+        return outputs
+
+    monkeypatch.setattr("duallora_edge.export.bundle.torch_outputs", on_real_images_only)
+    with pytest.raises(ExportError, match="on real images"):
+        export_run(run, model, TARGET, bundle, REAL)
+    assert content(bundle.parent) == before
+
+
+@pytest.mark.parametrize("synced", [0, 2])
+def test_a_full_disk_leaves_the_old_bundle(
+    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch, synced: int
+) -> None:
+    before, left = content(bundle.parent), [synced]
+
+    def fsync(handle: int) -> None:
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= 1
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(run, model, TARGET, bundle, None)
+    assert content(bundle.parent) == before
+
+
+def test_a_damaged_bundle_is_not_replaced_without_a_word(run: Run, model: ComposedModel, bundle: Path) -> None:
+    (bundle / MODEL).write_bytes(b"short")
+    before = content(bundle)
+    with pytest.raises(ExportError, match=r"holds no readable bundle \(.*model.onnx has 5 bytes"):
+        export_run(run, model, TARGET, bundle, None)
+    assert content(bundle) == before
