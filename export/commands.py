@@ -78,6 +78,9 @@ def training_images(run: Run) -> Frame | None:
     names = {run.read_info(task).name for task in run.head()}
     pixels: list[Frame] = []
     for settings in source_groups(run, names):
+        if not settings:
+            click.echo("Parity is not checked on real images of tasks whose source is no longer known.", err=True)
+            continue
         try:
             stream = read_images(replace(run.config, **settings), run.info, Listener())
         except DataError as error:
