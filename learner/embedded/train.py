@@ -11,7 +11,7 @@ correspond one to one. The student learns to give the teacher's final normalised
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -151,8 +151,7 @@ def new_pool(number: int, images: Tensor, teacher: VisionTransformer, seed: int)
 def learning_rate(step: int, steps: int) -> float:
     """Warm-up, constant, linear decay (the WSD schedule of Hu et al. 2024).
 
-    The decay is a fixed number of steps at the end: a run stopped in its constant part and resumed with
-    another ``steps`` equals a run started with that number.
+    As the decay has a fixed length, a run stopped before it and resumed with another ``steps`` equals a run of those.
     """
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / DECAY)
 
@@ -237,12 +236,8 @@ def main(folders: tuple[Path, ...], weights: Path, output: Path, pools: int, see
     distil(student, teacher, images, pools, seed, output.with_suffix(".checkpoint.safetensors"))
     half = {name: value.half() for name, value in student.state_dict().items()}
     write_atomic(output, save(half))
-    description = {
-        "architecture": ARCHITECTURE,
-        "data_config": DATA_CONFIG,
-        "parameters": sum(value.numel() for value in half.values()),
-        "sha256": sha256_file(output),
-    }
+    description: dict[str, Any] = {"architecture": ARCHITECTURE, "data_config": DATA_CONFIG}
+    description |= {"parameters": sum(value.numel() for value in half.values()), "sha256": sha256_file(output)}
     write_json(output.with_suffix(".json"), description)
     click.echo(f"Wrote {output} ({output.stat().st_size:,} bytes)")
 
