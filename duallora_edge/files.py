@@ -89,6 +89,20 @@ def sync_tree(root: Path) -> None:
     sync_directory(root)
 
 
+def _replace_directory(target: Path, new: Path) -> None:
+    """Rename ``new`` to ``target``; the old one is deleted only when a whole directory stands in its place."""
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.", suffix=".tmp")) / target.name
+    try:
+        target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        shutil.rmtree(old.parent, ignore_errors=True)
+        raise
+    shutil.rmtree(old.parent, ignore_errors=True)
+
+
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``target`` when the block ends, and vanishes when it raises.
@@ -103,15 +117,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         staging.chmod(0o755)
         sync_tree(staging)
         if target.exists():
-            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.", suffix=".tmp"))
-            target.rename(aside / target.name)
-            try:
-                staging.rename(target)
-            except BaseException:
-                (aside / target.name).rename(target)
-                raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            _replace_directory(target, staging)
         else:
             staging.rename(target)
     except BaseException:
