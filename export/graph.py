@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from timm.layers import LayerScale
 from torch import Tensor, nn
@@ -226,36 +227,14 @@ class VitGraph:
     ) -> str:
         """Heads concatenated, rows [N * Lq, d], before the output projection."""
         b, attn, d = self.b, adapted.block.attn, self.dim
-        weight = adapted.weight
-        bias = attn.qkv.bias
-        hidden = self._residual(name, adapted, y, posterior)
-        if class_token_only:
-            q = self._projection(
-                f"{name}.attn.qkv.q", self._class_rows(y), weight[:d], None if bias is None else bias[:d]
-            )
-            kv = self._projection(f"{name}.attn.qkv.kv", y, weight[d:], None if bias is None else bias[d:])
-            if hidden and adapted.adapter:
-                up_q = b.weight(f"{name}.residual.q_up", adapted.adapter.q_up)
-                up_v = b.weight(f"{name}.residual.kv_up", nn.functional.pad(adapted.adapter.v_up, (d, 0)))
-                q = b.node("Gemm", self._class_rows(hidden, adapted.adapter.q_up.shape[0]), up_q, q)
-                kv = b.node("Gemm", hidden, up_v, kv)
-            k, v = b.split(kv, [d, d])
-        else:
-            qkv = self._projection(f"{name}.attn.qkv", y, weight, bias)
-            if hidden and adapted.adapter:
-                up = np.concatenate(
-                    [
-                        t.detach().cpu().numpy()
-                        for t in (adapted.adapter.q_up, 0 * adapted.adapter.q_up, adapted.adapter.v_up)
-                    ],
-                    axis=1,
-                )
-                qkv = b.node("Gemm", hidden, b.weight(f"{name}.residual.up", up), qkv)
-            q, k, v = b.split(qkv, [d, d, d])
         queries = 1 if class_token_only else self.length
         q, k, v = (
-            b.reshape(t, -1, n, attn.num_heads, attn.head_dim)
-            for t, n in ((q, queries), (k, self.length), (v, self.length))
+            b.reshape(rows, -1, count, attn.num_heads, attn.head_dim)
+            for rows, count in zip(
+                self._qkv(name, adapted, y, posterior, class_token_only),
+                (queries, self.length, self.length),
+                strict=True,
+            )
         )
         q = self._norm(f"{name}.attn.q_norm", attn.q_norm, q)
         k = self._norm(f"{name}.attn.k_norm", attn.k_norm, k)
@@ -264,24 +243,54 @@ class VitGraph:
         heads = b.node("MatMul", b.node("Softmax", scores, axis=-1), b.node("Transpose", v, perm=[0, 2, 1, 3]))
         return b.reshape(b.node("Transpose", heads, perm=[0, 2, 1, 3]), -1, d)
 
-    def _residual(self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None) -> str | None:
-        """Down-projected rows [N * L, R] of the residual adapters of all tasks, opened per image; None without any."""
+    def _qkv(
+        self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None, class_token_only: bool
+    ) -> tuple[str, str, str]:
+        """Query, key and value rows [N * L, d] (queries [N, d] with ``class_token_only``), adapters included.
+
+        Weights keep their PyTorch names also where only a part is used: runtimes fold the slices when they load.
+        """
+        b, d = self.b, self.dim
+        weight, bias = self._linear(f"{name}.attn.qkv", adapted.block.attn.qkv, adapted.weight)
+        hidden, up = self._residual(name, adapted, y, posterior)
+        if not class_token_only:
+            q, k, v = b.split(self._updated(b.gemm(y, weight, bias), hidden, up), [d, d, d])
+            return q, k, v
+        rows = (self._class_rows(y), y)
+        hiddens = (hidden and self._class_rows(hidden, len(adapted.adapter.q_up)) if adapted.adapter else None, hidden)
+        q, kv = (
+            self._updated(
+                b.gemm(x, b.slice(weight, start, end, 0), bias and b.slice(bias, start, end, 0)),
+                part,
+                up and b.slice(up, start, end, 1),
+            )
+            for x, part, start, end in zip(rows, hiddens, (0, d), (d, 3 * d), strict=True)
+        )
+        k, v = b.split(kv, [d, d])
+        return q, k, v
+
+    def _updated(self, x: str, hidden: str | None, up: str | None) -> str:
+        """x + hidden up, as one Gemm."""
+        return self.b.node("Gemm", hidden, up, x) if hidden and up else x
+
+    def _residual(
+        self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None
+    ) -> tuple[str | None, str | None]:
+        """The residual adapters of all tasks: down-projected rows [N * L, R], opened per image, and up [R, 3d]."""
         b, adapter = self.b, adapted.adapter
         if adapter is None or adapted.gate_map is None or posterior is None:
-            return None
-        rank = adapter.q_down.shape[0]
+            return None, None
+        rank = len(adapter.q_down)
         gates = b.node("MatMul", posterior, b.weight(f"{name}.residual.gate_map", adapted.gate_map))
         hidden = b.gemm(y, b.weight(f"{name}.residual.down", adapter.q_down), None)
         gated = b.node("Mul", b.reshape(hidden, -1, self.length, rank), b.reshape(gates, -1, 1, rank))
-        return b.reshape(gated, -1, rank)
+        up = torch.cat([adapter.q_up, torch.zeros_like(adapter.q_up), adapter.v_up], dim=1)
+        return b.reshape(gated, -1, rank), b.weight(f"{name}.residual.up", up)
 
-    def _projection(self, name: str, x: str, weight: Tensor, bias: Tensor | None) -> str:
-        stored = self.b.weight(f"{name}.weight", weight)
-        return self.b.gemm(x, stored, None if bias is None else self.b.weight(f"{name}.bias", bias))
-
-    def _linear(self, name: str, layer: nn.Linear) -> tuple[str, str | None]:
-        weight = self.b.weight(f"{name}.weight", layer.weight)
-        return weight, None if layer.bias is None else self.b.weight(f"{name}.bias", layer.bias)
+    def _linear(self, name: str, layer: nn.Linear, weight: Tensor | None = None) -> tuple[str, str | None]:
+        """Names of weight and bias of a linear layer; ``weight`` replaces its own."""
+        stored = self.b.weight(f"{name}.weight", layer.weight if weight is None else weight)
+        return stored, None if layer.bias is None else self.b.weight(f"{name}.bias", layer.bias)
 
     def _scaled(self, name: str, scale: nn.Module, x: str) -> str:
         if isinstance(scale, LayerScale):

@@ -31,8 +31,12 @@ def workload(model: onnx.ModelProto) -> Workload:
     weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     known = {**shapes, **weights}
     flops = sum(_flops(node, known) for node in graph.node)
+    fixed = set(weights)  # weights, and what is computed from weights alone when the graph is loaded
+    for node in graph.node:
+        if fixed.issuperset(node.input):
+            fixed.update(node.output)
     activations = max(
-        sum(math.prod(shapes[name]) for name in {*node.input, *node.output} if name in shapes) for node in graph.node
+        sum(math.prod(shapes[name]) for name in {*node.input, *node.output} - fixed) for node in graph.node
     )
     parameters = sum(math.prod(dims) for dims in weights.values())
     return Workload(flops=flops, weight_bytes=FP16_BYTES * parameters, activation_bytes=FP16_BYTES * activations)

@@ -131,16 +131,10 @@ def assert_names_of_pytorch(model: ComposedModel, graph: onnx.ModelProto) -> Non
     state = {name: value.numpy() for name, value in model.network.backbone.model.state_dict().items()}
     found = initializers(graph)
     depth = len(model.network.backbone.model.blocks)
-    split = f"blocks.{depth - 1}.attn.qkv."
     adapted = {f"blocks.{i}.attn.qkv.weight" for i in range(model.network.backbone.info.prefix_blocks, depth)}
     for name, value in state.items():
         if name in ("cls_token", "pos_embed", "reg_token"):
             assert name not in found  # one constant: token_embed
-        elif name.startswith(split):  # the last block's queries are computed for the class token alone
-            kind = name.removeprefix(split)
-            joined = np.concatenate([found[f"{split}{part}.{kind}"] for part in ("q", "kv")])
-            assert joined.shape == value.shape
-            assert (name in adapted) != np.array_equal(joined, value)
         else:
             assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
             changed = name in adapted or name.startswith("patch_embed.proj.")
@@ -169,31 +163,35 @@ def test_residuals_of_all_tasks_are_one_stack_and_the_rest_is_folded(three_tasks
     assert not [key for key in found if "residual" in key and key.startswith(("blocks.0", "blocks.1"))]
 
 
-def rows(graph: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
-    """Shape of what each linear layer makes, by the name of its weight, for ``batch`` images."""
+def rows(graph: onnx.ModelProto, batch: int) -> dict[str, list[list[int]]]:
+    """Shapes of what each linear layer makes for ``batch`` images, by its weight (whole or a slice of it)."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(graph)
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
     inferred = shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True).graph
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in inferred.value_info}
-    return {node.input[1]: shapes[node.output[0]] for node in inferred.node if node.op_type == "Gemm"}
+    sources = {node.output[0]: node.input[0] for node in inferred.node if node.op_type == "Slice"}
+    made: dict[str, list[list[int]]] = {}
+    for node in inferred.node:
+        if node.op_type == "Gemm":
+            made.setdefault(sources.get(node.input[1], node.input[1]), []).append(shapes[node.output[0]])
+    return made
 
 
 def test_the_last_block_works_on_class_tokens_alone(three_tasks: ComposedModel) -> None:
     found = rows(build_model(three_tasks, 17, 8), batch=3)
-    assert found["blocks.2.mlp.fc1.weight"] == [3 * 17, 192]
-    assert found["blocks.3.mlp.fc1.weight"] == [3, 192]
-    assert found["blocks.3.mlp.fc2.weight"] == found["blocks.3.attn.proj.weight"] == [3, 48]
-    assert found["blocks.3.attn.qkv.q.weight"] == [3, 48]
-    assert found["blocks.3.attn.qkv.kv.weight"] == [3 * 17, 96]
+    assert found["blocks.2.mlp.fc1.weight"] == [[3 * 17, 192]]
+    assert found["blocks.3.mlp.fc1.weight"] == [[3, 192]]
+    assert found["blocks.3.mlp.fc2.weight"] == found["blocks.3.attn.proj.weight"] == [[3, 48]]
+    assert found["blocks.3.attn.qkv.weight"] == [[3, 48], [3 * 17, 96]]
 
 
 def test_the_last_block_keeps_all_tokens_where_they_are_averaged(
     make_backbone: Callable[..., Backbone], compose: Compose
 ) -> None:
     model = compose(["ab", "cd"], backbone=make_backbone(global_pool="avg"), method="frozen")
-    assert rows(build_model(model, 17, 8), batch=3)["blocks.3.mlp.fc1.weight"] == [3 * 17, 192]
+    assert rows(build_model(model, 17, 8), batch=3)["blocks.3.mlp.fc1.weight"] == [[3 * 17, 192]]
 
 
 @pytest.mark.parametrize("residual", ["isolated", "previous"])
