@@ -370,18 +370,13 @@ class VitGraph:
         b.node("MatMul", components, b.weight("classifier.task_sums", c.task_sums), name="task_probabilities")
         whitening = b.weight("novelty.whitening", c.whitening.T)
         white = b.gemm(features, whitening, b.weight("novelty.offset", c.offset))
-        width = white_width(c.whitening)
+        width = len(c.whitening)
         squared = b.reshape(b.node("MatMul", b.reshape(white, -1, 1, width), b.reshape(white, -1, width, 1)), -1)
         nearest = b.gemm(
             features, b.weight("novelty.weight", c.nearest_weight), b.weight("novelty.bias", c.nearest_bias)
         )
         distance = b.node("Sub", squared, b.node("Mul", b.max_last(nearest), b.number(2.0)))
         b.node("Mul", b.node("Relu", distance), b.number(1.0 / width), name="novelty")
-
-
-def white_width(whitening: Tensor) -> int:
-    """D, the number of features."""
-    return int(whitening.shape[0])
 
 
 def build_model(model: ComposedModel, opset: int, ir_version: int) -> onnx.ModelProto:

@@ -125,6 +125,10 @@ def load_backbone(
     ``size``. ``prefix_blocks`` defaults to half of the blocks. Raises `BackboneError` for an unknown name, an
     unsupported architecture, weights that do not fit, or a hub that cannot be reached.
     """
+    if name == embedded.NAME and weights is not None:
+        raise BackboneError(
+            "The embedded backbone has its own weights; name the backbone of --weights with --backbone."
+        )
     model, digest, config = _embedded(size) if name == embedded.NAME else _from_timm(name, weights, size)
     _check_supported(model, name)
     depth = len(model.blocks)

@@ -195,3 +195,8 @@ def test_real_weights_answer_as_timm_does(assets: Path) -> None:
         for block in backbone.suffix:
             tokens = block(tokens)
         torch.testing.assert_close(backbone.feature(tokens), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_embedded_backbone_takes_no_other_weights(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match="has its own weights"):
+        load_backbone(embedded.NAME, weights=tmp_path / "any.safetensors")
