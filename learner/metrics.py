@@ -218,7 +218,7 @@ class Metrics:
 
     Why accuracy falls even where nothing is forgotten: after each task more classes compete for the same
     image. An old image can go to a new, similar class although no weight has moved. That part of the drop is
-    in ``a`` but not in ``b``, so `forgetting_task_given` isolates the drift of the network.
+    in ``a`` but not in ``b``, so `forgetting_task_given` isolates the drift of the network and its classifier.
 
     Cells without images are left out of every mean; a mean of nothing is None. Raises ``ValueError`` when the
     rows do not form the triangle.
