@@ -187,8 +187,8 @@ def _reading() -> str:
 be taken for one of 40 although no weight has moved. Part of the drop of an old task is therefore the harder
 question, not a worse network.</p>
 <p><strong>Forgetting, task given</strong> keeps the question the same: the choice stays limited to the task’s
-own classes. What is left is the drift of the network and of its classifier, which shares one covariance over all tasks. The difference between the two kinds of forgetting is confusion between
-tasks.</p>
+own classes. What is left is the drift of the network and of its classifier, which shares one covariance over
+all tasks. The difference between the two kinds of forgetting is confusion between tasks.</p>
 </div>
 """
 
