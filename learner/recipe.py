@@ -117,6 +117,7 @@ def _task_identity(memory: Sequence[ClassStatistics], held: Encoded) -> _Identit
     sums = model.task_sums.double()
     posteriors = [(logits / t).softmax(dim=1) @ sums for t in TEMPERATURES]
     nll = torch.stack([-p[:, -1].clamp(min=1e-12).log().sum() for p in posteriors])
+    # The least temperature all but picks the task of the likeliest class, whatever temperature is chosen later.
     correct = posteriors[0].argmax(dim=1) == len(memory) - 1
     return _Identity(nll, float(correct.double().mean()))
 

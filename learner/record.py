@@ -112,10 +112,6 @@ class TaskRecord:
             novelty=statistics["novelty"],
         )
 
-    def stored(self) -> TaskRecord:
-        """The record as it reads back from disk, so that a run continued in memory equals one that is reopened."""
-        return TaskRecord.from_tensors(self.info, self.tensors())
-
 
 def empty_adapter(dim: int) -> Adapter:
     """The adapter of rank 0."""
