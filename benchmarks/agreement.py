@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from duallora_edge.export.parity import Parity, onnx_outputs, torch_outputs
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import Bundle
@@ -27,7 +27,7 @@ from duallora_edge.runtime.bundle import Bundle
 @click.option("--images", default=1000, show_default=True, type=click.IntRange(1))
 def main(run_path: Path, bundle_path: Path, images: int) -> None:
     run, bundle = Run.open(run_path), Bundle.open(bundle_path)
-    model = ComposedModel(run.backbone(), run.records()).eval()
+    model = compose(run.backbone(), run.records()).eval()
     names = {run.read_info(task).name for task in run.head()}
     pixels, labels = [], []
     for settings in source_groups(run, names):

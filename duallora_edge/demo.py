@@ -18,8 +18,8 @@ from duallora_edge.export.commands import training_images
 from duallora_edge.learner.commands import TerminalListener, show_metrics
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.evaluation import report
+from duallora_edge.learner.methods import compose
 from duallora_edge.learner.metrics import Metrics
-from duallora_edge.learner.model import ComposedModel
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import train_run
 from duallora_edge.runtime.classifier import Classifier
@@ -56,7 +56,7 @@ def demo(folder: Path, seed: int) -> None:
     run = Run.open(folder / METHODS[0])
     page = report(run, results[METHODS[0]], [(METHODS[1], results[METHODS[1]])])
     listener.say("\n== export for a Jetson, checked against the trained model")
-    model = ComposedModel(run.backbone(), run.records()).eval()
+    model = compose(run.backbone(), run.records()).eval()
     exported = export_run(run, model, resolve_target("jetson"), folder / "bundle", training_images(run))
     for what in ("generated", "real"):
         parity = exported.manifest.parity[what]

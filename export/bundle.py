@@ -22,7 +22,7 @@ from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
 from duallora_edge.export.workload import node_counts, workload
 from duallora_edge.files import atomic_directory
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.model import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, Bundle, Calibration, FileRecord, Manifest, Task
 from duallora_edge.runtime.preprocess import Frame, Preprocessing
@@ -50,6 +50,7 @@ def export_run(
     does not answer as the model, and leaves what is there untouched then.
     """
     previous = _previous_version(output)
+    mixture = model.classifier.mixture
     graph = build_model(model, target.opset, target.ir_version)
     parity = _verify(model, graph, real_images)
     work = workload(graph)
@@ -70,10 +71,14 @@ def export_run(
             preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
             feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
             calibration=Calibration(
-                temperature=model.classifier.temperature,
-                novelty_threshold=model.novelty_threshold,
-                method="temperature scaling on held-back training images",
-                extra={"task_temperature": model.network.memory.temperature},
+                temperature=mixture.temperature,
+                novelty_threshold=NOVELTY_THRESHOLD,
+                method="two temperatures on held-back training images",
+                extra={
+                    "spread": mixture.spread,
+                    "share": mixture.share,
+                    "task_temperature": model.network.memory.temperature,
+                },
             ),
             files={name: FileRecord.of(staging / name) for name in (MODEL, GOLDEN, README)},
             target={

@@ -12,7 +12,7 @@ import numpy as np
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.errors import DataError, ExportError
 from duallora_edge.export.bundle import export_run
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, read_images, source_groups
 from duallora_edge.runtime.preprocess import Frame
@@ -55,7 +55,7 @@ def export(
     if not records:
         raise ExportError(f"The run {run} has learned no task yet; 'duallora-edge train' teaches it one.")
     click.echo(f"Target: {resolved.reason}", err=True)
-    model = ComposedModel(opened.backbone(weights), records).eval()
+    model = compose(opened.backbone(weights), records).eval()
     exported = export_run(opened, model, resolved, output, training_images(opened), bundle_version)
     if as_json:
         click.echo(json.dumps(exported.manifest.to_json(), indent=2))

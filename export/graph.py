@@ -107,10 +107,10 @@ class Builder:
         return self.node("ReduceMean", x, axes=[1], keepdims=1)
 
     def max_last(self, x: str) -> str:
-        """Maximum over the last axis, which is dropped."""
+        """Maximum over the last axis, kept with length 1."""
         if self.opset >= 18:
-            return self.node("ReduceMax", x, self.ints(-1), keepdims=0)
-        return self.node("ReduceMax", x, axes=[-1], keepdims=0)
+            return self.node("ReduceMax", x, self.ints(-1), keepdims=1)
+        return self.node("ReduceMax", x, axes=[-1], keepdims=1)
 
     def gelu(self, x: str) -> str:
         """The exact Gaussian error linear unit, x Phi(x)."""
@@ -136,9 +136,12 @@ class VitGraph:
         """The whole graph."""
         x = self._embed()
         prefix = self.backbone.info.prefix_blocks
+        summaries = []
         for index, block in enumerate(self.vit.blocks[:prefix]):
             x = self._block(f"blocks.{index}", AdaptedBlock(block), x, None)
-        phi = self._summary(x)
+            if index in self.backbone.info.summary_blocks:
+                summaries += self._summary(x)
+        phi = self._normalised(summaries)
         posterior = self._posterior(phi)
         blocks = self.model.network.blocks
         for offset, block in enumerate(blocks):
@@ -323,15 +326,19 @@ class VitGraph:
 
     # -- after the blocks -------------------------------------------------------------------------------------
 
-    def _summary(self, x: str) -> str:
-        """The prefix summary phi [N, 3d] (or [N, 2d] without a class token) of rows [N * L, d]."""
+    def _summary(self, x: str) -> list[str]:
+        """Class token (if any), mean and standard deviation of the patches, [N, 1, d] each, of rows [N * L, d]."""
         b = self.b
         tokens = b.reshape(x, -1, self.length, self.dim)
         patches = b.slice(tokens, self.special, self.length, 1)
         mean = b.mean_over_tokens(patches)
         centred = b.node("Sub", patches, mean)
         deviation = b.node("Sqrt", b.mean_over_tokens(b.node("Mul", centred, centred)))
-        parts = [b.slice(tokens, 0, 1, 1), mean, deviation] if self.vit.has_class_token else [mean, deviation]
+        return [b.slice(tokens, 0, 1, 1), mean, deviation] if self.vit.has_class_token else [mean, deviation]
+
+    def _normalised(self, parts: Sequence[str]) -> str:
+        """The prefix summary phi [N, summary_dim]: every part normalised on its own."""
+        b = self.b
         ones = b.weight("summary.scale", np.ones(self.dim, np.float32))
         joined = b.layer_norm(b.node("Concat", *parts, axis=1), ones, None, 1e-6)
         return b.reshape(joined, -1, self.backbone.summary_dim)
@@ -357,26 +364,53 @@ class VitGraph:
         return self._norm("fc_norm", self.vit.fc_norm, pooled)
 
     def _classify(self, f: str, phi: str) -> None:
-        """The four outputs. The temperature is folded into the classifier's weights."""
+        """The four outputs. The temperatures are folded into the classifier's weights."""
         b, c = self.b, self.model.classifier
         features = b.node("Concat", f, phi, axis=1, name="features")
+        read = features
+        if c.expansion.numel():
+            read = b.node("Relu", b.gemm(features, b.weight("classifier.expansion", c.expansion), None))
+        mixture = c.mixture
         logits = b.gemm(
-            features,
-            b.weight("classifier.weight", c.weight / c.temperature),
-            b.weight("classifier.bias", c.bias / c.temperature),
+            read,
+            b.weight("classifier.weight", c.weight / mixture.temperature),
+            b.weight("classifier.bias", c.bias / mixture.temperature),
         )
         components = b.node("Softmax", logits, axis=-1)
+        if mixture.share:
+            flat = b.node("Softmax", b.node("Mul", logits, b.number(1 / mixture.spread)), axis=-1)
+            components = b.node(
+                "Add",
+                b.node("Mul", components, b.number(1 - mixture.share)),
+                b.node("Mul", flat, b.number(mixture.share)),
+            )
         b.node("MatMul", components, b.weight("classifier.class_sums", c.class_sums), name="probabilities")
         b.node("MatMul", components, b.weight("classifier.task_sums", c.task_sums), name="task_probabilities")
-        whitening = b.weight("novelty.whitening", c.whitening.T)
-        white = b.gemm(features, whitening, b.weight("novelty.offset", c.offset))
-        width = len(c.whitening)
-        squared = b.reshape(b.node("MatMul", b.reshape(white, -1, 1, width), b.reshape(white, -1, width, 1)), -1)
-        nearest = b.gemm(
-            features, b.weight("novelty.weight", c.nearest_weight), b.weight("novelty.bias", c.nearest_bias)
+        if torch.equal(c.gaussian_weight, c.weight) and torch.equal(c.gaussian_bias, c.bias):
+            gaussian = b.node("Mul", logits, b.number(mixture.temperature))
+        else:
+            gaussian = b.gemm(
+                features, b.weight("novelty.weight", c.gaussian_weight), b.weight("novelty.bias", c.gaussian_bias)
+            )
+        self._novelty(gaussian)
+
+    def _novelty(self, gaussian: str) -> None:
+        """Relative Mahalanobis distance from the Gaussian logits [N, K], on the scale of held-back images."""
+        b, c = self.b, self.model.classifier
+        white = b.gemm(
+            gaussian, b.weight("novelty.background", c.background.T), b.weight("novelty.offset", c.background_bias)
         )
-        distance = b.node("Sub", squared, b.node("Mul", b.max_last(nearest), b.number(2.0)))
-        b.node("Mul", b.node("Relu", distance), b.number(1.0 / width), name="novelty")
+        width = len(c.background)
+        squared = b.node("MatMul", b.reshape(white, -1, 1, width), b.reshape(white, -1, width, 1))
+        raw = b.node("Sub", b.reshape(squared, -1, 1), b.node("Mul", b.max_last(gaussian), b.number(2.0)))
+        steps = b.node(
+            "Mul",
+            b.node("Sub", raw, b.weight("novelty.start", c.novelty_start)),
+            b.weight("novelty.slope", 1 / c.novelty_width),
+        )
+        clipped = b.node("Clip", steps, b.number(0.0), b.number(1.0))
+        height = b.weight("novelty.height", c.novelty_height[:, None])
+        b.node("Reshape", b.node("MatMul", clipped, height), b.ints(-1), name="novelty")
 
 
 def build_model(model: ComposedModel, opset: int, ir_version: int) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from duallora_edge.runtime.preprocess import Frame
 MAX_PROBABILITY_DIFFERENCE = 1e-3
 MIN_TOP1_AGREEMENT = 0.999
 MIN_FEATURE_COSINE = 0.9999
-MAX_RELATIVE_NOVELTY_DIFFERENCE = 0.05  # wide: it is a small difference of large numbers for images seen in training
+MAX_NOVELTY_DIFFERENCE = 0.05  # wide: it is a small difference of large numbers for images seen in training
 BATCH = 32
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -34,7 +34,7 @@ class Parity:
     task_agreement: float
     max_probability_difference: float
     max_task_probability_difference: float
-    max_relative_novelty_difference: float
+    max_novelty_difference: float
     min_feature_cosine: float
 
     @classmethod
@@ -44,14 +44,13 @@ class Parity:
         tasks = reference["task_probabilities"].argmax(1) == other["task_probabilities"].argmax(1)
         f, g = reference["features"].astype(np.float64), other["features"].astype(np.float64)
         cosine = (f * g).sum(1) / np.maximum(np.linalg.norm(f, axis=1) * np.linalg.norm(g, axis=1), 1e-12)
-        novelty = np.abs(reference["novelty"] - other["novelty"]) / np.maximum(np.abs(reference["novelty"]), 1e-3)
         return cls(
             images=len(top1),
             top1_agreement=float(top1.mean()),
             task_agreement=float(tasks.mean()),
             max_probability_difference=_largest(reference, other, "probabilities"),
             max_task_probability_difference=_largest(reference, other, "task_probabilities"),
-            max_relative_novelty_difference=float(novelty.max()),
+            max_novelty_difference=_largest(reference, other, "novelty"),
             min_feature_cosine=float(cosine.min()),
         )
 
@@ -61,7 +60,7 @@ class Parity:
             self.top1_agreement >= MIN_TOP1_AGREEMENT
             and self.max_probability_difference <= MAX_PROBABILITY_DIFFERENCE
             and self.max_task_probability_difference <= MAX_PROBABILITY_DIFFERENCE
-            and self.max_relative_novelty_difference <= MAX_RELATIVE_NOVELTY_DIFFERENCE
+            and self.max_novelty_difference <= MAX_NOVELTY_DIFFERENCE
             and self.min_feature_cosine >= MIN_FEATURE_COSINE
         )
         if not good:
@@ -69,7 +68,7 @@ class Parity:
                 f"The exported graph does not answer as the trained model on {what} images (top-1 agreement "
                 f"{100 * self.top1_agreement:.2f} %, largest differences: probability "
                 f"{self.max_probability_difference:.2g}, task probability {self.max_task_probability_difference:.2g}, "
-                f"relative novelty {self.max_relative_novelty_difference:.2g}; smallest cosine of features "
+                f"novelty {self.max_novelty_difference:.2g}; smallest cosine of features "
                 f"{self.min_feature_cosine:.6f}); nothing was written, please report this backbone."
             )
 

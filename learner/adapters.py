@@ -7,14 +7,14 @@ Notation: row vectors, y = x W^T with the (out, in) weights of `torch.nn.Linear`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TARGETS = ("q", "v")
+Collect = Literal["none", "class", "all"]
 
 
 class Adapter(NamedTuple):
@@ -73,15 +73,13 @@ class AdaptedBlock(nn.Module):
         posterior: Tensor | None = None,
         *,
         class_token_only: bool = False,
-        collect: bool = False,
-        pool_tokens: bool = False,
+        collect: Collect = "none",
     ) -> tuple[Tensor, Rows | None]:
         """Tokens [B, L, d] to tokens [B, L, d] (or [B, 1, d] with ``class_token_only``, exact for that token).
 
         ``posterior`` [B, T] is the task identity of each image; a block with a gate map needs it. With ``collect``
-        the inputs that the query and value projections must keep are returned too: class-token rows and
-        class-attention-weighted rows [B, d], or all rows [B*L, d] for both when the backbone pools over tokens
-        (``pool_tokens``).
+        the inputs that the query and value projections must keep are returned too: for ``class`` the class-token
+        rows and the class-attention-weighted rows [B, d], for ``all`` the rows of all tokens [B*L, d] for both.
         """
         block = self.block
         y = block.norm1(x)
@@ -89,9 +87,9 @@ class AdaptedBlock(nn.Module):
         attended, attention = self._attention(y, gates, class_token_only)
         x = (x[:, :1] if class_token_only else x) + block.ls1(attended)
         x = x + block.ls2(block.mlp(block.norm2(x)))
-        if not collect:
+        if collect == "none":
             return x, None
-        if pool_tokens:
+        if collect == "all":
             rows = y.reshape(-1, y.shape[-1])
             return x, Rows(rows, rows)
         class_attention = attention[:, :, 0].mean(dim=1)  # [B, L], averaged over heads

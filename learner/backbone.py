@@ -25,7 +25,8 @@ class BackboneInfo:
     """What identifies a backbone: two backbones with equal info compute the same function.
 
     ``mean`` and ``std`` are of RGB in 0..1; ``size`` is the input side in pixels; ``prefix_blocks`` blocks stay
-    frozen for ever, the others are adapted.
+    frozen for ever, the others are adapted; ``summary_blocks`` are the blocks of the prefix (from 0, ascending)
+    whose tokens the prefix summary describes.
     """
 
     name: str
@@ -35,13 +36,14 @@ class BackboneInfo:
     std: tuple[float, float, float]
     interpolation: str
     prefix_blocks: int
+    summary_blocks: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> BackboneInfo:
-        return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+        return cls(**{**value, **{key: tuple(value[key]) for key in ("mean", "std", "summary_blocks")}})
 
 
 class Backbone(nn.Module):
@@ -83,22 +85,29 @@ class Backbone(nn.Module):
     @property
     def summary_dim(self) -> int:
         """Length of the prefix summary phi."""
-        return self.dim * (3 if self.model.has_class_token else 2)
+        return len(self.info.summary_blocks) * self.dim * (3 if self.model.has_class_token else 2)
 
-    def prefix(self, images: Tensor) -> Tensor:
-        """Tokens at the end of the prefix, float32 [B, L, d], of RGB frames uint8 [B, S, S, 3]."""
+    def prefix(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens at the end of the prefix, float32 [B, L, d], and the prefix summary phi, float32 [B, summary_dim].
+
+        ``images`` are RGB frames uint8 [B, S, S, 3]. phi joins the `summary` of several blocks of the prefix:
+        early blocks see colour and texture, which the last one has mixed already.
+        """
         pixels = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         x = self.model.patch_embed(pixels.permute(0, 3, 1, 2))
         x = self.model.norm_pre(self.model._pos_embed(x))
-        for block in self.model.blocks[: self.info.prefix_blocks]:
+        summaries = []
+        for index, block in enumerate(self.model.blocks[: self.info.prefix_blocks]):
             x = block(x)
-        return x
+            if index in self.info.summary_blocks:
+                summaries.append(self.summary(x))
+        return x, torch.cat(summaries, dim=1)
 
     def summary(self, tokens: Tensor) -> Tensor:
-        """Prefix summary phi, float32 [B, 3d]: class token, mean and standard deviation of the patch tokens.
+        """Summary of the tokens of one block: class token, mean and standard deviation of the patch tokens.
 
-        Each of the three parts is normalised to zero mean and unit variance over its channels, so that one
-        covariance serves all. Without a class token phi has the last two parts only.
+        float32 [B, 3d] of [B, L, d]. Each of the three parts is normalised to zero mean and unit variance over its
+        channels, so that one covariance serves all. Without a class token the summary has the last two parts only.
         """
         patches = tokens[:, self.special_tokens :]
         deviation, mean = torch.std_mean(patches, dim=1, correction=0)
@@ -118,12 +127,14 @@ def load_backbone(
     weights: Path | None = None,
     size: int | None = None,
     prefix_blocks: int | None = None,
+    summaries: int = 3,
 ) -> Backbone:
     """Build a backbone by its timm name (``NAME[.tag]``) or ``"embedded"``, for square input of ``size`` pixels.
 
     Weights come from ``weights`` (a safetensors file), else from the hub; position embeddings are resampled to
-    ``size``. ``prefix_blocks`` defaults to half of the blocks. Raises `BackboneError` for an unknown name, an
-    unsupported architecture, weights that do not fit, or a hub that cannot be reached.
+    ``size``. ``prefix_blocks`` defaults to half of the blocks, -1 is all but one; ``summaries`` of them, evenly spaced
+    and ending with the last one, make the prefix summary. Raises `BackboneError` for an unknown name, an unsupported
+    architecture, weights that do not fit, or a hub that cannot be reached.
     """
     if name == embedded.NAME and weights is not None:
         raise BackboneError(
@@ -132,7 +143,7 @@ def load_backbone(
     model, digest, config = _embedded(size) if name == embedded.NAME else _from_timm(name, weights, size)
     _check_supported(model, name)
     depth = len(model.blocks)
-    prefix = depth // 2 if prefix_blocks is None else prefix_blocks
+    prefix = depth // 2 if prefix_blocks is None else prefix_blocks % depth if prefix_blocks < 0 else prefix_blocks
     if not 1 <= prefix < depth:
         raise BackboneError(f"prefix_blocks must be 1..{depth - 1} for {name} with {depth} blocks, not {prefix}.")
     info = BackboneInfo(
@@ -143,8 +154,14 @@ def load_backbone(
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] in ("bicubic", "bilinear") else "bicubic",
         prefix_blocks=prefix,
+        summary_blocks=spaced_blocks(prefix, summaries),
     )
     return Backbone(model, info)
+
+
+def spaced_blocks(prefix: int, count: int) -> tuple[int, ...]:
+    """``count`` blocks (all where there are fewer) of a prefix of ``prefix`` blocks, evenly spaced up to the last."""
+    return tuple(sorted({prefix * part // count - 1 for part in range(1, count + 1)} - {-1}))
 
 
 def _embedded(size: int | None) -> tuple[VisionTransformer, str, dict[str, Any]]:

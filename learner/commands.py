@@ -18,6 +18,7 @@ from duallora_edge.errors import RunError
 from duallora_edge.learner.config import load_config, read_yaml
 from duallora_edge.learner.data import default_cache_dir
 from duallora_edge.learner.evaluation import measured_rows, report
+from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.metrics import Metrics, Row, TaskClasses, pool
 from duallora_edge.learner.report.definitions import DEFINITIONS
 from duallora_edge.learner.run import Run
@@ -83,12 +84,17 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
     "--run", "run_path", required=True, type=click.Path(path_type=Path), help="Run directory (new or existing)."
 )
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML file with any of these settings.")
-@click.option("--method", type=click.Choice(["dual_lora", "sequential", "frozen"]), help="[dual_lora]")
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    help="[dual_lora]",
+)
 @click.option("--backbone", help="timm name NAME[.tag], or 'embedded'. [embedded]")
 @click.option("--weights", help="safetensors file with the backbone's weights, instead of the hub.")
 @click.option("--size", type=int, help="Input side in pixels. [the backbone's]")
 @click.option("--resize", type=click.Choice(["crop", "squash"]), help="Centre square, or the whole frame. [crop]")
-@click.option("--prefix-blocks", type=int, help="Blocks that stay frozen. [half]")
+@click.option("--prefix-blocks", type=int, help="Blocks that stay frozen; -1 is all but one. [half]")
+@click.option("--summaries", type=int, help="Frozen blocks whose tokens the memory and the classifier read. [3]")
 @click.option("--task-name", help="Name of the task. [the folder's]")
 @click.option("--task-order", help="Names of the tasks of a stream, separated by commas. [folder names]")
 @click.option("--classes-per-task", type=int, help="Split the classes into tasks of this many.")
@@ -100,10 +106,17 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rank-residual", type=int, help="[8]")
 @click.option("--residual", type=click.Choice(["auto", "isolated", "previous", "none"]), help="[auto]")
 @click.option("--energy", type=float, help="Share of the features' energy that later tasks may not touch. [0.95]")
+@click.option("--gate", type=click.Choice(["posterior", "open"]), help="What opens residual adapters. [posterior]")
+@click.option("--calibration", type=click.Choice(["mixture", "temperature", "none"]), help="[mixture]")
+@click.option("--classifier", type=click.Choice(["auto", "lda", "lda_f", "mean_f", "ridge", "heads"]), help="[auto]")
+@click.option("--task-scale", type=float, help="Weight of each task vector (task_arithmetic). [0.25]")
+@click.option("--kl-weight", type=float, help="Share of the distillation in the loss (task_arithmetic). [0]")
+@click.option("--memory-per-class", type=int, help="Images stored and fine-tuned on (task_arithmetic). [10]")
 @click.option("--epochs", type=int, help="[4]")
 @click.option("--min-steps", type=int, help="At least this many steps a task. [120]")
 @click.option("--batch-size", type=int, help="[32]")
-@click.option("--learning-rate", type=float, help="[0.005]")
+@click.option("--learning-rate", type=float, help="[0.001]")
+@click.option("--distillation", type=float, help="Pull of the features towards those before the task. [1]")
 @click.option("--augment", type=click.Choice(["none", "light"]), help="[none]")
 @click.option("--flip/--no-flip", default=None, help="Mirror half of the training images. [no]")
 @click.option("--seed", type=int, help="[0]")
@@ -306,6 +319,7 @@ STORED = {
     "adapters.safetensors": "low-rank updates of the network",
     "bases.safetensors": "directions of features that later updates must not touch",
     "head.safetensors": "a linear classifier",
+    "memory.safetensors": "training images as pixels, or sums of random features (see the method)",
     "statistics.safetensors": "per class the number of images and the mean feature, one covariance, calibration curves",
     "task.json": "names and counts of the classes",
 }
@@ -325,12 +339,14 @@ def privacy_list(run: Run) -> dict[str, Any]:
     ):
         if (run.path / name).is_file():
             files.append({"file": name, "bytes": (run.path / name).stat().st_size, "what": what})
-    return {"pixels": False, "files": files, "pixel_cache": str(default_cache_dir())}
+    pixels = METHODS[run.config.method].keeps_images and run.config.memory_per_class > 0
+    return {"pixels": pixels, "files": files, "pixel_cache": str(default_cache_dir())}
 
 
 def privacy_text(value: dict[str, Any]) -> str:
+    pixels = "TRAINING IMAGES ARE STORED in the run" if value["pixels"] else "No pixels are stored in the run"
     lines = [
-        "No pixels are stored in the run, and features only as means over the images of a class (which for a class "
+        f"{pixels}, and features only as means over the images of a class (which for a class "
         "of one image is that image's feature). About the images it holds:"
     ]
     lines += [f"{entry['bytes']:>12,} B  {entry['file']:<48} {entry['what']}" for entry in value["files"]]

@@ -38,12 +38,14 @@ class TrainConfig:
     data_root: str | None = None
     validation_fraction: float = 0.1
     test_fraction: float = 0.2
+    develop: bool = False
 
     # The frozen network
     backbone: str = "embedded"
     weights: str | None = None
     size: int | None = None
     prefix_blocks: int | None = None
+    summaries: int = 3
     resize: str = "crop"
 
     # The method
@@ -52,9 +54,16 @@ class TrainConfig:
     rank_residual: int = 8
     residual: str = "auto"
     energy: float = 0.95
+    gate: str = "posterior"
+    classifier: str = "auto"
+    calibration: str = "mixture"
+    task_scale: float = 0.25
+    kl_weight: float = 0.0
+    memory_per_class: int = 10
 
     # The optimisation
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-3
+    distillation: float = 1.0
     epochs: int = 4
     min_steps: int = 120
     batch_size: int = 32
@@ -82,17 +91,24 @@ class TrainConfig:
             return value is None or low <= value <= high, f"{key} must be {low}..{high}, not {value}"
 
         return [
-            one_of("method", "dual_lora", "sequential", "frozen"),
+            one_of("method", "dual_lora", "inflora", "sequential", "task_arithmetic", "frozen", "joint"),
+            one_of("classifier", "auto", "lda", "lda_f", "mean_f", "ridge", "heads"),
             one_of("residual", "auto", "isolated", "previous", "none"),
+            one_of("gate", "posterior", "open"),
+            one_of("calibration", "mixture", "temperature", "none"),
             one_of("resize", "crop", "squash"),
             one_of("augment", "none", "light"),
             one_of("precision", "auto", "fp32", "bf16"),
             between("rank_orthogonal", 0, 256),
             between("rank_residual", 0, 256),
             between("energy", 0.0, 1.0),
+            between("task_scale", 0.0, 10.0),
+            between("kl_weight", 0.0, 1.0),
+            between("memory_per_class", 0, 1_000_000),
             between("validation_fraction", 0.0, 0.5),
             between("test_fraction", 0.0, 0.9),
             between("learning_rate", 1e-7, 1.0),
+            between("distillation", 0.0, 1000.0),
             between("epochs", 0, 10_000),
             between("min_steps", 0, 1_000_000),
             between("batch_size", 1, 65_536),
@@ -100,7 +116,8 @@ class TrainConfig:
             between("checkpoint_steps", 1, 1_000_000),
             between("classes_per_task", 1, 1_000_000),
             between("size", 8, 4096),
-            between("prefix_blocks", 1, 1000),
+            between("prefix_blocks", -1000, 1000),
+            between("summaries", 1, 1000),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -114,15 +131,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConf
     or range of the file at once.
     """
     values = {} if path is None else read_yaml(path)
-    known = {field.name: str(field.type) for field in fields(TrainConfig)}
-    problems = []
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            problems.append(f"unknown key {_SHORT.repr(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
-        elif (text := _type_problem(value, known[key])) is not None:
-            problems.append(f"{key} must be {text}, not {_SHORT.repr(value)}")
-    good = {key: value for key, value in values.items() if key in known and _type_problem(value, known[key]) is None}
+    good, problems = sort_out(values)
     merged = {**good, **{key: value for key, value in overrides.items() if value is not None}}
     if isinstance(merged.get("task_order"), list):
         merged["task_order"] = tuple(merged["task_order"])
@@ -134,6 +143,21 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConf
         where = f" of {path}" if path else ""
         raise ConfigError(f"The configuration{where} has problems: {'; '.join(problems)}.")
     return config
+
+
+def sort_out(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings among ``values`` that exist and have the right type, and what is wrong with the others."""
+    known = {field.name: str(field.type) for field in fields(TrainConfig)}
+    good, problems = {}, []
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            problems.append(f"unknown key {_SHORT.repr(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
+        elif (text := _type_problem(value, known[key])) is not None:
+            problems.append(f"{key} must be {text}, not {_SHORT.repr(value)}")
+        else:
+            good[key] = value
+    return good, problems
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from duallora_edge.errors import RunError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.encode import Encoded
+from duallora_edge.learner.encode import BATCH, Encoded, PrefixCache
+from duallora_edge.learner.methods import compose
 from duallora_edge.learner.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.recipe import collect_features
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.report.page import About, write_report
 from duallora_edge.learner.run import Run
@@ -25,8 +27,8 @@ Progress = Callable[[int, int], None]
 class Tests:
     """Test images of tasks, encoded once by the frozen prefix and answered by every state."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, precision: str, cache: PrefixCache | None = None) -> None:
+        self.backbone, self.precision, self.cache = backbone, precision, cache
         self._encoded: dict[str, Encoded] = {}
 
     def add(self, task: PreparedTask, classes: Sequence[str]) -> None:
@@ -35,11 +37,11 @@ class Tests:
         keep = [i for i, label in enumerate(test.labels) if label in set(classes)]
         if len(keep) < len(test):
             test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
-        self._encoded[task.name] = Encoded(self.backbone, test, classes)
+        self._encoded[task.name] = Encoded(self.backbone, test, classes, cache=self.cache)
 
     def row(self, tasks: Sequence[TaskRecord]) -> Row:
         """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
-        model = ComposedModel(self.backbone, tasks)
+        model = compose(self.backbone, tasks)
         return tuple(self._cell(model, tasks, index) for index in range(len(tasks)))
 
     @torch.no_grad()
@@ -48,7 +50,8 @@ class Tests:
         encoded = self._encoded.get(info.name)
         if encoded is None or not len(encoded):
             return Cell()
-        answers = [model.from_prefix(tokens, phi) for _, tokens, phi in encoded.batches()]
+        features, _ = collect_features(model.network, encoded, self.precision)
+        answers = [model.classifier(part.to(self.backbone.device)) for part in features.split(BATCH)]
         columns = [model.catalogue.classes.index(name) for name in info.classes]
         predictions = Predictions(
             labels=torch.tensor(columns)[encoded.labels].numpy(),

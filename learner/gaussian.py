@@ -53,17 +53,18 @@ class ClassStatistics:
 
 @dataclass(frozen=True)
 class GaussianClassifier:
-    """K Gaussians with one covariance Sigma: their log-likelihoods are linear in x up to a common term.
+    """K Gaussians with one covariance Sigma, as functions of features x [n, D] through K logits. All float64.
 
-    With z = x ``whitening`` + ``offset`` (the whitened, centred features), log N(x; mu_k, Sigma) equals
-    ``x weight_k^T + bias_k - |z|^2 / 2`` up to a constant. ``weight`` [K, D], ``bias`` [K], ``whitening`` [D, D],
-    ``offset`` [D], all float64. Centring keeps the terms small, which float32 needs.
+    With the means M [K, D] centred at the mean of all images c, the logits ``x weight^T + bias`` are log N(x; mu_k,
+    Sigma) up to a term common to all k: ``weight`` [K, D] = M Sigma^-1, ``bias`` [K] = -weight c - diag(``gram``) / 2
+    and ``gram`` [K, K] = M Sigma^-1 M^T. ``shares`` [K] are the shares of the images. Centring keeps the terms small,
+    which float32 needs.
     """
 
     weight: Tensor
     bias: Tensor
-    whitening: Tensor
-    offset: Tensor
+    gram: Tensor
+    shares: Tensor
 
     @classmethod
     def fit(cls, statistics: Sequence[ClassStatistics]) -> GaussianClassifier:
@@ -76,17 +77,30 @@ class GaussianClassifier:
         """
         counts = torch.cat([s.counts for s in statistics])
         means = torch.cat([s.means for s in statistics])
-        freedom = (counts.sum() - len(counts)).clamp(min=1)
-        pooled = torch.stack([s.scatter for s in statistics]).sum(dim=0) / freedom
+        pooled = torch.stack([s.scatter for s in statistics]).sum(dim=0) / (counts.sum() - len(counts)).clamp(min=1)
         variance = pooled.diagonal()
         prior = PRIOR_IMAGES_PER_FEATURE * len(variance)
         shrinkage = prior / (float(counts.sum()) + prior)
         # Without any spread (one image a class) the distance between the means is all there is: unit variance.
         floor = 1e-4 * variance.mean() if variance.mean() > 0 else torch.ones((), dtype=torch.float64)
         sigma = (1 - shrinkage) * pooled + torch.diag(shrinkage * variance + floor)
-        values, vectors = torch.linalg.eigh(sigma)
-        whitening = vectors * values.rsqrt()
-        centre = means.mean(dim=0)
-        centred = (means - centre) @ whitening
-        weight = centred @ whitening.T
-        return cls(weight, -0.5 * centred.square().sum(dim=1) - weight @ centre, whitening, -centre @ whitening)
+        shares = counts / counts.sum().clamp(min=1)
+        centre = shares @ means
+        centred = means - centre
+        weight = torch.cholesky_solve(centred.T, torch.linalg.cholesky(sigma)).T
+        gram = weight @ centred.T
+        return cls(weight, -weight @ centre - gram.diagonal() / 2, gram, shares)
+
+    def background(self) -> tuple[Tensor, Tensor]:
+        """(F [K, K], o [K]) with |logits F + o|^2 = |x - c|^2 under Sigma minus |x - c|^2 under Sigma + B.
+
+        B = M^T diag(shares) M is the covariance between the classes, so Sigma + B is that of all images. By the
+        identity of Woodbury the difference is z^T (diag(1 / shares) + gram)^-1 z with z = M Sigma^-1 (x - c) =
+        logits + diag(gram) / 2; F F^T is that inverse, written so that empty classes are harmless.
+        """
+        root = self.shares.sqrt()
+        inner = torch.eye(len(root), dtype=torch.float64) + root[:, None] * self.gram * root
+        factor = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(inner), torch.diag(root), upper=False
+        ).T  # F = diag(root) L^-T
+        return factor, self.gram.diagonal() / 2 @ factor

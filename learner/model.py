@@ -8,21 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Rows, fold
+from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Collect, Rows, fold
 from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.calibration import Mixture, NoveltyScale
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
-from duallora_edge.learner.record import TEMPERATURES, BlockRecord, TaskInfo, TaskRecord
+from duallora_edge.learner.record import BlockRecord, TaskInfo
 
-DEFAULT_TASK_TEMPERATURE = 4.0
-DEFAULT_CLASS_TEMPERATURE = 8.0
-NOVELTY_QUANTILES = (0.5, 0.9, 0.95, 0.99)
-NOVELTY_QUANTILE = 0.95
+NOVELTY_THRESHOLD = 0.95
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Calibrated answers for B images: probabilities [B, C], task_probabilities [B, T], novelty [B], features
-    [B, d + 3d] (f and phi), float32."""
+    """Calibrated answers for B images, float32: probabilities [B, C], task_probabilities [B, T], novelty [B] in
+    0..1 (the share of held-back images of known classes that look less novel), features [B, D] (f and phi)."""
 
     probabilities: Tensor
     task_probabilities: Tensor
@@ -58,24 +56,18 @@ class Catalogue:
         return nn.functional.one_hot(self.task_of, len(self.tasks)).float()
 
 
-def best_temperature(curves: Sequence[Tensor], default: float) -> float:
-    """The temperature with the least held-back negative log-likelihood summed over tasks; ``default`` without any."""
-    total = torch.stack([curve.double() for curve in curves]).sum(dim=0)
-    if float(total.abs().sum()) == 0:
-        return default
-    return TEMPERATURES[int(total.argmin())]
-
-
 def gate_matrix(infos: Sequence[TaskInfo], ranks: Sequence[int]) -> Tensor:
     """G [T, sum of ranks] such that the gates of an image with task posterior p are p G.
 
     A rank of an isolated residual of task s is opened by p_s, one of a ``previous`` residual by P(task >= s):
-    either way the gates recreate the network in which the image's own task was trained.
+    either way the gates recreate the network in which the image's own task was trained. Gate ``open`` never closes.
     """
     columns = []
     for task, (info, rank) in enumerate(zip(infos, ranks, strict=True)):
         column = torch.zeros(len(infos), rank)
-        if info.residual == "previous":
+        if info.gate == "open":
+            column[:] = 1
+        elif info.residual == "previous":
             column[task:] = 1
         else:
             column[task] = 1
@@ -102,18 +94,18 @@ class DynamicMemory(nn.Module):
         _set_buffers(self, device, weight=gaussian.weight, bias=gaussian.bias, task_sums=sums)
 
     def logits(self, phi: Tensor) -> Tensor:
-        """Log-likelihoods of phi [B, 3d] up to a common term, one a component, [B, K]."""
+        """Log-likelihoods of phi up to a common term, one a component, [B, K]."""
         return phi @ self.weight.T + self.bias
 
     def forward(self, phi: Tensor) -> Tensor:
-        """Task posterior [B, T] of summaries [B, 3d]."""
+        """Task posterior [B, T] of summaries phi."""
         return (self.logits(phi) / self.temperature).softmax(dim=1) @ self.task_sums
 
 
 class Network(nn.Module):
     """Backbone plus the updates of a list of tasks; weights are re-summed from the immutable base, in fp32.
 
-    ``updates`` holds one sequence of block records a task.
+    ``updates`` holds one sequence of block records a task; ``is_untouched`` says that they change nothing.
     """
 
     def __init__(
@@ -127,6 +119,8 @@ class Network(nn.Module):
         self.backbone = backbone
         self.memory = memory
         self.blocks = [AdaptedBlock(block) for block in backbone.suffix]
+        adapters = [a for blocks in updates for block in blocks for a in (block.orthogonal, block.residual)]
+        self.is_untouched = not any(len(a.q_down) or len(a.v_down) for a in adapters)
         for index, block in enumerate(self.blocks):
             records = [blocks[index] for blocks in updates]
             block.weight = fold_all(block.weight, [record.orthogonal for record in records])
@@ -136,77 +130,104 @@ class Network(nn.Module):
                 block.adapter = Adapter(*(part.to(block.weight) for part in stacked))
                 block.gate_map = gate_matrix(infos, ranks).to(block.weight)
 
-    def from_prefix(self, tokens: Tensor, phi: Tensor, *, collect: bool = False) -> tuple[Tensor, list[Rows]]:
-        """Features [f ; phi] [B, D] of prefix tokens [B, L, d] and summaries [B, 3d], each under its own gates.
+    def from_prefix(self, tokens: Tensor, phi: Tensor, *, collect: Collect = "none") -> tuple[Tensor, list[Rows]]:
+        """Features [f ; phi] [B, D] of prefix tokens [B, L, d] and summaries phi, each under its own gates.
 
-        With ``collect`` also what each block's projections read (see `AdaptedBlock.forward`).
+        With ``collect`` also what each block's projections read (see `run_suffix`).
         """
-        f, rows = run_suffix(self.backbone, self.blocks, tokens, self.memory(phi), collect=collect)
-        return torch.cat([f, phi], dim=1), rows
+        with torch.autocast(phi.device.type, enabled=False):  # gates and phi keep full precision
+            posterior = self.memory(phi)
+        f, rows = run_suffix(self.backbone, self.blocks, tokens, posterior, collect=collect)
+        return torch.cat([f.float(), phi], dim=1), rows
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [f ; phi] [B, D] of RGB frames uint8 [B, S, S, 3]."""
-        tokens = self.backbone.prefix(images)
-        return self.from_prefix(tokens, self.backbone.summary(tokens))[0]
+        return self.from_prefix(*self.backbone.prefix(images))[0]
 
 
-class Classifier(nn.Module):
-    """Calibrated class, task and novelty answers from the features [f ; phi]: one matrix product and a softmax.
+@dataclass(frozen=True)
+class Scores:
+    """The logits of K components as an affine function of features [B, D]: weight [K, D'], bias [K].
 
-    The components' logits are linear discriminants of ``statistics`` or, when ``heads`` [K, d + 1] are given,
-    trained linear heads on f (bias last).
+    With an ``expansion`` [M, D] they read relu(x expansion^T) [B, M] instead of x.
     """
 
     weight: Tensor
     bias: Tensor
-    nearest_weight: Tensor
-    nearest_bias: Tensor
-    whitening: Tensor
-    offset: Tensor
+    expansion: Tensor | None = None
+
+
+class Classifier(nn.Module):
+    """Calibrated class, task and novelty answers from the features [f ; phi].
+
+    ``scores`` decide the class. The novelty is the relative Mahalanobis distance (Ren et al. 2021), from the
+    ``gaussian`` of all features: the squared distance to the nearest component less that to the mean of all images
+    under the covariance of all images. A function of the Gaussian logits alone, it needs no D x D matrix.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    expansion: Tensor
+    gaussian_weight: Tensor
+    gaussian_bias: Tensor
+    background: Tensor
+    background_bias: Tensor
+    novelty_start: Tensor
+    novelty_width: Tensor
+    novelty_height: Tensor
     class_sums: Tensor
     task_sums: Tensor
 
     def __init__(
         self,
         catalogue: Catalogue,
-        statistics: Sequence[ClassStatistics],
-        heads: Tensor | None,
-        temperature: float,
+        gaussian: GaussianClassifier,
+        scores: Scores,
+        mixture: Mixture,
+        scale: NoveltyScale,
         device: torch.device,
     ) -> None:
         super().__init__()
-        gaussian = GaussianClassifier.fit(statistics)
-        weight, bias = gaussian.weight, gaussian.bias
-        if heads is not None:
-            weight = nn.functional.pad(heads[:, :-1], (0, weight.shape[1] - heads.shape[1] + 1))
-            bias = heads[:, -1]
-        self.temperature = temperature
+        self.mixture, self.scale = mixture, scale
+        background, background_bias = gaussian.background()
+        start, width, height = scale.steps()
         _set_buffers(
             self,
             device,
-            weight=weight,
-            bias=bias,
-            nearest_weight=gaussian.weight,
-            nearest_bias=gaussian.bias,
-            whitening=gaussian.whitening,
-            offset=gaussian.offset,
+            weight=scores.weight,
+            bias=scores.bias,
+            expansion=torch.zeros(0, 0) if scores.expansion is None else scores.expansion,
+            gaussian_weight=gaussian.weight,
+            gaussian_bias=gaussian.bias,
+            background=background,
+            background_bias=background_bias,
+            novelty_start=start,
+            novelty_width=width,
+            novelty_height=height,
             class_sums=catalogue.class_sums(),
             task_sums=catalogue.task_sums(),
         )
 
     def logits(self, features: Tensor) -> Tensor:
         """Uncalibrated logits of the components [B, K] of features [B, D]."""
+        if self.expansion.numel():
+            features = (features @ self.expansion.T).relu()
         return features @ self.weight.T + self.bias
 
+    def raw_novelty(self, features: Tensor) -> Tensor:
+        """Relative squared Mahalanobis distance [B]: below 0 for images nearer to a class than to all images."""
+        logits = features @ self.gaussian_weight.T + self.gaussian_bias
+        background = (logits @ self.background + self.background_bias).square().sum(dim=1)
+        return background - 2 * logits.amax(dim=1)
+
     def novelty(self, features: Tensor) -> Tensor:
-        """Squared Mahalanobis distance to the nearest component, divided by D: about 1 for a known class. [B]"""
-        squared = (features @ self.whitening + self.offset).square().sum(dim=1)
-        nearest = (features @ self.nearest_weight.T + self.nearest_bias).amax(dim=1)
-        return (squared - 2 * nearest).clamp(min=0) / features.shape[1]
+        """The raw novelty on the scale of held-back images, 0..1, [B]."""
+        steps = (self.raw_novelty(features)[:, None] - self.novelty_start) / self.novelty_width
+        return steps.clamp(0, 1) @ self.novelty_height
 
     def forward(self, features: Tensor) -> Outputs:
         """Calibrated outputs of features [B, D]."""
-        components = (self.logits(features) / self.temperature).softmax(dim=1)
+        components = self.mixture(self.logits(features))
         return Outputs(
             probabilities=components @ self.class_sums,
             task_probabilities=components @ self.task_sums,
@@ -216,28 +237,11 @@ class Classifier(nn.Module):
 
 
 class ComposedModel(nn.Module):
-    """The whole: frames in, calibrated answers out, for the tasks given (at least one)."""
+    """The whole: frames in, calibrated answers out. `methods.compose` makes one from the tasks of a run."""
 
-    def __init__(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
+    def __init__(self, catalogue: Catalogue, network: Network, classifier: Classifier) -> None:
         super().__init__()
-        infos = [task.info for task in tasks]
-        device = backbone.device
-        phi = slice(backbone.dim, None)
-        memory = DynamicMemory(
-            [task.statistics.part(phi) for task in tasks],
-            best_temperature([task.task_nll for task in tasks], DEFAULT_TASK_TEMPERATURE),
-            device,
-        )
-        self.catalogue = Catalogue.of(infos)
-        self.network = Network(backbone, infos, [task.blocks for task in tasks], memory)
-        self.classifier = Classifier(
-            self.catalogue,
-            [task.statistics for task in tasks],
-            task_heads(tasks),
-            best_temperature([task.class_nll for task in tasks], DEFAULT_CLASS_TEMPERATURE),
-            device,
-        )
-        self.novelty_threshold = _novelty_threshold(tasks)
+        self.catalogue, self.network, self.classifier = catalogue, network, classifier
 
     def forward(self, images: Tensor) -> Outputs:
         """Outputs of RGB frames uint8 [B, S, S, 3]."""
@@ -245,25 +249,9 @@ class ComposedModel(nn.Module):
         return outputs
 
     def from_prefix(self, tokens: Tensor, phi: Tensor) -> Outputs:
-        """Outputs of cached prefix tokens [B, L, d] and summaries [B, 3d]."""
+        """Outputs of cached prefix tokens [B, L, d] and summaries phi."""
         outputs: Outputs = self.classifier(self.network.from_prefix(tokens, phi)[0])
         return outputs
-
-
-def task_heads(tasks: Sequence[TaskRecord]) -> Tensor | None:
-    """The trained heads [K, d + 1] of all tasks where the method answers with them (``sequential``), else None."""
-    if tasks[-1].info.method != "sequential":
-        return None
-    return torch.cat([task.head for task in tasks])
-
-
-def _novelty_threshold(tasks: Sequence[TaskRecord]) -> float | None:
-    """The image-weighted mean of the tasks' held-back novelty quantiles; None when nothing was held back."""
-    counts = [float(task.info.held_back.get("images") or 0) for task in tasks]
-    if not sum(counts):
-        return None
-    column = NOVELTY_QUANTILES.index(NOVELTY_QUANTILE)
-    return sum(n * float(task.novelty[column]) for n, task in zip(counts, tasks, strict=True)) / sum(counts)
 
 
 def _set_buffers(module: nn.Module, device: torch.device, **values: Tensor) -> None:
@@ -284,23 +272,20 @@ def run_suffix(
     tokens: Tensor,
     posterior: Tensor | None = None,
     *,
-    collect: bool = False,
+    collect: Collect = "none",
 ) -> tuple[Tensor, list[Rows]]:
-    """Final features f [B, d] of prefix tokens [B, L, d], and what each block's projections read if ``collect``.
+    """Final features f [B, d] of prefix tokens [B, L, d], and what each block's projections read (``collect``).
 
-    The last block is computed for the class token alone where the backbone pools by it.
+    The last block is computed for the class token alone where the backbone pools by it. Where it pools over the
+    tokens, every token counts and ``class`` means ``all``.
     """
     collected = []
     blocks = list(blocks)
+    if collect == "class" and not backbone.pools_class_token:
+        collect = "all"
     for block in blocks:
         last = block is blocks[-1]
-        tokens, rows = block(
-            tokens,
-            posterior,
-            class_token_only=last and backbone.pools_class_token,
-            collect=collect,
-            pool_tokens=not backbone.pools_class_token,
-        )
+        tokens, rows = block(tokens, posterior, class_token_only=last and backbone.pools_class_token, collect=collect)
         if rows is not None:
             collected.append(rows)
     return backbone.feature(tokens), collected

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from duallora_edge.learner.adapters import Adapter
+from duallora_edge.learner.calibration import CalibrationCurve
 from duallora_edge.learner.gaussian import ClassStatistics
-
-# Temperatures at which the held-back negative log-likelihood is recorded (geometric, factor 2^(1/4)).
-TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 33))
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,11 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """The part of a task that is not tensors. ``residual`` is ``isolated``, ``previous`` or ``none``."""
+    """The part of a task that is not tensors.
+
+    ``residual`` is ``isolated``, ``previous`` or ``none``; ``classifier``, ``gate`` and ``calibration`` are those of
+    the configuration, and decide how a state that ends with this task answers.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -38,6 +40,9 @@ class TaskInfo:
     data_digest: str
     counts: Mapping[str, int]
     held_back: Mapping[str, float | None] = field(default_factory=dict)
+    classifier: str = "lda"
+    gate: str = "posterior"
+    calibration: str = "mixture"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "classes": list(self.classes)}
@@ -54,21 +59,26 @@ class TaskRecord:
     """One learned task.
 
     ``statistics`` are of the features [f ; phi] of the task's classes in the order of ``info.classes``; ``head``
-    [K, d + 1] is the linear head (bias last) that the adapters were trained with; ``class_nll`` and ``task_nll``
-    [len(TEMPERATURES)] are held-back negative log-likelihoods summed over images; ``novelty`` holds quantiles of
-    the held-back novelty.
+    [K, d + 1] is the linear head (bias last) that the adapters were trained with, of the task's classes or, where
+    the method says so, of all classes so far; ``curve`` calibrates the classes; ``task_nll`` [len(TEMPERATURES)] is
+    the held-back negative log-likelihood of the task; ``novelty`` [QUANTILES] holds quantiles of the raw held-back
+    novelty; ``memory`` is what only some methods keep, such as images.
     """
 
     info: TaskInfo
     blocks: tuple[BlockRecord, ...]
     head: Tensor
     statistics: ClassStatistics
-    class_nll: Tensor
+    curve: CalibrationCurve
     task_nll: Tensor
     novelty: Tensor
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by file name (without suffix), float32, for storage as safetensors."""
+        """Tensors by file name (without suffix), for storage as safetensors: float32, ``memory`` as it is.
+
+        Of the symmetric scatter only the upper triangle is kept. A task without memory has no such file.
+        """
         adapters, bases = {}, {}
         for index, block in enumerate(self.blocks):
             for kind, adapter in (("orthogonal", block.orthogonal), ("residual", block.residual)):
@@ -76,16 +86,20 @@ class TaskRecord:
                     adapters[f"blocks.{index}.{kind}.{part}"] = value
             bases[f"blocks.{index}.q"] = block.q_basis
             bases[f"blocks.{index}.v"] = block.v_basis
+        rows, columns = torch.triu_indices(*self.statistics.scatter.shape)
         statistics = {
             "counts": self.statistics.counts,
             "means": self.statistics.means,
-            "scatter": self.statistics.scatter,
-            "class_nll": self.class_nll,
+            "scatter": self.statistics.scatter[rows, columns],
+            "curve.nll": self.curve.nll,
+            "curve.confidence": self.curve.confidence,
+            "curve.counts": self.curve.counts,
             "task_nll": self.task_nll,
             "novelty": self.novelty,
         }
         files = {"adapters": adapters, "bases": bases, "head": {"head": self.head}, "statistics": statistics}
-        return {name: {k: v.float().contiguous() for k, v in part.items()} for name, part in files.items()}
+        stored = {name: {k: v.float().contiguous() for k, v in part.items()} for name, part in files.items()}
+        return stored | ({"memory": {k: v.contiguous() for k, v in self.memory.items()}} if self.memory else {})
 
     @classmethod
     def from_tensors(cls, info: TaskInfo, files: Mapping[str, Mapping[str, Tensor]]) -> TaskRecord:
@@ -106,11 +120,24 @@ class TaskRecord:
             info=info,
             blocks=blocks,
             head=files["head"]["head"],
-            statistics=ClassStatistics(*(statistics[key].double() for key in ("counts", "means", "scatter"))),
-            class_nll=statistics["class_nll"],
+            statistics=ClassStatistics(
+                statistics["counts"].double(), statistics["means"].double(), _symmetric(statistics["scatter"].double())
+            ),
+            curve=CalibrationCurve(*(statistics[f"curve.{key}"].double() for key in ("nll", "confidence", "counts"))),
             task_nll=statistics["task_nll"],
             novelty=statistics["novelty"],
+            memory=dict(files.get("memory", {})),
         )
+
+
+def _symmetric(triangle: Tensor) -> Tensor:
+    """The symmetric matrix [D, D] of an upper triangle [D (D + 1) / 2]."""
+    size = round(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
+    rows, columns = torch.triu_indices(size, size)
+    matrix = triangle.new_zeros(size, size)
+    matrix[rows, columns] = triangle
+    matrix[columns, rows] = triangle
+    return matrix
 
 
 def empty_adapter(dim: int) -> Adapter:

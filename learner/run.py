@@ -29,8 +29,8 @@ from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
-SCHEMA = 1
-TENSOR_FILES = ("adapters", "bases", "head", "statistics")
+SCHEMA = 2
+MEMORY_FILE = "memory.safetensors"
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Run:
             weights=Path(source) if source else None,
             size=self.info.size,
             prefix_blocks=self.info.prefix_blocks,
+            summaries=len(self.info.summary_blocks),
         )
         if backbone.info != self.info:
             raise RunError(
@@ -146,12 +147,12 @@ class Run:
         """Read one task and check every file against its sha256. Raises `RunError` when anything was altered."""
         description = self._task_json(task)
         files: dict[str, dict[str, Tensor]] = {}
-        for name in TENSOR_FILES:
-            path = self.path / "tasks" / task.folder / f"{name}.safetensors"
+        for name, digest in description["files"].items():
+            path = self.path / "tasks" / task.folder / Path(name).name
             try:
-                if sha256_file(path) != description["files"][path.name]:
+                if sha256_file(path) != digest:
                     raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
-                files[name] = load(path.read_bytes())
+                files[path.stem] = load(path.read_bytes())
             except (OSError, KeyError, SafetensorError) as error:
                 raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
         try:

@@ -16,9 +16,10 @@ from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask, open_stream, prepare
+from duallora_edge.learner.encode import PrefixCache
 from duallora_edge.learner.evaluation import Tests, evaluate_run, report
+from duallora_edge.learner.methods import METHODS, learn_task
 from duallora_edge.learner.metrics import Metrics, Row
-from duallora_edge.learner.recipe import learn_task
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime.preprocess import Preprocessing
 
@@ -31,6 +32,9 @@ class Listener:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Progress of the stage in work."""
+
+    def learned(self, task: str, seconds: float) -> None:
+        """A task was learned and committed."""
 
     def row(self, state: int, row: Row) -> None:
         """The state after ``state`` tasks was measured."""
@@ -69,6 +73,7 @@ def new_backbone(config: TrainConfig, listener: Listener) -> Backbone:
         weights=Path(config.weights) if config.weights else None,
         size=config.size,
         prefix_blocks=config.prefix_blocks,
+        summaries=config.summaries,
     )
 
 
@@ -102,14 +107,21 @@ def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> 
     )
     listener.say(stream.describe())
     preprocessing = Preprocessing(info.size, config.resize, info.interpolation)
-    return prepare(stream, preprocessing, on_progress=lambda done, total: listener.progress("decode", done, total))
+    prepared = prepare(stream, preprocessing, on_progress=lambda done, total: listener.progress("decode", done, total))
+    if config.develop:
+        listener.say("Measuring on a fifth of the training images; the test images are left alone")
+        return prepared.for_development(config.seed)
+    return prepared
 
 
-def train_run(path: Path, config: TrainConfig, given: Sequence[str], listener: Listener) -> Metrics:
+def train_run(
+    path: Path, config: TrainConfig, given: Sequence[str], listener: Listener, cache: PrefixCache | None = None
+) -> Metrics:
     """Learn the tasks of ``config.data`` that the run does not know yet, evaluate, and write the report.
 
     ``given`` names the settings that the user set; the others come from the run. Without data the images of the
-    last call are used. Interrupted at any moment, the same call continues. Returns the metrics of the run.
+    last call are used. Interrupted at any moment, the same call continues. ``cache`` shares what the frozen prefix
+    makes of the images with other runs. Returns the metrics of the run.
     """
     run = open_run(path, config, given) if Run.exists(path) else None
     if not config.data:
@@ -125,20 +137,22 @@ def train_run(path: Path, config: TrainConfig, given: Sequence[str], listener: L
         config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
     stream = read_images(config, backbone.info, listener)
     listener.say(stream.health.table())
+    if METHODS[config.method].single_task:
+        stream = stream.merged()
     # Only now, so that images that cannot be used do not leave an empty run behind.
     run = run or Run.create(path, config, backbone.info)
     with run.locked():
         known = _check_known(run, stream)
         run.remember_source([task.name for task in stream.tasks], config)
         backbone.to(device)
-        tests = Tests(backbone)
+        tests = Tests(backbone, config.precision, cache)
         add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
         metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row) if known else None
         for task in stream.tasks:
             if task.name in known:
                 listener.say(f"Task {task.name} is already learned")
                 continue
-            _learn(run, backbone, task, config, listener)
+            _learn(run, backbone, task, config, listener, cache)
             tests.add(task, task.classes)
             metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row)
         if metrics is None:
@@ -151,14 +165,21 @@ def measure_run(run: Run, data: str | None, device: str, weights: str | None, li
     """Measure every state of a run again and write the report; ``data`` replaces the remembered source."""
     with run.locked():
         backbone = run.backbone(weights).to(pick_device(device))
-        tests = Tests(backbone)
+        tests = Tests(backbone, run.config.precision)
         add_tests(run, tests, listener, data=data)
         metrics = evaluate_run(run, tests, reuse=False, on_row=listener.row)
         report(run, metrics)
     return metrics
 
 
-def _learn(run: Run, backbone: Backbone, task: PreparedTask, config: TrainConfig, listener: Listener) -> None:
+def _learn(
+    run: Run,
+    backbone: Backbone,
+    task: PreparedTask,
+    config: TrainConfig,
+    listener: Listener,
+    cache: PrefixCache | None,
+) -> None:
     past = run.records()
     if past and past[-1].info.method != config.method:
         raise RunError(f"The run {run.path} was trained with {past[-1].info.method}; use a new --run.")
@@ -167,12 +188,13 @@ def _learn(run: Run, backbone: Backbone, task: PreparedTask, config: TrainConfig
         f"Task {number} {task.name}: {len(task.classes)} class{'es' if len(task.classes) > 1 else ''}, "
         f"{len(task.train)} images to learn from, {len(task.validation)} held back, {len(task.test)} for the test"
     )
-    if len(task.classes) == 1 and config.method != "frozen":
+    if len(task.classes) == 1 and METHODS[config.method].trains:
         listener.say("  one class gives no gradient: its statistics are learned, no adapter")
     checkpoint = run.checkpoint(_training_key(run, task, config))
     started = time.monotonic()
-    record = learn_task(backbone, past, task, config, checkpoint, listener.progress)
+    record = learn_task(backbone, past, task, config, checkpoint, listener.progress, cache)
     run.commit(record)
+    listener.learned(task.name, time.monotonic() - started)
     residual = "" if record.info.residual == "none" else f", residual {record.info.residual}"
     listener.say(f"  learned in {time.monotonic() - started:.0f} s{residual}")
 
@@ -221,6 +243,8 @@ def add_tests(
                 raise
             listener.say(f"The test images from {settings.get('data')} cannot be read and are not measured: {error}")
             continue
+        if METHODS[run.config.method].single_task:
+            stream = stream.merged()
         for task in stream.tasks:
             if task.name in infos:
                 tests.add(task, infos[task.name].classes)

@@ -46,7 +46,8 @@ class Outputs:
     """What the graph returns for N images, all float32.
 
     ``probabilities [N, C]`` are calibrated and sum to 1 over the classes, ``task_probabilities [N, T]`` over the
-    tasks, ``novelty [N]`` grows with the distance to everything learned, ``features [N, d]`` describe the image.
+    tasks, ``novelty [N]`` is the share of held-back images of known classes that look less novel (0..1),
+    ``features [N, d]`` describe the image.
     """
 
     probabilities: FloatArray

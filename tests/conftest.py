@@ -19,7 +19,7 @@ from duallora_edge.cli import main
 from duallora_edge.learner.backbone import Backbone, BackboneInfo
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.recipe import learn_task
+from duallora_edge.learner.methods import learn_task
 from duallora_edge.learner.record import TaskRecord
 
 Pixels = npt.NDArray[np.uint8]
@@ -62,7 +62,7 @@ def make_backbone() -> Callable[..., Backbone]:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         half = (0.5, 0.5, 0.5)
-        return Backbone(model, BackboneInfo("tiny", "0" * 64, 32, half, half, "bicubic", 2))
+        return Backbone(model, BackboneInfo("tiny", "0" * 64, 32, half, half, "bicubic", 2, (0, 1)))
 
     return make
 

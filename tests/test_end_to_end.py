@@ -13,7 +13,7 @@ import torch
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, train_run
 from duallora_edge.runtime import Classifier
@@ -60,7 +60,7 @@ def test_learn_export_and_run(assets: Path, manifest: Path, tmp_path: Path) -> N
     assert summary["forgetting_task_given"] is not None and summary["forgetting_task_given"] < 0.08
 
     run = Run.open(tmp_path / "run")
-    model = ComposedModel(run.backbone(), run.records()).eval()
+    model = compose(run.backbone(), run.records()).eval()
     export_run(run, model, resolve_target("x86-cpu"), tmp_path / "bundle", None)
     classifier = Classifier.load(tmp_path / "bundle", threads=1)
     paths = sorted(manifest.parent.glob("*/test/*/*"))[::40]

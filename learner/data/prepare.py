@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from duallora_edge.errors import DataError
 from duallora_edge.learner.data.cache import (
@@ -38,6 +39,11 @@ class PixelSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> PixelSet:
+        """The images for which ``chosen`` [N] is true."""
+        numbers = np.flatnonzero(chosen)
+        return PixelSet(self.pixels[numbers], tuple(self.labels[i] for i in numbers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +74,31 @@ class PreparedStream:
 
     tasks: tuple[PreparedTask, ...]
     health: HealthReport
+
+    def merged(self) -> PreparedStream:
+        """The same images as one task named ``all``."""
+        digest = hashlib.sha256("".join(task.digest for task in self.tasks).encode()).hexdigest()
+        train, validation, test = (
+            _concatenated([getattr(task, split) for task in self.tasks]) for split in ("train", "validation", "test")
+        )
+        return PreparedStream((PreparedTask("all", train, validation, test, digest),), self.health)
+
+    def for_development(self, seed: int, share: float = 0.2) -> PreparedStream:
+        """A stream to choose settings on: a run of each class's training images, placed by ``seed``, is its test."""
+        generator = np.random.default_rng(seed)
+        tasks = []
+        for task in self.tasks:
+            labels = np.array(task.train.labels)
+            chosen = np.zeros(len(labels), dtype=bool)
+            for name in task.classes:
+                own = np.roll(np.flatnonzero(labels == name), generator.integers(1 << 30))
+                chosen[own[: int(share * len(own))]] = True
+            tasks.append(replace(task, train=task.train.where(~chosen), test=task.train.where(chosen)))
+        return PreparedStream(tuple(tasks), self.health)
+
+
+def _concatenated(sets: Sequence[PixelSet]) -> PixelSet:
+    return PixelSet(np.concatenate([s.pixels for s in sets]), tuple(label for s in sets for label in s.labels))
 
 
 def prepare(

@@ -73,24 +73,30 @@ class Splits:
 def hold_back(images: ImageSet, fraction: float, seed: int, purpose: str) -> tuple[ImageSet, ImageSet]:
     """Divide ``images`` into ``(rest, held)``: ``fraction`` of each class, at least one, is held.
 
-    A class with fewer than `MIN_TO_SPLIT` images gives none, and every class keeps one. Which images are held
-    follows from a hash of the seed and each image's name: it does not depend on the order of the files or on
-    the machine, and new files move few old ones.
+    A class with fewer than `MIN_TO_SPLIT` images gives none, and every class keeps one. Held is one run of
+    neighbours in the order of the names, from a place that a hash of seed and class decides (past the end it goes on
+    at the start). Neighbours are often frames of one scene: held singly, their twins in the training images would
+    make every calibration too sure of itself. The choice does not depend on the order of the files or the machine.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, label in enumerate(images.labels):
         members[label].append(index)
 
-    def draw(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}:{purpose}:{images.images[index].name}".encode()).digest()
-
     held: set[int] = set()
-    for indices in members.values():
+    for label, indices in members.items():
         if fraction > 0 and len(indices) >= MIN_TO_SPLIT:
             count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-            held.update(sorted(indices, key=draw)[:count])
+            ordered = sorted(indices, key=lambda index: _natural(images.images[index].name))
+            digest = hashlib.sha256(f"{seed}:{purpose}:{label}".encode()).digest()
+            start = int.from_bytes(digest[:8], "big") % len(ordered)
+            held.update((ordered + ordered)[start : start + count])
     rest = [index for index in range(len(images)) if index not in held]
     return images.subset(rest), images.subset(sorted(held))
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that puts ``frame-9`` before ``frame-10``: text and numbers take turns."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def order_classes(classes: tuple[str, ...], class_order: str) -> list[str]:

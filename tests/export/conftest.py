@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from duallora_edge.learner import methods
 from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.model import ComposedModel
-from duallora_edge.learner.record import TEMPERATURES, TaskRecord
+from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.run import Run
 
 SOFT = -torch.arange(len(TEMPERATURES), dtype=torch.float)  # held-back likelihoods that ask for the highest one
 
 
 def soften(record: TaskRecord) -> TaskRecord:
-    """The record with the highest temperature: probabilities and gates far from 0 and 1."""
-    return replace(record, class_nll=SOFT, task_nll=SOFT.clone())
+    """The record with the highest temperature and a wide scale: probabilities, gates and novelty far from 0 and 1."""
+    confidence = torch.linspace(100, 50, len(TEMPERATURES)).double().expand(len(SHAPES), -1)
+    curve = CalibrationCurve(torch.zeros_like(confidence), confidence, torch.tensor([100.0, 50.0]).double())
+    return replace(record, curve=curve, task_nll=SOFT.clone(), novelty=torch.linspace(0, 4000, QUANTILES))
 
 
 @pytest.fixture(scope="session")
@@ -35,15 +40,16 @@ def compose(
         residuals: Sequence[str] = ("isolated", "isolated", "previous"),
         backbone: Backbone = tiny_backbone,
         method: str = "dual_lora",
+        **options: Any,
     ) -> ComposedModel:
         records: list[TaskRecord] = []
         for index, classes in enumerate(tasks):
             kinds = range(2 * index, 2 * index + len(classes))
             task = make_task(f"task {index}", list(classes), kinds, train=6, held=2)
             residual = residuals[index % len(residuals)]
-            settings = {"residual": residual, "method": method, "learning_rate": 0.03}
+            settings = {"residual": residual, "method": method, "learning_rate": 0.03, **options}
             records = learn([task], past=records, backbone=backbone, **settings)
-        return ComposedModel(backbone, [soften(record) for record in records]).eval()
+        return methods.compose(backbone, [soften(record) for record in records]).eval()
 
     return make
 
@@ -60,4 +66,4 @@ def run(tmp_path: Path, tiny_backbone: Backbone, two_tasks: list[TaskRecord]) ->
 @pytest.fixture
 def model(run: Run, tiny_backbone: Backbone) -> ComposedModel:
     """The model of ``run``."""
-    return ComposedModel(tiny_backbone, run.records()).eval()
+    return methods.compose(tiny_backbone, run.records()).eval()

@@ -20,7 +20,7 @@ from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import generated_images, torch_outputs
 from duallora_edge.files import read_json
 from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.model import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, OUTPUTS
@@ -70,9 +70,11 @@ def test_manifest(run: Run, model: ComposedModel, tmp_path: Path) -> None:
     assert manifest["classes"] == ["a", "b", "c", "d"]
     assert manifest["tasks"] == [{"name": "first", "classes": [0, 1]}, {"name": "second", "classes": [2, 3]}]
     assert manifest["preprocessing"] == {"size": 32, "resize": run.config.resize, "interpolation": "bicubic"}
-    assert manifest["outputs"]["features"]["shape"] == ["N", 4 * 48]
-    assert manifest["calibration"]["temperature"] == model.classifier.temperature == 256
-    assert manifest["calibration"]["novelty_threshold"] == model.novelty_threshold > 0
+    assert manifest["outputs"]["features"]["shape"] == ["N", 7 * 48]
+    calibration, mixture = manifest["calibration"], model.classifier.mixture
+    assert calibration["temperature"] == mixture.temperature == pytest.approx(256)
+    assert (calibration["spread"], calibration["share"]) == (mixture.spread, mixture.share)
+    assert calibration["novelty_threshold"] == NOVELTY_THRESHOLD
     target = manifest["target"]
     assert (target["profile"], target["jetpack"]) == ("orin-nano-8gb", "6.2")
     assert (target["opset"], target["ir_version"], target["precision"]) == (17, 8, "fp32")

@@ -19,6 +19,9 @@ from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import generated_images, onnx_outputs, torch_outputs
 from duallora_edge.learner import embedded
 from duallora_edge.learner.backbone import Backbone, load_backbone
+from duallora_edge.learner.calibration import Mixture
+from duallora_edge.learner.classifiers import CLASSIFIERS
+from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.model import ComposedModel
 from duallora_edge.runtime.bundle import INPUT, OUTPUTS
 
@@ -62,11 +65,12 @@ def test_every_opset_answers_as_pytorch(three_tasks: ComposedModel, opset: int) 
 
 
 def test_the_answers_compared_are_soft(three_tasks: ComposedModel) -> None:
-    """Saturated probabilities and gates would hide errors."""
+    """Saturated probabilities, gates and novelties would hide errors."""
     outputs = torch_outputs(three_tasks, IMAGES)
     phi = torch.from_numpy(outputs["features"][:, 48:])
     for answers in (outputs["probabilities"], outputs["task_probabilities"], three_tasks.network.memory(phi).numpy()):
         assert np.median(answers.max(axis=1)) < 0.99
+    assert 0.05 < np.median(outputs["novelty"]) < 0.95
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -124,6 +128,25 @@ def test_every_stream_answers_as_pytorch(compose: Compose, tasks: list[str], res
     model = compose(tasks, residuals, method=method)
     assert_same_answers(model)
     assert model.catalogue.classes == tuple(dict.fromkeys("".join(tasks)))
+
+
+CLASSIFIED = [(method, "auto") for method in METHODS] + [("dual_lora", c) for c in CLASSIFIERS] + [("frozen", "ridge")]
+
+
+@pytest.mark.parametrize("mixture", [(1.0, 0.0), (4.0, 0.3)], ids=["one temperature", "two temperatures"])
+@pytest.mark.parametrize(("method", "classifier"), CLASSIFIED)
+def test_every_method_and_classifier_answers_as_pytorch(
+    compose: Compose, method: str, classifier: str, mixture: tuple[float, float]
+) -> None:
+    tasks = ["abc"] if METHODS[method].single_task else ["ab", "bcd"]
+    model = compose(tasks, method=method, classifier=classifier)
+    with torch.no_grad():
+        logits = model.classifier.logits(model.network(torch.from_numpy(IMAGES)))
+    # Logits of the size of 1 make answers that are neither certain nor all alike.
+    model.classifier.mixture = Mixture(max(float(logits.std(dim=1).mean()), 1e-6), *mixture)
+    assert_same_answers(model, batches=(1, 5))
+    answers = torch_outputs(model, IMAGES)["probabilities"]
+    assert 1.05 / answers.shape[1] < np.median(answers.max(axis=1)) < 0.99
 
 
 def assert_names_of_pytorch(model: ComposedModel, graph: onnx.ModelProto) -> None:
@@ -241,7 +264,7 @@ def test_form_of_the_file(three_tasks: ComposedModel, opset: int, ir_version: in
         "probabilities": ["N", 6],
         "task_probabilities": ["N", 3],
         "novelty": ["N"],
-        "features": ["N", 4 * 48],
+        "features": ["N", 7 * 48],  # f, and three parts of each of two summaries
     }
     assert all(value.type.tensor_type.elem_type == TensorProto.FLOAT for value in graph.graph.output)
 

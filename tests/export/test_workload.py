@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.workload import node_counts, workload
 from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.calibration import LEVELS
 from duallora_edge.learner.model import ComposedModel
 
 Compose = Callable[..., ComposedModel]
 D, L, DEPTH = 48, 17, 4  # width, tokens and blocks of the tiny backbone
+PHI = 2 * 3 * D  # class token, mean and deviation of two blocks of the prefix
 
 
 def linear(rows: int, width_in: int, width_out: int) -> int:
@@ -36,13 +38,13 @@ def test_flops_equal_those_that_pytorch_counts(
 
 
 def test_flops_of_the_backbone_equal_the_count_by_hand(compose: Compose) -> None:
-    features, components, tasks = 4 * D, 4, 2
+    features, components, tasks = D + PHI, 4, 2
     embed = linear(L - 1, 8 * 8 * 3, D)
     block = linear(L, D, 3 * D) + 2 * linear(L, D, L) + linear(L, D, D) + 2 * linear(L, D, 4 * D)
     last = linear(1, D, D) + linear(L, D, 2 * D) + 2 * linear(1, D, L) + linear(1, D, D) + 2 * linear(1, D, 4 * D)
-    memory = linear(1, 3 * D, components) + linear(1, components, tasks)
+    memory = linear(1, PHI, components) + linear(1, components, tasks)
     answer = linear(1, features, components) + linear(1, components, 4) + linear(1, components, tasks)
-    novelty = linear(1, features, features) + linear(1, features, 1) + linear(1, features, components)
+    novelty = linear(1, components, components) + linear(1, components, 1) + linear(1, len(LEVELS), 1)
     work = workload(build_model(compose(["ab", "cd"], method="frozen"), 17, 8))
     assert work.flops == embed + (DEPTH - 1) * block + last + memory + answer + novelty
 
@@ -63,12 +65,13 @@ def test_residuals_add_two_thin_products_a_block(compose: Compose) -> None:
 
 def test_bytes_are_those_of_fp16(compose: Compose) -> None:
     model = compose(["ab", "cd"], method="frozen")
-    features, components, tasks = 4 * D, 4, 2
+    features, components, tasks = D + PHI, 4, 2
     vit = sum(value.numel() for value in model.network.backbone.model.state_dict().values())
-    memory = components * (3 * D + 1 + tasks)
-    answer = 2 * components * (features + 1) + components * (4 + tasks) + features * (features + 1)
+    memory = components * (PHI + 1 + tasks)
+    answer = components * (features + 1) + components * (4 + tasks)
+    novelty = components * (components + 1) + 3 * len(LEVELS)
     work = workload(build_model(model, 17, 8))
-    assert work.weight_bytes / 2 == pytest.approx(vit + memory + answer, abs=200)  # shapes, scalars and ones
+    assert work.weight_bytes / 2 == pytest.approx(vit + memory + answer + novelty, abs=200)  # shapes, scalars and ones
     # Most is alive where the MLP multiplies two hidden layers into a third, or where Gelu is one operator.
     assert work.activation_bytes == 2 * 3 * (L * 4 * D)
     assert workload(build_model(model, 20, 9)).activation_bytes == 2 * 2 * (L * 4 * D)

@@ -100,7 +100,7 @@ def test_each_image_has_its_own_gates(tiny_backbone: Backbone) -> None:
 
 def test_collected_rows_equal_slow_loops(tiny_backbone: Backbone) -> None:
     block, x = tiny_backbone.suffix[0], random_tokens()
-    _, rows = AdaptedBlock(block)(x, class_token_only=True, collect=True)
+    _, rows = AdaptedBlock(block)(x, class_token_only=True, collect="class")
     attn, y = block.attn, block.norm1(x)
     heads, width = attn.num_heads, attn.head_dim
     for image in range(len(x)):
@@ -113,8 +113,8 @@ def test_collected_rows_equal_slow_loops(tiny_backbone: Backbone) -> None:
         torch.testing.assert_close(rows.v[image], sum(a * row for a, row in zip(average, y[image], strict=True)))
 
 
-def test_all_tokens_are_collected_where_the_backbone_pools_over_them(tiny_backbone: Backbone) -> None:
+def test_all_tokens_are_collected_on_demand(tiny_backbone: Backbone) -> None:
     x = random_tokens()
-    _, rows = AdaptedBlock(tiny_backbone.suffix[0])(x, collect=True, pool_tokens=True)
+    _, rows = AdaptedBlock(tiny_backbone.suffix[0])(x, collect="all")
     expected = tiny_backbone.suffix[0].norm1(x).reshape(-1, DIM)
     assert torch.equal(rows.q, expected) and torch.equal(rows.v, expected)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from duallora_edge.errors import BackboneError
 from duallora_edge.learner import embedded
-from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
+from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone, spaced_blocks
 
 SMALL = "test_vit"  # timm's own model for tests: 160 px, 6 blocks of width 64
 
@@ -39,7 +39,7 @@ def test_embedded_backbone() -> None:
     backbone = load_backbone(embedded.NAME)
     info = backbone.info
     assert (info.name, info.size, info.prefix_blocks, len(backbone.suffix)) == ("embedded", 64, 2, 2)
-    assert info.sha256 == embedded.SHA256
+    assert info.sha256 == embedded.SHA256 and info.summary_blocks == (0, 1)
     assert BackboneInfo.from_json(info.to_json()) == info
     assert not any(parameter.requires_grad for parameter in backbone.parameters()) and not backbone.model.training
 
@@ -48,8 +48,9 @@ def test_embedded_backbone() -> None:
 def test_embedded_backbone_of_another_size(size: int) -> None:
     backbone = load_backbone(embedded.NAME, size=size)
     assert backbone.info.size == size
-    tokens = backbone.prefix(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    tokens, phi = backbone.prefix(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     assert tokens.shape == (1, (size // 8) ** 2 + 1, 192)
+    assert phi.shape == (1, 2 * 3 * 192)
 
 
 def test_weights_file(weights: Path) -> None:
@@ -63,13 +64,13 @@ def test_weights_file(weights: Path) -> None:
         x = backbone.model.norm_pre(backbone.model._pos_embed(backbone.model.patch_embed(x)))
         for block in backbone.model.blocks[:4]:
             x = block(x)
-    torch.testing.assert_close(backbone.prefix(frames), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(backbone.prefix(frames)[0], x, rtol=1e-4, atol=1e-4)
 
 
 def test_position_embeddings_are_resampled(weights: Path) -> None:
     backbone = load_backbone(SMALL, weights=weights, size=96)
     assert backbone.info.size == 96
-    assert backbone.prefix(torch.zeros(1, 96, 96, 3, dtype=torch.uint8)).shape[1] == 36 + backbone.special_tokens
+    assert backbone.prefix(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))[0].shape[1] == 36 + backbone.special_tokens
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_summary_equals_the_formula(make_backbone: Callable[..., Backbone], vari
     backbone = make_backbone(**variant)
     tokens = torch.randn(2, 16 + backbone.special_tokens, 48, generator=torch.Generator().manual_seed(0))
     summary = backbone.summary(tokens).double().numpy()
-    assert summary.shape == (2, backbone.summary_dim)
+    assert len(backbone.info.summary_blocks) * summary.shape[1] == backbone.summary_dim
 
     def normed(x: np.ndarray) -> np.ndarray:
         return (x - x.mean()) / np.sqrt(x.var() + 1e-6)
@@ -92,6 +93,33 @@ def test_summary_equals_the_formula(make_backbone: Callable[..., Backbone], vari
         if backbone.model.has_class_token:
             parts.insert(0, image[0])
         np.testing.assert_allclose(row, np.concatenate([normed(part) for part in parts]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "count", "expected"),
+    [
+        (6, 3, (1, 3, 5)),
+        (6, 1, (5,)),
+        (5, 2, (1, 4)),
+        (2, 3, (0, 1)),
+        (1, 3, (0,)),
+        (4, 4, (0, 1, 2, 3)),
+        (3, 1000, (0, 1, 2)),
+    ],
+)
+def test_summaries_are_spaced_evenly_up_to_the_last_block(prefix: int, count: int, expected: tuple[int, ...]) -> None:
+    assert spaced_blocks(prefix, count) == expected
+
+
+def test_phi_joins_the_summaries_of_its_blocks(weights: Path) -> None:
+    backbone = load_backbone(SMALL, weights=weights, prefix_blocks=4, summaries=2)
+    assert backbone.info.summary_blocks == (1, 3)
+    frames = torch.randint(0, 256, (2, 160, 160, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ends = [load_backbone(SMALL, weights=weights, prefix_blocks=n, summaries=1).prefix(frames) for n in (2, 4)]
+    tokens, phi = backbone.prefix(frames)
+    torch.testing.assert_close(tokens, ends[1][0])
+    torch.testing.assert_close(phi, torch.cat([backbone.summary(end) for end, _ in ends], dim=1))
+    assert phi.shape == (2, backbone.summary_dim)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +219,7 @@ def test_real_weights_answer_as_timm_does(assets: Path) -> None:
     frames = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.forward_head(model.forward_features((frames.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5), True)
-        tokens = backbone.prefix(frames)
+        tokens, _ = backbone.prefix(frames)
         for block in backbone.suffix:
             tokens = block(tokens)
         torch.testing.assert_close(backbone.feature(tokens), expected, rtol=1e-3, atol=1e-3)

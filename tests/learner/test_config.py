@@ -47,7 +47,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "task_order must be a list of names, not [1, 2]",
         "backbone must be given, not None",
         "energy must be 0.0..1.0, not 2.5",
-        "method must be one of dual_lora, sequential, frozen, not 'magic'",
+        "method must be one of dual_lora, inflora, sequential, task_arithmetic, frozen, joint, not 'magic'",
         "train.yaml",
     ):
         assert part in message
@@ -104,6 +104,12 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         ({"batch_size": 0, "epochs": -1}, "epochs must be 0..10000, not -1; batch_size must be 1..65536, not 0"),
         ({"validation_fraction": 0.9}, "validation_fraction must be 0.0..0.5"),
         ({"size": 7}, "size must be 8..4096"),
+        ({"summaries": 0}, "summaries must be 1..1000, not 0"),
+        ({"classifier": "svm"}, "classifier must be one of auto, lda, lda_f, mean_f, ridge, heads, not 'svm'"),
+        ({"task_scale": -0.1}, "task_scale must be 0.0..10.0"),
+        ({"kl_weight": 1.5}, "kl_weight must be 0.0..1.0, not 1.5"),
+        ({"memory_per_class": -1}, "memory_per_class must be 0..1000000, not -1"),
+        ({"distillation": -1.0}, "distillation must be 0.0..1000.0"),
     ],
 )
 def test_bad_flags(overrides: dict[str, Any], expected: str) -> None:

@@ -80,7 +80,36 @@ def test_logits_are_log_densities_up_to_a_common_term(seed: int) -> None:
     np.testing.assert_allclose(
         logits - logits[:, :1], expected - expected[:, :1], rtol=1e-8, atol=1e-8
     )  # the common term cancels in differences between classes
-    np.testing.assert_allclose(fitted.whitening @ fitted.whitening.T, np.linalg.inv(sigma), rtol=1e-8)
+    shares = np.concatenate([s.counts.numpy() for s in statistics]) / 60
+    centred = means - shares @ means
+    np.testing.assert_allclose(fitted.shares, shares)
+    np.testing.assert_allclose(fitted.gram, centred @ np.linalg.inv(sigma) @ centred.T, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("seed", "sizes"), [(0, [(30, 2), (30, 3)]), (1, [(9, 4)]), (2, [(200, 2), (5, 1)]), (3, [(12, 1)])]
+)
+def test_background_gives_the_relative_distance(seed: int, sizes: list[tuple[int, int]]) -> None:
+    """min_k d_k^2 under Sigma less the distance to the mean of all images under Sigma + B, from the logits alone."""
+    statistics = [ClassStatistics.of(*sample(seed + i, n, classes), classes) for i, (n, classes) in enumerate(sizes)]
+    fitted = GaussianClassifier.fit(statistics)
+    sigma, means = slow_covariance(statistics), torch.cat([s.means for s in statistics]).numpy()
+    counts = np.concatenate([s.counts.numpy() for s in statistics])
+    centre = counts @ means / counts.sum()
+    between = sum(n * np.outer(m - centre, m - centre) for n, m in zip(counts, means, strict=True)) / counts.sum()
+    factor, offset = fitted.background()
+    for x in sample(77, 6, 2)[0]:
+        logits = fitted.weight @ x + fitted.bias
+        found = float((logits @ factor + offset).square().sum() - 2 * logits.max())
+        near = min((x.numpy() - m) @ np.linalg.solve(sigma, x.numpy() - m) for m in means)
+        gap = x.numpy() - centre
+        assert found == pytest.approx(near - gap @ np.linalg.solve(sigma + between, gap), rel=1e-7, abs=1e-7)
+
+
+def test_background_with_an_empty_class_is_finite() -> None:
+    features, labels = sample(0, 20, 2)
+    factor, offset = GaussianClassifier.fit([ClassStatistics.of(features, labels, 3)]).background()
+    assert bool(torch.isfinite(factor).all() and torch.isfinite(offset).all())
 
 
 @pytest.mark.parametrize(

@@ -15,20 +15,19 @@ from torch import Tensor
 
 from duallora_edge.learner.adapters import AdaptedBlock
 from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.calibration import LEVELS, Mixture, NoveltyScale
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.methods import compose
 from duallora_edge.learner.model import (
-    NOVELTY_QUANTILE,
-    NOVELTY_QUANTILES,
     Catalogue,
     Classifier,
-    ComposedModel,
-    best_temperature,
+    Scores,
     fold_all,
     gate_matrix,
     run_suffix,
 )
-from duallora_edge.learner.record import TEMPERATURES, TaskInfo, TaskRecord
+from duallora_edge.learner.record import TaskInfo, TaskRecord
 
 
 def info(name: str, classes: list[str], residual: str = "isolated") -> TaskInfo:
@@ -65,13 +64,10 @@ def test_gates_of_a_posterior(modes: list[str], expected: list[float]) -> None:
     torch.testing.assert_close(gates, torch.tensor([expected]).repeat_interleave(torch.tensor(ranks), dim=1))
 
 
-def test_best_temperature_is_the_least_of_the_summed_curves() -> None:
-    temperatures = torch.tensor(TEMPERATURES)
-    curves = [(temperatures.log() - torch.tensor(best).log()) ** 2 for best in (2.0, 8.0)]
-    assert best_temperature(curves[:1], 1.0) == 2.0
-    assert best_temperature(curves, 1.0) == 4.0
-    assert best_temperature([torch.zeros(len(TEMPERATURES))] * 2, 7.5) == 7.5
-    assert best_temperature([torch.zeros(len(TEMPERATURES)), curves[1]], 7.5) == 8.0
+def test_open_gates_are_open_for_every_posterior() -> None:
+    infos = [replace(info(str(i), ["x"], mode), gate="open") for i, mode in enumerate(("isolated", "previous", "none"))]
+    posterior = torch.eye(3)
+    torch.testing.assert_close(posterior @ gate_matrix(infos, [2, 0, 3]), torch.ones(3, 5))
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -100,7 +96,7 @@ def test_without_adapters_the_feature_is_that_of_timm(
 ) -> None:
     backbone = make_backbone(**variant)
     tasks = [make_task("one", ["a", "b"], [0, 1]), make_task("two", ["c"], [2])]
-    model = ComposedModel(backbone, learn(tasks, backbone=backbone, method="frozen"))
+    model = compose(backbone, learn(tasks, backbone=backbone, method="frozen"))
     frames = random_frames(5)
     with torch.no_grad():
         found = model(frames).features[:, : backbone.dim]
@@ -114,7 +110,7 @@ def test_without_adapters_the_feature_is_that_of_timm(
 def test_an_answer_does_not_depend_on_the_batch(
     tiny_backbone: Backbone, two_tasks: list[TaskRecord], order: list[int], size: int
 ) -> None:
-    model, frames = ComposedModel(tiny_backbone, two_tasks), random_frames(12)
+    model, frames = compose(tiny_backbone, two_tasks), random_frames(12)
     with torch.no_grad():
         whole = model(frames)
         parts = [model(frames[list(order[first : first + size])]) for first in range(0, 12, size)]
@@ -124,7 +120,7 @@ def test_an_answer_does_not_depend_on_the_batch(
 
 
 def test_one_frame_alone_equals_itself_among_64(tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> None:
-    model, frames = ComposedModel(tiny_backbone, two_tasks), random_frames(64)
+    model, frames = compose(tiny_backbone, two_tasks), random_frames(64)
     with torch.no_grad():
         whole = model(frames).probabilities
         for index in (0, 31, 63):
@@ -134,14 +130,14 @@ def test_one_frame_alone_equals_itself_among_64(tiny_backbone: Backbone, two_tas
 
 
 def test_outputs_are_probabilities(tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> None:
-    model = ComposedModel(tiny_backbone, two_tasks)
+    model = compose(tiny_backbone, two_tasks)
     with torch.no_grad():
         outputs = model(random_frames(6))
     assert outputs.probabilities.shape == (6, 4) and outputs.task_probabilities.shape == (6, 2)
     assert outputs.features.shape == (6, tiny_backbone.dim + tiny_backbone.summary_dim)
     for part in (outputs.probabilities, outputs.task_probabilities):
         torch.testing.assert_close(part.sum(dim=1), torch.ones(6))
-    assert bool((outputs.novelty >= 0).all())
+    assert bool(((outputs.novelty >= 0) & (outputs.novelty <= 1)).all())
 
 
 @pytest.mark.parametrize("mode", ["isolated", "previous"])
@@ -154,8 +150,8 @@ def test_a_certain_posterior_recreates_the_network_of_its_task(
     """isolated: every orthogonal update and the task's own residual; previous: those of the tasks up to it."""
     tasks = [make_task(str(i), [f"a{i}", f"b{i}"], [2 * i, 2 * i + 1]) for i in range(3)]
     records = learn(tasks, residual=mode)
-    model = ComposedModel(tiny_backbone, records)
-    tokens = tiny_backbone.prefix(random_frames(4))
+    model = compose(tiny_backbone, records)
+    tokens, _ = tiny_backbone.prefix(random_frames(4))
     for task in range(3):
         blocks = [AdaptedBlock(block) for block in tiny_backbone.suffix]
         for index, block in enumerate(blocks):
@@ -173,26 +169,32 @@ def test_weights_are_summed_from_a_base_that_never_changes(
     tiny_backbone: Backbone, two_tasks: list[TaskRecord]
 ) -> None:
     before = [block.attn.qkv.weight.clone() for block in tiny_backbone.suffix]
-    once, twice = (ComposedModel(tiny_backbone, two_tasks).network.blocks for _ in range(2))
+    once, twice = (compose(tiny_backbone, two_tasks).network.blocks for _ in range(2))
     for block, same, base, original in zip(once, twice, tiny_backbone.suffix, before, strict=True):
         assert torch.equal(base.attn.qkv.weight, original)
         assert torch.equal(block.weight, same.weight)
         assert not torch.equal(block.weight, original)
 
 
-def test_novelty_is_the_distance_to_the_nearest_class() -> None:
+def test_novelty_is_the_relative_distance_on_the_scale_of_held_back_images() -> None:
     rng = np.random.default_rng(0)
     labels = torch.arange(60) % 3
     features = torch.from_numpy(rng.normal(size=(60, 5)).astype(np.float32)) + 4 * labels[:, None]
-    statistics = ClassStatistics.of(features, labels, 3)
-    classifier = Classifier(Catalogue.of([info("t", ["a", "b", "c"])]), [statistics], None, 1.0, torch.device("cpu"))
-    whitening = GaussianClassifier.fit([statistics]).whitening
-    expected = [
-        min(float(((x.double() - mean) @ whitening).square().sum()) for mean in statistics.means) / 5 for x in features
-    ]
-    torch.testing.assert_close(classifier.novelty(features), torch.tensor(expected), rtol=1e-3, atol=1e-4)
-    assert 0.5 < float(classifier.novelty(features).mean()) < 1.5
-    assert float(classifier.novelty(features[:1] + 100)) > 100
+    gaussian = GaussianClassifier.fit([ClassStatistics.of(features, labels, 3)])
+    knots = tuple(float(k) for k in np.linspace(-20, 10, len(LEVELS) + 1))
+    classifier = Classifier(
+        Catalogue.of([info("t", ["a", "b", "c"])]),
+        gaussian,
+        Scores(gaussian.weight, gaussian.bias),
+        Mixture(1.0),
+        NoveltyScale(knots),
+        torch.device("cpu"),
+    )
+    raw = classifier.raw_novelty(features)
+    expected = np.interp(raw.numpy(), knots, (*LEVELS, 1.0))
+    np.testing.assert_allclose(classifier.novelty(features), expected, atol=1e-5)
+    far = features[:1] + 100 * torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])  # away from the line of the classes
+    assert float(classifier.raw_novelty(far)) > float(raw.max())
 
 
 def test_sequential_answers_with_the_trained_heads(
@@ -200,29 +202,10 @@ def test_sequential_answers_with_the_trained_heads(
 ) -> None:
     tasks = [make_task("one", ["a", "b"], [0, 1]), make_task("two", ["c", "d"], [2, 3])]
     records = learn(tasks, method="sequential")
-    model = ComposedModel(tiny_backbone, records)
+    model = compose(tiny_backbone, records)
     with torch.no_grad():
         features = model.network(random_frames(3))
         f, heads = features[:, : tiny_backbone.dim], torch.cat([r.head for r in records])
         torch.testing.assert_close(
             model.classifier.logits(features), f @ heads[:, :-1].T + heads[:, -1], rtol=1e-4, atol=1e-5
         )
-
-
-def test_novelty_threshold_is_weighted_by_held_back_images(
-    tiny_backbone: Backbone, two_tasks: list[TaskRecord]
-) -> None:
-    column = NOVELTY_QUANTILES.index(NOVELTY_QUANTILE)
-
-    def with_held(record: TaskRecord, images: int, value: float) -> TaskRecord:
-        novelty = torch.zeros(len(NOVELTY_QUANTILES))
-        novelty[column] = value
-        return replace(record, info=replace(record.info, held_back={"images": images}), novelty=novelty)
-
-    def threshold(*held: tuple[int, float]) -> float | None:
-        pairs = zip(two_tasks, held, strict=True)
-        return ComposedModel(tiny_backbone, [with_held(r, n, v) for r, (n, v) in pairs]).novelty_threshold
-
-    assert threshold((30, 1.0), (10, 3.0)) == pytest.approx(1.5)
-    assert threshold((0, 0.0), (10, 3.0)) == pytest.approx(3.0)
-    assert threshold((0, 0.0), (0, 0.0)) is None

@@ -18,9 +18,11 @@ from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.record import TaskRecord
-from duallora_edge.learner.run import TENSOR_FILES, FileCheckpoint, Run
+from duallora_edge.learner.run import MEMORY_FILE, SCHEMA, FileCheckpoint, Run
 
 CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
+
+MEMORY = {"images": torch.arange(48, dtype=torch.uint8).reshape(1, 4, 4, 3), "labels": torch.tensor([3])}
 
 
 @pytest.fixture
@@ -60,6 +62,16 @@ def test_a_committed_task_reads_back(run: Run, two_tasks: list[TaskRecord]) -> N
         opened.find("third")
 
 
+@pytest.mark.parametrize("memory", [{}, MEMORY], ids=["none", "images"])
+def test_a_memory_is_a_file_of_its_own(run: Run, two_tasks: list[TaskRecord], memory: dict[str, torch.Tensor]) -> None:
+    """Stored images keep their type, and a task without any has no such file."""
+    task = run.commit(replace(two_tasks[0], memory=memory))
+    assert (run.path / "tasks" / task.folder / MEMORY_FILE).exists() == bool(memory)
+    found = run.read(task).memory
+    assert found.keys() == memory.keys()
+    assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in memory.items())
+
+
 def test_rollback_is_the_identity(run: Run, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
     for record in two_tasks:
         run.commit(record)
@@ -83,15 +95,15 @@ def test_remove_leaves_the_other_tasks_alone(run: Run, two_tasks: list[TaskRecor
     assert run.commit(two_tasks[1]).folder == "0004-second"  # a number is never given twice to living tasks
 
 
-@pytest.mark.parametrize("file", [f"{name}.safetensors" for name in TENSOR_FILES])
+@pytest.mark.parametrize("file", ["adapters", "bases", "head", "statistics", "memory"])
 @pytest.mark.parametrize("where", [0, 0.5, -1], ids=["first", "middle", "last"])
 def test_one_changed_byte_is_noticed(run: Run, two_tasks: list[TaskRecord], file: str, where: float) -> None:
-    task = run.commit(two_tasks[0])
-    path = run.path / "tasks" / task.folder / file
+    task = run.commit(replace(two_tasks[0], memory=MEMORY))
+    path = run.path / "tasks" / task.folder / f"{file}.safetensors"
     content = bytearray(path.read_bytes())
     content[int(where * len(content)) if where >= 0 else -1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(RunError, match=rf"{file} was altered since it was written; restore it"):
+    with pytest.raises(RunError, match=rf"{file}\.safetensors was altered since it was written; restore it"):
         run.read(task)
 
 
@@ -150,7 +162,10 @@ def edit_yaml(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda path: edit_yaml(path / "run.yaml", schema=99), "not of schema 1; use the version that wrote it"),
+        (
+            lambda path: edit_yaml(path / "run.yaml", schema=99),
+            f"not of schema {SCHEMA}; use the version that wrote it",
+        ),
         (lambda path: edit_yaml(path / "run.yaml", future_setting=1), "damaged"),
         (lambda path: edit_yaml(path / "run.yaml", epochs="many"), "damaged"),
         (lambda path: edit_yaml(path / "run.yaml", method="magic"), "damaged"),
@@ -158,7 +173,7 @@ def edit_yaml(path: Path, **changes: object) -> None:
         (lambda path: (path / "run.yaml").write_text("# " * 2**20), "damaged"),
         (lambda path: (path / "run.yaml").write_bytes(b"\xff\xfe"), "damaged"),
         (lambda path: (path / "run.yaml").write_text("- a"), "damaged"),
-        (lambda path: (path / "run.yaml").write_text(""), "not of schema 1"),
+        (lambda path: (path / "run.yaml").write_text(""), f"not of schema {SCHEMA}"),
         (lambda path: (path / "backbone.json").unlink(), "damaged"),
         (lambda path: (path / "backbone.json").write_text("{}"), "damaged"),
         (lambda path: (path / "backbone.json").write_text("7"), "damaged"),

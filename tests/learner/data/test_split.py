@@ -55,10 +55,13 @@ def test_seed_and_purpose_change_the_split() -> None:
     assert one.images != hold_back(images, 0.5, 0, "validation")[1].images
 
 
-def test_a_new_file_moves_few_old_ones() -> None:
-    before = set(hold_back(image_set({"a": 200}), 0.1, 0, "test")[1].images)
-    after = set(hold_back(image_set({"a": 210}), 0.1, 0, "test")[1].images)
-    assert len(before - after) <= 10
+@pytest.mark.parametrize("seed", range(5))
+def test_neighbours_in_name_are_held_back_together(seed: int) -> None:
+    held = hold_back(image_set({"a": 120}), 0.1, seed, "validation")[1]
+    numbers = {int(Path(image.name).stem) for image in held.images}
+    starts = [number for number in numbers if (number - 1) % 120 not in numbers]
+    assert len(numbers) == 12
+    assert len(starts) == 1  # one run, which may go over the end
 
 
 def test_seeded_order_is_numpys_legacy_permutation() -> None:

@@ -1,0 +1,93 @@
+"""How the classes are scored: affine functions of the features, fitted in closed form from what tasks left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.model import Scores
+from duallora_edge.learner.record import TaskRecord
+
+RANDOM_FEATURES = 2000
+RIDGES = tuple(10.0**power for power in range(-3, 4))
+
+
+def lda(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
+    """Linear discriminants of all features [f ; phi]."""
+    return Scores(gaussian.weight, gaussian.bias)
+
+
+def lda_f(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
+    """Linear discriminants of the final feature f alone."""
+    dim = tasks[-1].head.shape[1] - 1
+    alone = GaussianClassifier.fit([task.statistics.part(slice(0, dim)) for task in tasks])
+    return Scores(F.pad(alone.weight, (0, gaussian.weight.shape[1] - dim)), alone.bias)
+
+
+def mean_f(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
+    """The nearest class mean of the final feature f: -|f - m|^2 / 2 up to a common term."""
+    dim = tasks[-1].head.shape[1] - 1
+    means = torch.cat([task.statistics.means[:, :dim] for task in tasks])
+    return Scores(F.pad(means, (0, gaussian.weight.shape[1] - dim)), -means.square().sum(dim=1) / 2)
+
+
+def heads(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
+    """The linear heads on f that the adapters were trained with, one a task."""
+    weights = torch.cat([task.head for task in tasks]).double()
+    return Scores(F.pad(weights[:, :-1], (0, gaussian.weight.shape[1] - weights.shape[1] + 1)), weights[:, -1])
+
+
+def ridge(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
+    """Ridge regression to one-hot labels on random features relu(x R), x = [f ; phi].
+
+    The head of RanPAC (McDonnell et al. 2023). The strength of the ridge is the one with the most right held-back
+    answers over the tasks.
+    """
+    right = torch.stack([task.memory["ridge.right"] for task in tasks]).sum(dim=0)
+    return _ridge(tasks, RIDGES[int(right.argmax())], gaussian.weight.shape[1])
+
+
+def _ridge(tasks: Sequence[TaskRecord], strength: float, features: int) -> Scores:
+    gram = torch.stack([task.memory["ridge.gram"].double() for task in tasks]).sum(dim=0)
+    sums = torch.cat([task.memory["ridge.sums"].double() for task in tasks])
+    gram = gram + strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    weight = torch.cholesky_solve(sums.T, torch.linalg.cholesky(gram)).T
+    return Scores(weight, torch.zeros(len(weight), dtype=torch.float64), random_projection(features))
+
+
+def random_projection(features: int) -> Tensor:
+    """The fixed projection R^T [RANDOM_FEATURES, D], the same for every run."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(RANDOM_FEATURES, features, generator=generator) / features**0.5
+
+
+def ridge_memory(features: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
+    """What `ridge` needs of features [n, D] with labels [n]: Gram matrix and class sums of the random features."""
+    hidden = (features @ random_projection(features.shape[1]).T).relu()
+    statistics = ClassStatistics.of(hidden, labels, classes)
+    sums = statistics.counts[:, None] * statistics.means
+    gram = statistics.scatter + statistics.means.T @ sums
+    return {"ridge.gram": gram.float(), "ridge.sums": sums.float(), "ridge.right": torch.zeros(len(RIDGES))}
+
+
+def ridge_right(tasks: Sequence[TaskRecord], features: Tensor, truth: Tensor) -> Tensor:
+    """Right answers [len(RIDGES)] on held-back features [n, D] with true components [n], at each strength."""
+    right = []
+    hidden = (features @ random_projection(features.shape[1]).T).relu().double()
+    for strength in RIDGES:
+        scores = _ridge(tasks, strength, features.shape[1])
+        right.append(float(((hidden @ scores.weight.T).argmax(dim=1) == truth).sum()))
+    return torch.tensor(right)
+
+
+CLASSIFIERS: dict[str, Callable[[Sequence[TaskRecord], GaussianClassifier], Scores]] = {
+    "lda": lda,
+    "lda_f": lda_f,
+    "mean_f": mean_f,
+    "ridge": ridge,
+    "heads": heads,
+}

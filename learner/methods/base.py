@@ -1,0 +1,189 @@
+"""The interface of a method, and what most of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from duallora_edge.learner.adapters import AdaptedBlock, Collect
+from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.calibration import (
+    CalibrationCurve,
+    Mixture,
+    NoveltyScale,
+    best_mixture,
+    quantiles,
+)
+from duallora_edge.learner.classifiers import CLASSIFIERS, ridge_memory, ridge_right
+from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.model import Catalogue, Classifier, ComposedModel, Network, Scores, fold_all
+from duallora_edge.learner.recipe import Lesson, Moments, collect_features, dynamic_memory
+from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord
+from duallora_edge.learner.subspace import empty_basis, new_directions
+
+
+class Method(ABC):
+    """How a task is learned, and how the tasks of a run answer together. Methods hold no state.
+
+    Attributes:
+        name: as in ``--method``.
+        summary: one line for users.
+        classifier: how classes are scored unless the configuration says otherwise (`classifiers`).
+        keeps_images: whether it stores training images, which ``status --privacy`` then lists.
+        single_task: whether it learns everything at once and refuses a second task.
+        trains: whether a task of one class, which has no gradient, is a special case.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    classifier: ClassVar[str] = "lda"
+    keeps_images: ClassVar[bool] = False
+    single_task: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+
+    @abstractmethod
+    def learn(self, lesson: Lesson) -> TaskRecord:
+        """Learn one task. Nothing of the past is changed; the same lesson gives the same record."""
+
+    def network(
+        self,
+        backbone: Backbone,
+        infos: Sequence[TaskInfo],
+        updates: Sequence[Sequence[BlockRecord]],
+        statistics: Sequence[ClassStatistics],
+        nll: Sequence[Tensor],
+    ) -> Network:
+        """The network of some tasks: ``updates`` are their blocks, ``statistics`` of phi and ``nll`` the memory."""
+        return Network(backbone, infos, updates, dynamic_memory(statistics, nll, backbone.device))
+
+    def scores(self, tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
+        """How the components of the tasks are scored."""
+        return CLASSIFIERS[tasks[-1].info.classifier](tasks, gaussian)
+
+    def compose(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
+        """The model of some tasks (at least one): evaluated, exported and served."""
+        infos = [task.info for task in tasks]
+        phi = slice(backbone.dim, None)
+        network = self.network(
+            backbone,
+            infos,
+            [task.blocks for task in tasks],
+            [task.statistics.part(phi) for task in tasks],
+            [task.task_nll for task in tasks],
+        )
+        images = [float(sum(info.counts.values())) for info in infos]
+        scale = NoveltyScale.pooled([task.novelty for task in tasks], images)
+        classifier = self._classifier(
+            tasks, best_mixture([task.curve for task in tasks], infos[-1].calibration), scale, backbone.device
+        )
+        return ComposedModel(Catalogue.of(infos), network, classifier)
+
+    def _classifier(
+        self, tasks: Sequence[TaskRecord], mixture: Mixture, scale: NoveltyScale, device: torch.device
+    ) -> Classifier:
+        gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
+        catalogue = Catalogue.of([task.info for task in tasks])
+        return Classifier(catalogue, gaussian, self.scores(tasks, gaussian), mixture, scale, device)
+
+    def training_blocks(self, lesson: Lesson) -> list[AdaptedBlock]:
+        """The suffix in which a new task is trained: every folded update, and the residuals that will be open.
+
+        Residuals of mode ``previous`` have gate P(task >= s) = 1 for images of a newer task; isolated ones have 0.
+        """
+        blocks = [AdaptedBlock(block) for block in lesson.backbone.suffix]
+        for index, block in enumerate(blocks):
+            records = [task.blocks[index] for task in lesson.past]
+            on = [task.blocks[index].residual for task in lesson.past if task.info.residual == "previous"]
+            block.weight = fold_all(block.weight, [*(record.orthogonal for record in records), *on])
+        return blocks
+
+    @torch.no_grad()
+    def finish(
+        self,
+        lesson: Lesson,
+        info: TaskInfo,
+        blocks: tuple[BlockRecord, ...],
+        head: Tensor,
+        *,
+        collect: Collect = "none",
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> TaskRecord:
+        """Statistics and calibration, collected in the finished network under the gates of inference.
+
+        With ``collect`` the bases are extended by what the projections read. Held-back images calibrate first and
+        join the statistics afterwards.
+        """
+        config, train, held, classes = lesson.config, lesson.train, lesson.held, len(info.classes)
+        chosen = self.classifier if config.classifier == "auto" else config.classifier
+        info = replace(info, classifier=chosen, gate=config.gate, calibration=config.calibration)
+        task_nll = lesson.identity.nll if lesson.identity else torch.zeros(len(CalibrationCurve.empty().nll[0]))
+        network = self.network(
+            lesson.backbone,
+            [*(task.info for task in lesson.past), info],
+            [*(task.blocks for task in lesson.past), blocks],
+            lesson.memory,
+            [*(task.task_nll for task in lesson.past), task_nll],
+        )
+        features, moments = collect_features(network, train, config.precision, collect)
+        held_features, _ = collect_features(network, held, config.precision)
+        record = TaskRecord(
+            info=info,
+            blocks=_with_bases(blocks, lesson.past, moments, config.energy),
+            head=head,
+            statistics=ClassStatistics.of(features, train.labels, classes),
+            curve=CalibrationCurve.empty(),
+            task_nll=task_nll,
+            novelty=quantiles(torch.zeros(0)),
+            memory={**(memory or {})},
+        )
+        if info.classifier == "ridge":
+            record = replace(record, memory={**record.memory, **ridge_memory(features, train.labels, classes)})
+        scored = held_features if len(held) else features
+        offset = sum(len(task.info.classes) for task in lesson.past)
+        if info.classifier == "ridge" and len(held):
+            right = ridge_right([*lesson.past, record], held_features, held.labels + offset)
+            record = replace(record, memory={**record.memory, "ridge.right": right})
+        tasks = [*lesson.past, record]
+        scale = NoveltyScale.pooled([record.novelty], [1.0])
+        classifier = self._classifier(tasks, Mixture(1.0), scale, torch.device("cpu"))
+        record = replace(record, novelty=quantiles(classifier.raw_novelty(scored)))
+        if not len(held):
+            return record
+        names = Catalogue.of([task.info for task in tasks]).classes
+        truth = torch.tensor([names.index(name) for name in info.classes])[held.labels]
+        curve = CalibrationCurve.of(classifier.logits(held_features), classifier.class_sums, truth)
+        if info.classifier == "ridge":
+            more = ridge_memory(held_features, held.labels, classes)
+            sums = {key: record.memory[key] + more[key] for key in ("ridge.gram", "ridge.sums")}
+            record = replace(record, memory={**record.memory, **sums})
+        return replace(
+            record,
+            info=replace(info, held_back={**info.held_back, "accuracy": curve.accuracy}),
+            curve=curve,
+            statistics=record.statistics + ClassStatistics.of(held_features, held.labels, classes),
+        )
+
+
+def _with_bases(
+    blocks: tuple[BlockRecord, ...], past: Sequence[TaskRecord], moments: Moments, energy: float
+) -> tuple[BlockRecord, ...]:
+    """The blocks with the directions that their moments add to the bases of the past; as they are without moments."""
+
+    def extend(bases: Sequence[Tensor], moment: Tensor) -> Tensor:
+        return new_directions(moment, torch.cat([empty_basis(len(moment)), *(b.double() for b in bases)]), energy)
+
+    if not moments:
+        return blocks
+    return tuple(
+        replace(
+            block,
+            q_basis=extend([task.blocks[i].q_basis for task in past], moments[i][0]),
+            v_basis=extend([task.blocks[i].v_basis for task in past], moments[i][1]),
+        )
+        for i, block in enumerate(blocks)
+    )

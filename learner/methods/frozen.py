@@ -1,0 +1,22 @@
+"""The untouched network with a classifier in closed form: nothing is trained, so nothing can be forgotten."""
+
+from __future__ import annotations
+
+import torch
+
+from duallora_edge.learner.methods.base import Method
+from duallora_edge.learner.recipe import Lesson, untrained
+from duallora_edge.learner.record import TaskRecord
+
+
+class Frozen(Method):
+    """What a pretrained network gives away without training. How strong it is depends on the classifier."""
+
+    name = "frozen"
+    summary = "no training: a closed-form classifier on the untouched network"
+    trains = False
+
+    def learn(self, lesson: Lesson) -> TaskRecord:
+        """Collect statistics."""
+        head = torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
+        return self.finish(lesson, lesson.info(self.name), untrained(lesson.backbone), head)

@@ -1,0 +1,40 @@
+"""Orthogonal LoRA with bases from all tokens, after InfLoRA (Liang and Li, arXiv 2404.00228)."""
+
+from __future__ import annotations
+
+import torch
+
+from duallora_edge.learner.methods.base import Method
+from duallora_edge.learner.recipe import Downs, Lesson, look, train_adapters, untrained
+from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.subspace import constrained_directions, empty_basis
+
+
+class InfLora(Method):
+    """One adapter of both ranks a task, whose down-projection is orthogonal to what any token of earlier tasks spans.
+
+    As in InfLoRA the down-projection is designed from the inputs of the layer and fixed, and the up-projection is
+    trained; targets (query and value), classifier and budget are those of DualLoRA.
+    """
+
+    name = "inflora"
+    summary = "orthogonal adapters with bases from all tokens (InfLoRA)"
+
+    def learn(self, lesson: Lesson) -> TaskRecord:
+        """Train outside the subspace of all earlier tokens, then extend it."""
+        blocks, head = untrained(lesson.backbone), torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
+        if len(lesson.task.classes) > 1:
+            suffix = self.training_blocks(lesson)
+            rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
+            none = empty_basis(lesson.backbone.dim)
+            before = look(lesson, suffix, "all")
+            downs = []
+            for index, (q, v) in enumerate(before.moments):
+                past = [task.blocks[index] for task in lesson.past]
+                q_basis = torch.cat([none, *(record.q_basis.double() for record in past)])
+                v_basis = torch.cat([none, *(record.v_basis.double() for record in past)])
+                downs.append(
+                    Downs(constrained_directions(q, q_basis, rank), constrained_directions(v, v_basis, rank), none)
+                )
+            blocks, head = train_adapters(lesson, suffix, downs, before.features)
+        return self.finish(lesson, lesson.info(self.name), blocks, head, collect="all")

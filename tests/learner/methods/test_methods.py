@@ -1,0 +1,248 @@
+"""What every method promises, and what each of them promises alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from duallora_edge.errors import ConfigError
+from duallora_edge.learner.adapters import AdaptedBlock, Adapter
+from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.methods import METHODS, compose, learn_task
+from duallora_edge.learner.model import gate_matrix, run_suffix
+from duallora_edge.learner.record import TaskRecord
+
+MakeTask = Callable[..., PreparedTask]
+Learn = Callable[..., list[TaskRecord]]
+QUICK = {"learning_rate": 0.01, "min_steps": 6}
+ORTHOGONAL = [("dual_lora", "isolated"), ("dual_lora", "previous"), ("dual_lora", "none"), ("inflora", "auto")]
+
+
+@pytest.fixture(scope="module")
+def tasks(make_task: MakeTask) -> list[PreparedTask]:
+    return [make_task("one", ["a", "b"], [0, 1]), make_task("two", ["c", "d", "e"], [2, 3, 4])]
+
+
+@pytest.fixture(scope="module")
+def learned(tasks: list[PreparedTask], learn: Learn) -> Callable[[str], list[TaskRecord]]:
+    """``learned("inflora")``: the records of the two tasks, or of the first one where a method learns one alone."""
+    known: dict[str, list[TaskRecord]] = {}
+
+    def get(method: str) -> list[TaskRecord]:
+        if method not in known:
+            chosen = tasks[: 1 if METHODS[method].single_task else None]
+            known[method] = learn(chosen, method=method, **QUICK)
+        return known[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_answers_probabilities(
+    tiny_backbone: Backbone,
+    tasks: list[PreparedTask],
+    learned: Callable[[str], list[TaskRecord]],
+    accuracy: Callable[..., float],
+    method: str,
+) -> None:
+    records = learned(method)
+    assert METHODS[method].name == method and METHODS[method].summary and TrainConfig(method=method).method == method
+    with torch.no_grad():
+        outputs = compose(tiny_backbone, records)(torch.from_numpy(tasks[0].test.pixels.copy()))
+    classes = len({name for record in records for name in record.info.classes})
+    for part, width in ((outputs.probabilities, classes), (outputs.task_probabilities, len(records))):
+        assert part.shape == (8, width) and bool((part >= 0).all())
+        torch.testing.assert_close(part.sum(dim=1), torch.ones(8))
+    assert bool(torch.isfinite(outputs.novelty).all())
+    assert {record.info.method for record in records} == {method}
+    if METHODS[method].classifier == "lda":
+        assert min(accuracy(records, task) for task in tasks[: len(records)]) > 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_records_survive_their_tensors(
+    tiny_backbone: Backbone, learned: Callable[[str], list[TaskRecord]], method: str
+) -> None:
+    for record in learned(method):
+        files = record.tensors()
+        again = TaskRecord.from_tensors(record.info, files)
+        assert again.info == record.info and again.tensors().keys() == files.keys()
+        for file, tensors in files.items():
+            assert all(torch.equal(value, again.tensors()[file][name]) for name, value in tensors.items()), file
+            assert file == "memory" or all(value.dtype == torch.float32 for value in tensors.values())
+    frames = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    with torch.no_grad():
+        one, two = (
+            compose(tiny_backbone, records)(frames).probabilities
+            for records in (learned(method), [TaskRecord.from_tensors(r.info, r.tensors()) for r in learned(method)])
+        )
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.single_task])
+def test_a_second_task_is_refused_where_all_is_learned_at_once(
+    tiny_backbone: Backbone, tasks: list[PreparedTask], learned: Callable[[str], list[TaskRecord]], method: str
+) -> None:
+    config = TrainConfig(method=method, device="cpu", precision="fp32")
+    with pytest.raises(ConfigError, match=rf"The method {method} learns all tasks at once; it cannot learn two"):
+        learn_task(tiny_backbone, learned(method), tasks[1], config, None, lambda *_: None)  # type: ignore[arg-type]
+
+
+def leak(rows: Tensor, update: Tensor) -> float:
+    """How much of what an update [d, d] could make of rows [n, d] it does make of them."""
+    return float((rows @ update.T).norm() / (rows.norm() * update.norm()))
+
+
+@pytest.mark.parametrize(("method", "residual"), ORTHOGONAL)
+def test_new_updates_do_not_touch_what_old_tasks_read(
+    make_task: MakeTask, learn: Learn, method: str, residual: str
+) -> None:
+    tasks = [make_task(str(i), [f"a{i}", f"b{i}"], [2 * i, 2 * i + 1]) for i in range(3)]
+    records = learn(tasks, method=method, residual=residual, energy=0.8, **QUICK)
+    for index in range(len(records[0].blocks)):
+        bases: dict[str, list[Tensor]] = {"q": [], "v": []}
+        for record in records:
+            block = record.blocks[index]
+            updates = dict(zip("qv", block.orthogonal.product(), strict=True))
+            for target, earlier in bases.items():
+                assert updates[target].norm() > 0
+                assert not earlier or leak(torch.cat(earlier), updates[target]) < 1e-4
+            bases["q"].append(block.q_basis)
+            bases["v"].append(block.v_basis)
+        for earlier in bases.values():  # the bases of all tasks together are orthonormal
+            together = torch.cat(earlier).double()
+            torch.testing.assert_close(together @ together.T, torch.eye(len(together)).double(), rtol=0, atol=1e-5)
+
+
+def test_with_all_the_energy_the_rows_themselves_are_kept(
+    tiny_backbone: Backbone, make_task: MakeTask, learn: Learn
+) -> None:
+    """The rows that the projections read for training images of the first task, in the network of that task."""
+    tasks = [make_task(str(i), [f"a{i}", f"b{i}"], [2 * i, 2 * i + 1], train=6, held=0) for i in range(2)]
+    records = learn(tasks, residual="none", energy=1.0, **QUICK)
+    network = compose(tiny_backbone, records[:1]).network
+    with torch.no_grad():
+        prefix = tiny_backbone.prefix(torch.from_numpy(tasks[0].train.pixels.copy()))
+        _, rows = network.from_prefix(*prefix, collect="class")
+    for block, read in zip(records[1].blocks, rows, strict=True):
+        query, value = block.orthogonal.product()
+        assert query.norm() > 0 and value.norm() > 0
+        assert max(leak(read.q, query), leak(read.v, value)) < 1e-3  # tokens are kept in half precision
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "inflora", "sequential", "task_arithmetic"])
+@torch.no_grad()
+def test_merged_equals_side_branch(
+    tiny_backbone: Backbone, learned: Callable[[str], list[TaskRecord]], method: str
+) -> None:
+    """The network with all updates beside the frozen weights: the gates open what the method folds."""
+    records, infos = learned(method), [record.info for record in learned(method)]
+    model = compose(tiny_backbone, records)
+    tokens, phi = tiny_backbone.prefix(torch.randint(0, 256, (5, 32, 32, 3), generator=torch.manual_seed(0)).byte())
+    blocks = [AdaptedBlock(block) for block in tiny_backbone.suffix]
+    for index, block in enumerate(blocks):
+        folded = [record.blocks[index].orthogonal for record in records]
+        beside = [record.blocks[index].residual for record in records]
+        if method == "task_arithmetic":  # only the newest fine-tuning counts, for every image
+            folded, beside = [*folded, beside[-1]], []
+        block.adapter = Adapter(*(torch.cat(parts) for parts in zip(*folded, *beside, strict=True)))
+        always = torch.ones(len(records), sum(len(adapter.q_down) for adapter in folded))
+        gated = [gate_matrix(infos, [len(adapter.q_down) for adapter in beside])] if beside else []
+        block.gate_map = torch.cat([always, *gated], dim=1)
+        assert float(torch.cat([block.adapter.q_up, block.adapter.v_up]).abs().max()) > 1e-3
+    expected, _ = run_suffix(tiny_backbone, blocks, tokens, model.network.memory(phi))
+    found = model.network.from_prefix(tokens, phi)[0][:, : tiny_backbone.dim]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_task_arithmetic_adds_scaled_updates_of_tasks_learned_alone(
+    tiny_backbone: Backbone, make_task: MakeTask, learn: Learn, tasks: list[PreparedTask], scale: float
+) -> None:
+    settings = {"method": "task_arithmetic", "memory_per_class": 0, **QUICK}
+    records = learn(tasks, task_scale=scale, **settings)
+    plain = learn(tasks, task_scale=1.0, **settings)
+    after_another = learn([make_task("other", ["x", "y"], [7, 8]), tasks[1]], task_scale=1.0, **settings)
+    model = compose(tiny_backbone, records)
+    for index, block in enumerate(model.network.blocks):
+        updates = [record.blocks[index].orthogonal.product() for record in plain]
+        alone = after_another[1].blocks[index].orthogonal.product()
+        assert all(torch.equal(a, b) for a, b in zip(alone, updates[1], strict=True))
+        base = tiny_backbone.suffix[index].attn.qkv.weight
+        for part, of in ((slice(0, 48), 0), (slice(96, 144), 1)):
+            expected = base[part] + scale * sum(update[of] for update in updates)
+            torch.testing.assert_close(block.weight[part], expected, rtol=0, atol=1e-6)
+        assert torch.equal(block.weight[48:96], base[48:96])
+    assert not any("images" in record.memory for record in records)
+    assert [len(record.head) for record in records] == [2, 5]
+
+
+@pytest.mark.parametrize(("per_class", "stored"), [(3, 3), (12, 12), (99, 12)])
+def test_task_arithmetic_stores_some_images_of_each_class(
+    learn: Learn, tasks: list[PreparedTask], per_class: int, stored: int
+) -> None:
+    for task, record in zip(tasks, learn(tasks, method="task_arithmetic", memory_per_class=per_class), strict=True):
+        images, labels = record.memory["images"], record.memory["labels"]
+        assert images.dtype == torch.uint8 and images.shape == (stored * len(task.classes), 32, 32, 3)
+        assert torch.bincount(labels).tolist() == [stored] * len(task.classes)
+        for pixels, label in zip(images, labels.tolist(), strict=True):
+            known = [k for k, name in enumerate(task.train.labels) if name == task.classes[label]]
+            assert any((task.train.pixels[k] == pixels.numpy()).all() for k in known)
+        assert len({pixels.numpy().tobytes() for pixels in images}) == len(images)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "values"),
+    [
+        ("task_arithmetic", "kl_weight", (0.0, 0.5)),
+        ("task_arithmetic", "memory_per_class", (0, 5)),
+        ("task_arithmetic", "task_scale", (0.25, 1.0)),
+        ("dual_lora", "distillation", (0.0, 5.0)),
+    ],
+)
+def test_a_setting_changes_the_result(
+    tiny_backbone: Backbone,
+    learn: Learn,
+    tasks: list[PreparedTask],
+    method: str,
+    setting: str,
+    values: tuple[float, float],
+) -> None:
+    models = [compose(tiny_backbone, learn(tasks, method=method, **{setting: v, **QUICK})) for v in values]
+    weights = [torch.stack([block.weight for block in model.network.blocks]) for model in models]
+    assert float((weights[0] - weights[1]).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"), [("task_arithmetic", "kl_weight"), ("dual_lora", "distillation")], ids=str
+)
+def test_pulling_towards_the_pretrained_features_keeps_them(
+    tiny_backbone: Backbone, learn: Learn, tasks: list[PreparedTask], method: str, setting: str
+) -> None:
+    """The features of the training images move less with the pull than without."""
+    settings = {"method": method, "memory_per_class": 0, "task_scale": 1.0, "learning_rate": 0.02, "min_steps": 20}
+    frames = torch.from_numpy(tasks[0].train.pixels.copy())
+    learned = [learn(tasks[:1], **{setting: weight, **settings}) for weight in (0.0, 0.9)]
+    with torch.no_grad():
+        before, *after = (
+            compose(tiny_backbone, records).network(frames) for records in (learn(tasks[:1], method="frozen"), *learned)
+        )
+    moved = [float((features - before).norm()) for features in after]
+    assert moved[1] < 0.8 * moved[0]
+
+
+@pytest.mark.parametrize("classifier", ["lda", "lda_f", "mean_f", "ridge", "heads"])
+def test_the_classifier_of_the_configuration_wins(
+    tiny_backbone: Backbone, learn: Learn, tasks: list[PreparedTask], classifier: str
+) -> None:
+    records = learn(tasks, method="dual_lora", classifier=classifier)
+    assert [record.info.classifier for record in records] == [classifier] * 2
+    assert any(name.startswith("ridge.") for name in records[0].memory) == (classifier == "ridge")
+    with torch.no_grad():
+        outputs = compose(tiny_backbone, records)(torch.from_numpy(tasks[0].test.pixels.copy()))
+    torch.testing.assert_close(outputs.probabilities.sum(dim=1), torch.ones(8))
