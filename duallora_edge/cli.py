@@ -16,6 +16,7 @@ from duallora_edge.errors import DualLoraEdgeError
 COMMANDS = {
     "demo": ("duallora_edge.demo:demo", "demo", "Learn, export, verify and measure on embedded data."),
     "train": ("duallora_edge.learner.commands:train", "train", "Learn the next task(s) of a run; resumes by itself."),
+    "compare": ("duallora_edge.compare:compare", "train", "Several methods and seeds on one stream: one table."),
     "evaluate": ("duallora_edge.learner.commands:evaluate", "train", "Accuracy matrix, forgetting, calibration."),
     "status": ("duallora_edge.learner.commands:status", "train", "Tasks, classes, sizes and accuracy of a run."),
     "rollback": ("duallora_edge.learner.commands:rollback", "train", "Undo the last task of a run."),

@@ -59,9 +59,9 @@ def matrix_png(metrics: Metrics) -> bytes:
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, format=PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
-    _style(axes, "Accuracy matrix")
+    style_axes(axes, "Accuracy matrix")
     axes.spines[:].set_visible(False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _write_numbers(axes: Axes, metrics: Metrics) -> None:
@@ -103,8 +103,8 @@ def accuracy_png(metrics: Metrics, name: str, comparisons: Sequence[tuple[str, M
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("tasks learned", fontsize=9, color=MUTED)
     axes.grid(axis="y", color=GRID, lw=0.6)
-    _style(axes, "Accuracy over all classes so far")
-    return _png(figure)
+    style_axes(axes, "Accuracy over all classes so far")
+    return to_png(figure)
 
 
 def _line(axes: Axes, metrics: Metrics, name: str, color: str, marker: str, dashes: str) -> Line2D:
@@ -147,12 +147,13 @@ def reliability_png(cell: Cell) -> bytes:
     lower.set_xlabel("confidence", fontsize=9, color=MUTED)
     lower.set_ylabel("images", fontsize=9, color=MUTED)
     error = cell.calibration_error
-    _style(upper, "Reliability, no test images" if error is None else f"Reliability, ECE = {100 * error:.1f} %")
-    _style(lower, "")
-    return _png(figure)
+    style_axes(upper, "Reliability, no test images" if error is None else f"Reliability, ECE = {100 * error:.1f} %")
+    style_axes(lower, "")
+    return to_png(figure)
 
 
-def _style(axes: Axes, title: str) -> None:
+def style_axes(axes: Axes, title: str) -> None:
+    """The look that all plots share."""
     axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
     axes.tick_params(labelsize=8, colors=MUTED, length=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -160,7 +161,8 @@ def _style(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     FigureCanvasAgg(figure)
     file = io.BytesIO()
     with warnings.catch_warnings():

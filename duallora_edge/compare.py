@@ -1,0 +1,249 @@
+"""``duallora-edge compare``: several methods on one stream, several seeds, one table and one picture."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import onnxruntime
+import yaml
+
+from duallora_edge.errors import ConfigError, RunError
+from duallora_edge.export.graph import build_model
+from duallora_edge.files import read_json, write_atomic, write_json
+from duallora_edge.learner.commands import TerminalListener, folder_bytes
+from duallora_edge.learner.config import PER_CALL, TrainConfig, load_config, sort_out
+from duallora_edge.learner.encode import PrefixCache
+from duallora_edge.learner.methods import METHODS, compose
+from duallora_edge.learner.metrics import Metrics
+from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
+from duallora_edge.learner.run import Run
+from duallora_edge.learner.session import open_run, train_run
+from duallora_edge.runtime.bundle import INPUT
+
+PEERS = (
+    "dual_lora", "inflora", "sequential", "sequential:classifier=lda", "frozen:classifier=mean_f",
+    "frozen:classifier=lda_f", "frozen:classifier=ridge", "frozen", "frozen:prefix_blocks=-1:summaries=6",
+    "task_arithmetic", "joint",
+)  # fmt: skip
+ABLATIONS = (
+    "dual_lora", "dual_lora:rank_orthogonal=16:rank_residual=0", "dual_lora:residual=isolated",
+    "dual_lora:residual=previous", "dual_lora:residual=previous:gate=open", "dual_lora:distillation=0",
+    "dual_lora:learning_rate=0.005", "dual_lora:summaries=1", "dual_lora:classifier=lda_f",
+    "dual_lora:classifier=heads",
+    "dual_lora:calibration=temperature", "dual_lora:calibration=none",
+)  # fmt: skip
+ARITHMETIC = (
+    "task_arithmetic:memory_per_class=0:task_scale=0.1", "task_arithmetic:memory_per_class=0",
+    "task_arithmetic:memory_per_class=0:task_scale=0.5", "task_arithmetic:memory_per_class=0:task_scale=1",
+    "task_arithmetic:memory_per_class=0:kl_weight=0.4", "task_arithmetic:memory_per_class=2",
+    "task_arithmetic", "task_arithmetic:task_scale=0.5", "task_arithmetic:kl_weight=0.4",
+    "task_arithmetic:memory_per_class=20",
+)  # fmt: skip
+GROUPS = {"peers": PEERS, "ablations": ABLATIONS, "arithmetic": ARITHMETIC}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with settings of its own: ``dual_lora:residual=previous:rank_residual=4``."""
+
+    label: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Raises `ConfigError` for an unknown method or setting, or a value that does not fit."""
+        method, *rest = text.strip().split(":")
+        settings: dict[str, Any] = {"method": method}
+        for part in rest:
+            key, equals, value = part.partition("=")
+            if not equals or key in ("method", "seed", "data"):
+                raise ConfigError(
+                    f"{part!r} in {text!r} must be SETTING=VALUE, a setting of 'train' such as rank_residual=4."
+                )
+            settings[key] = yaml.safe_load(value)
+        _, problems = sort_out(settings)
+        if problems:
+            raise ConfigError(f"{text!r} has problems: {'; '.join(problems)}.")
+        load_config(None, settings)
+        return cls(text.strip(), settings)
+
+    @property
+    def file_name(self) -> str:
+        """The label as a file name."""
+        return self.label.replace(":", "-").replace("=", "_")
+
+
+class Stopwatch(TerminalListener):
+    """Shows progress, and adds up how long learning took."""
+
+    seconds = 0.0
+
+    def learned(self, task: str, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@click.command()
+@click.option("--stream", required=True, help="Folder, CSV manifest or torchvision:NAME, as --data of 'train'.")
+@click.option("--methods", default="peers", show_default=True,
+              help="Separated by commas, with settings if wanted (dual_lora:rank_residual=4), or a group: "
+              + ", ".join(GROUPS) + ".")  # fmt: skip
+@click.option("--seeds", default="0", show_default=True, help="Separated by commas: training, held-back images.")
+@click.option("--shuffle", is_flag=True, help="A seed above 0 also learns the tasks (or classes) in another order.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for runs, table and picture.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML file with settings of 'train'.")
+@click.option("--backbone", help="timm name NAME[.tag], or 'embedded'. [embedded]")
+@click.option("--weights", help="safetensors file with the backbone's weights, instead of the hub.")
+@click.option("--size", type=int, help="Input side in pixels. [the backbone's]")
+@click.option("--task-order", help="Names of the tasks of a stream, separated by commas. [folder names]")
+@click.option("--classes-per-task", type=int, help="Split the classes into tasks of this many.")
+@click.option("--class-order", help="'alphabetical' or 'seed:N'. [alphabetical]")
+@click.option("--develop/--test", default=None, help="Measure on a fifth of the training images instead. [test]")
+@click.option("--latency-rounds", default=100, show_default=True, type=click.IntRange(0), help="0 leaves it out.")
+def compare(
+    stream: str,
+    methods: str,
+    seeds: str,
+    shuffle: bool,
+    out: Path,
+    config_path: Path | None,
+    latency_rounds: int,
+    **flags: Any,
+) -> None:
+    """Learn one stream with several methods and seeds; write one table and one picture.
+
+    Same images, backbone, ranks, optimiser and classifier for all unless a method says otherwise. Results that are
+    already in --out are not computed again, so the same command continues where it was stopped, and several calls
+    with different --methods fill one table.
+
+    \b
+    Example:
+      duallora-edge compare --stream photos/ --methods dual_lora,sequential,joint --seeds 0,1,2 --out out/compare
+      duallora-edge compare --stream photos/ --methods dual_lora:residual=previous,dual_lora --out out/compare
+    """
+    if flags["task_order"] is not None:
+        flags["task_order"] = tuple(name.strip() for name in flags["task_order"].split(","))
+    base = load_config(config_path, {**flags, "data": stream})
+    variants = [Variant.parse(text) for text in GROUPS.get(methods, methods.split(","))]
+    numbers = _seeds(seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    caches: dict[tuple[int | None, int], PrefixCache] = {}
+    results: dict[str, list[Result]] = {variant.label: [] for variant in variants}
+    for seed in numbers:
+        for variant in variants:
+            config = load_config(None, {**variant.settings, "seed": seed}, base)
+            if shuffle and seed:
+                config = _shuffled(config, seed)
+            cache = caches.setdefault((config.prefix_blocks, config.summaries), PrefixCache())
+            results[variant.label].append(_result(variant, config, out, cache))
+    latencies = _latencies(out, variants, numbers[0], latency_rounds) if latency_rounds else {}
+    name = Path(stream).name
+    table = markdown(
+        name, results, latencies, keeps_images={v.label for v in variants if METHODS[v.settings["method"]].keeps_images}
+    )
+    write_atomic(out / "comparison.md", table)
+    write_atomic(out / "comparison.png", comparison_png(name, results))
+    click.echo(table)
+    click.echo(f"Table: {out / 'comparison.md'}  picture: {out / 'comparison.png'}")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--seeds must be whole numbers separated by commas, not {text!r}.") from error
+
+
+def _shuffled(config: TrainConfig, seed: int) -> TrainConfig:
+    """The stream in the order of a seed: the classes where they are split into tasks, else the given tasks."""
+    if config.classes_per_task:
+        return replace(config, class_order=f"seed:{seed}")
+    if not config.task_order:
+        raise ConfigError("--shuffle needs --task-order or --classes-per-task, so that there is an order to change.")
+    order = np.random.default_rng(seed).permutation(len(config.task_order))
+    return replace(config, task_order=tuple(config.task_order[i] for i in order))
+
+
+def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache) -> Result:
+    """Learn the stream, or read the result of an earlier call."""
+    path = out / f"{variant.file_name}-{config.seed}"
+    stored = out / f"{path.name}.json"
+    if stored.is_file():
+        _check_settings(path, config)
+        return Result.from_json(read_json(stored))
+    watch = Stopwatch()
+    watch.say(f"\n== {variant.label}, seed {config.seed}")
+    given = [key for key, value in config.to_json().items() if value != getattr(TrainConfig(), key)]
+    metrics: Metrics = train_run(path, config, given, watch, cache)
+    run = Run.open(path)
+    infos = [run.read_info(task) for task in run.head()]
+    images = sum(sum(info.counts.values()) for info in infos)
+    seconds = watch.seconds + images * cache.seconds / max(cache.images, 1)
+    result = Result.of(
+        metrics,
+        single_task=METHODS[config.method].single_task,
+        trained=_trained(run),
+        stored_bytes=folder_bytes(path / "tasks") / len(infos),
+        seconds=seconds,
+    )
+    write_json(stored, result.to_json())
+    return result
+
+
+def _check_settings(path: Path, config: TrainConfig) -> None:
+    """Raise `ConfigError` when the result of an earlier call was made with other settings or images."""
+    values = config.to_json()
+    run = open_run(path, config, [key for key in values if key not in PER_CALL])
+    for source in run.sources().values():
+        for key in ("classes_per_task", "class_order", "task_order"):
+            known = tuple(source[key]) if isinstance(source[key], list) else source[key]
+            if known != values[key]:
+                raise ConfigError(
+                    f"The result in {path} was made with {key} {known!r}, not {values[key]!r}; use a new --out."
+                )
+
+
+def _trained(run: Run) -> float:
+    """Trained numbers a task, heads left out: up-projections of both adapters, mean over tasks."""
+    records = run.records()
+    total = sum(
+        adapter.q_up.numel() + adapter.v_up.numel()
+        for record in records
+        for block in record.blocks
+        for adapter in (block.orthogonal, block.residual)
+    )
+    return total / len(records)
+
+
+def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of the exported last state of each variant on this CPU: medians of interleaved single images."""
+    sessions = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in variants:
+            run = Run.open(out / f"{variant.file_name}-{seed}")
+            model = compose(run.backbone(), run.records()).eval()
+            path = Path(folder) / f"{variant.file_name}.onnx"
+            onnx.save(build_model(model, 17, 8), path)
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level, options.intra_op_num_threads = 3, 2
+            sessions[variant.label] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if not sessions:
+        raise RunError("There is nothing to measure.")
+    rng = np.random.default_rng(0)
+    size = next(iter(sessions.values())).get_inputs()[0].shape[1]
+    frame = {INPUT: rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)}
+    times: dict[str, list[float]] = {label: [] for label in sessions}
+    for number in range(rounds + 10):
+        for label in rng.permutation(list(sessions)):
+            started = time.perf_counter()
+            sessions[label].run(None, frame)
+            if number >= 10:
+                times[label].append(1000 * (time.perf_counter() - started))
+    return {label: float(np.median(values)) for label, values in times.items()}
