@@ -72,7 +72,8 @@ def export_run(
             feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
             calibration=Calibration(
                 temperature=mixture.temperature,
-                novelty_threshold=NOVELTY_THRESHOLD,
+                # With a single class there is nothing its images could be nearer to than others.
+                novelty_threshold=NOVELTY_THRESHOLD if len(model.catalogue.class_of) > 1 else None,
                 method="two temperatures on held-back training images",
                 extra={
                     "spread": mixture.spread,

@@ -1,0 +1,41 @@
+"""The prefix of images: cached by content, the same with and without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.encode import Encoded, PrefixCache
+
+
+def test_a_cache_gives_the_same_and_runs_the_prefix_once(
+    tiny_backbone: Backbone, make_task: Callable[..., PreparedTask]
+) -> None:
+    images = make_task("a", ["x", "y"], [0, 1]).train
+    plain = Encoded(tiny_backbone, images, ["x", "y"])
+    cache = PrefixCache()
+    for _ in range(2):
+        cached = Encoded(tiny_backbone, images, ["x", "y"], cache=cache)
+        torch.testing.assert_close(cached.phi, plain.phi)
+        assert plain.tokens is not None
+        assert cached.tokens is not None
+        torch.testing.assert_close(cached.tokens, plain.tokens, rtol=1e-2, atol=1e-2)
+        assert torch.equal(cached.labels, plain.labels)
+    assert cache.images == len(images)
+    assert cache.seconds > 0
+
+
+def test_features_are_computed_for_unknown_images_only(make_task: Callable[..., PreparedTask]) -> None:
+    pixels = make_task("a", ["x"], [0]).train.pixels[:4]
+    cache, calls = PrefixCache(), []
+
+    def compute() -> torch.Tensor:
+        calls.append(1)
+        return torch.arange(8.0).reshape(4, 2)
+
+    first = cache.features(pixels, compute)
+    assert torch.equal(cache.features(pixels[::-1], compute), first.flip(0))
+    assert len(calls) == 1
