@@ -134,7 +134,7 @@ def compare(
     variants = [Variant.parse(text) for text in GROUPS.get(methods, methods.split(","))]
     numbers = _seeds(seeds)
     out.mkdir(parents=True, exist_ok=True)
-    caches: dict[tuple[int | None, int], PrefixCache] = {}
+    caches: dict[tuple[int | None, int | None], PrefixCache] = {}
     results: dict[str, list[Result]] = {variant.label: [] for variant in variants}
     for seed in numbers:
         for variant in variants:

@@ -19,6 +19,8 @@ from duallora_edge.errors import BackboneError
 from duallora_edge.files import sha256_file
 from duallora_edge.learner import embedded
 
+MAX_FEATURES = 4096
+
 
 @dataclass(frozen=True)
 class BackboneInfo:
@@ -127,14 +129,15 @@ def load_backbone(
     weights: Path | None = None,
     size: int | None = None,
     prefix_blocks: int | None = None,
-    summaries: int = 3,
+    summaries: int | None = None,
 ) -> Backbone:
     """Build a backbone by its timm name (``NAME[.tag]``) or ``"embedded"``, for square input of ``size`` pixels.
 
     Weights come from ``weights`` (a safetensors file), else from the hub; position embeddings are resampled to
     ``size``. ``prefix_blocks`` defaults to half of the blocks, -1 is all but one; ``summaries`` of them, evenly spaced
-    and ending with the last one, make the prefix summary. Raises `BackboneError` for an unknown name, an unsupported
-    architecture, weights that do not fit, or a hub that cannot be reached.
+    and ending with the last one, make the prefix summary: by default three, or fewer where there would be more than
+    `MAX_FEATURES` features, since a task stores a covariance of them. Raises `BackboneError` for an unknown name, an
+    unsupported architecture, weights that do not fit, or a hub that cannot be reached.
     """
     if name == embedded.NAME and weights is not None:
         raise BackboneError(
@@ -154,9 +157,15 @@ def load_backbone(
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] in ("bicubic", "bilinear") else "bicubic",
         prefix_blocks=prefix,
-        summary_blocks=spaced_blocks(prefix, summaries),
+        summary_blocks=spaced_blocks(prefix, summaries or _summaries(model)),
     )
     return Backbone(model, info)
+
+
+def _summaries(model: VisionTransformer) -> int:
+    """As many summaries, one to three, as keep the number of features within `MAX_FEATURES`."""
+    parts = 3 if model.has_class_token else 2
+    return max([1, *(count for count in (2, 3) if model.embed_dim * (1 + parts * count) <= MAX_FEATURES)])
 
 
 def spaced_blocks(prefix: int, count: int) -> tuple[int, ...]:

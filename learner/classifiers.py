@@ -13,6 +13,7 @@ from duallora_edge.learner.model import Scores
 from duallora_edge.learner.record import TaskRecord
 
 RANDOM_FEATURES = 2000
+RIDGE_SCALE = 64.0  # regression to 0 and 1 gives scores far below the range of the temperatures
 RIDGES = tuple(10.0**power for power in range(-3, 4))
 
 
@@ -48,7 +49,8 @@ def ridge(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
     answers over the tasks.
     """
     right = torch.stack([task.memory["ridge.right"] for task in tasks]).sum(dim=0)
-    return _ridge(tasks, RIDGES[int(right.argmax())], gaussian.weight.shape[1])
+    scores = _ridge(tasks, RIDGES[int(right.argmax())], gaussian.weight.shape[1])
+    return Scores(RIDGE_SCALE * scores.weight, scores.bias, scores.expansion)
 
 
 def _ridge(tasks: Sequence[TaskRecord], strength: float, features: int) -> Scores:

@@ -94,7 +94,7 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--size", type=int, help="Input side in pixels. [the backbone's]")
 @click.option("--resize", type=click.Choice(["crop", "squash"]), help="Centre square, or the whole frame. [crop]")
 @click.option("--prefix-blocks", type=int, help="Blocks that stay frozen; -1 is all but one. [half]")
-@click.option("--summaries", type=int, help="Frozen blocks whose tokens the memory and the classifier read. [3]")
+@click.option("--summaries", type=int, help="Frozen blocks that memory and classifier read. [3 or fewer]")
 @click.option("--task-name", help="Name of the task. [the folder's]")
 @click.option("--task-order", help="Names of the tasks of a stream, separated by commas. [folder names]")
 @click.option("--classes-per-task", type=int, help="Split the classes into tasks of this many.")

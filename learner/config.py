@@ -45,7 +45,7 @@ class TrainConfig:
     weights: str | None = None
     size: int | None = None
     prefix_blocks: int | None = None
-    summaries: int = 3
+    summaries: int | None = None
     resize: str = "crop"
 
     # The method

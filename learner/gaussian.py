@@ -77,7 +77,10 @@ class GaussianClassifier:
         """
         counts = torch.cat([s.counts for s in statistics])
         means = torch.cat([s.means for s in statistics])
-        pooled = torch.stack([s.scatter for s in statistics]).sum(dim=0) / (counts.sum() - len(counts)).clamp(min=1)
+        pooled = torch.zeros_like(statistics[0].scatter)
+        for s in statistics:  # one after the other: stacked, they would take the memory of all once more
+            pooled += s.scatter
+        pooled /= (counts.sum() - len(counts)).clamp(min=1)
         variance = pooled.diagonal()
         prior = PRIOR_IMAGES_PER_FEATURE * len(variance)
         shrinkage = prior / (float(counts.sum()) + prior)

@@ -228,3 +228,12 @@ def test_real_weights_answer_as_timm_does(assets: Path) -> None:
 def test_the_embedded_backbone_takes_no_other_weights(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="has its own weights"):
         load_backbone(embedded.NAME, weights=tmp_path / "any.safetensors")
+
+
+@pytest.mark.parametrize(("width", "blocks"), [("tiny", (0, 1, 2)), ("small", (0, 1, 2)), ("base", (2,))])
+def test_wide_backbones_are_summarised_at_fewer_depths(tmp_path: Path, width: str, blocks: tuple[int, ...]) -> None:
+    name = f"vit_{width}_patch16_224"
+    model = timm.create_model(name, num_classes=0, img_size=32)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    backbone = load_backbone(name, weights=tmp_path / "weights.safetensors", size=32, prefix_blocks=3)
+    assert backbone.info.summary_blocks == blocks

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from duallora_edge.learner import classifiers
 from duallora_edge.learner.calibration import CalibrationCurve
-from duallora_edge.learner.classifiers import CLASSIFIERS, RIDGES, random_projection, ridge_memory, ridge_right
+from duallora_edge.learner.classifiers import (
+    CLASSIFIERS,
+    RIDGE_SCALE,
+    RIDGES,
+    random_projection,
+    ridge_memory,
+    ridge_right,
+)
 from duallora_edge.learner.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics, GaussianClassifier
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
@@ -72,7 +79,7 @@ def least_squares(x: np.ndarray, train: np.ndarray, labels: np.ndarray, strength
     hidden, asked = (np.maximum(rows @ projection.T, 0) for rows in (train, x))
     gram = hidden.T @ hidden
     ridge = strength * np.diag(gram).mean() * np.eye(len(gram))
-    return asked @ np.linalg.solve(gram + ridge, hidden.T @ np.eye(labels.max() + 1)[labels])
+    return RIDGE_SCALE * asked @ np.linalg.solve(gram + ridge, hidden.T @ np.eye(labels.max() + 1)[labels])
 
 
 SLOW: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
