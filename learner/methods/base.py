@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -22,7 +22,16 @@ from duallora_edge.learner.calibration import (
 from duallora_edge.learner.classifiers import CLASSIFIERS, ridge_memory, ridge_right
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.model import Catalogue, Classifier, ComposedModel, Network, Scores, fold_all
-from duallora_edge.learner.recipe import Lesson, Moments, collect_features, dynamic_memory
+from duallora_edge.learner.recipe import (
+    Downs,
+    Lesson,
+    Moments,
+    collect_features,
+    dynamic_memory,
+    look,
+    train_adapters,
+    untrained,
+)
 from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord
 from duallora_edge.learner.subspace import empty_basis, new_directions
 
@@ -50,16 +59,9 @@ class Method(ABC):
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Learn one task. Nothing of the past is changed; the same lesson gives the same record."""
 
-    def network(
-        self,
-        backbone: Backbone,
-        infos: Sequence[TaskInfo],
-        updates: Sequence[Sequence[BlockRecord]],
-        statistics: Sequence[ClassStatistics],
-        nll: Sequence[Tensor],
-    ) -> Network:
-        """The network of some tasks: ``updates`` are their blocks, ``statistics`` of phi and ``nll`` the memory."""
-        return Network(backbone, infos, updates, dynamic_memory(statistics, nll, backbone.device))
+    def updates(self, blocks: Sequence[Sequence[BlockRecord]]) -> Sequence[Sequence[BlockRecord]]:
+        """What the network applies of the blocks of some tasks: all of it, unless a method says otherwise."""
+        return blocks
 
     def scores(self, tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
         """How the components of the tasks are scored."""
@@ -69,13 +71,10 @@ class Method(ABC):
         """The model of some tasks (at least one): evaluated, exported and served."""
         infos = [task.info for task in tasks]
         phi = slice(backbone.dim, None)
-        network = self.network(
-            backbone,
-            infos,
-            [task.blocks for task in tasks],
-            [task.statistics.part(phi) for task in tasks],
-            [task.task_nll for task in tasks],
+        memory = dynamic_memory(
+            [task.statistics.part(phi) for task in tasks], [task.task_nll for task in tasks], backbone.device
         )
+        network = Network(backbone, infos, self.updates([task.blocks for task in tasks]), memory)
         images = [float(sum(info.counts.values())) for info in infos]
         scale = NoveltyScale.pooled([task.novelty for task in tasks], images)
         classifier = self._classifier(
@@ -102,6 +101,26 @@ class Method(ABC):
             block.weight = fold_all(block.weight, [*(record.orthogonal for record in records), *on])
         return blocks
 
+    def adapt(
+        self,
+        lesson: Lesson,
+        collect: Collect,
+        downs: Callable[[int, Tensor, Tensor], Downs],
+        *,
+        distillation: float = 0.0,
+    ) -> tuple[tuple[BlockRecord, ...], Tensor]:
+        """Train adapters and a head on top of everything before.
+
+        ``downs(index, q, v)`` chooses the down-projections of a block from its second moments (``collect``). A task of
+        one class has no gradient: it gets neither, and its statistics alone are learned.
+        """
+        if len(lesson.task.classes) == 1:
+            return untrained(lesson.backbone), torch.zeros(1, lesson.backbone.dim + 1)
+        suffix = self.training_blocks(lesson)
+        before = look(lesson, suffix, collect)
+        chosen = [downs(index, q, v) for index, (q, v) in enumerate(before.moments)]
+        return train_adapters(lesson, suffix, chosen, before.features, distillation=distillation)
+
     @torch.no_grad()
     def finish(
         self,
@@ -122,12 +141,12 @@ class Method(ABC):
         chosen = self.classifier if config.classifier == "auto" else config.classifier
         info = replace(info, classifier=chosen, gate=config.gate, calibration=config.calibration)
         task_nll = lesson.identity.nll if lesson.identity else torch.zeros(len(CalibrationCurve.empty().nll[0]))
-        network = self.network(
+        nll = [*(task.task_nll for task in lesson.past), task_nll]
+        network = Network(
             lesson.backbone,
             [*(task.info for task in lesson.past), info],
-            [*(task.blocks for task in lesson.past), blocks],
-            lesson.memory,
-            [*(task.task_nll for task in lesson.past), task_nll],
+            self.updates([*(task.blocks for task in lesson.past), blocks]),
+            dynamic_memory(lesson.memory, nll, lesson.backbone.device),
         )
         features, moments = collect_features(network, train, config.precision, collect)
         held_features, _ = collect_features(network, held, config.precision)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.recipe import Downs, Lesson, look, train_adapters, untrained
+from duallora_edge.learner.recipe import Downs, Lesson
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.subspace import (
     constrained_directions,
@@ -26,19 +29,12 @@ class DualLora(Method):
 
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Encode, decide how the residual is gated, choose the down-projections, train, collect."""
-        trains = len(lesson.task.classes) > 1  # one class has no gradient: its statistics are learned
-        residual = residual_mode(lesson) if trains else "none"
-        blocks, head = untrained(lesson.backbone), torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
-        if trains:
-            suffix = self.training_blocks(lesson)
-            before = look(lesson, suffix, "class")
-            downs = [self.downs(lesson, index, q, v, residual) for index, (q, v) in enumerate(before.moments)]
-            blocks, head = train_adapters(
-                lesson, suffix, downs, before.features, distillation=lesson.config.distillation
-            )
+        residual = residual_mode(lesson) if len(lesson.task.classes) > 1 else "none"
+        choose = partial(self.downs, lesson, residual)
+        blocks, head = self.adapt(lesson, "class", choose, distillation=lesson.config.distillation)
         return self.finish(lesson, lesson.info(self.name, residual), blocks, head, collect="class")
 
-    def downs(self, lesson: Lesson, index: int, q: torch.Tensor, v: torch.Tensor, residual: str) -> Downs:
+    def downs(self, lesson: Lesson, residual: str, index: int, q: Tensor, v: Tensor) -> Downs:
         """The fixed down-projections of one block: orthogonal for query and value, residual shared by both.
 
         Fixing them keeps the constraint exact under any optimiser: an update (x A^T) B cannot reach what A is

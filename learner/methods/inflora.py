@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.recipe import Downs, Lesson, look, train_adapters, untrained
+from duallora_edge.learner.recipe import Downs, Lesson
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.subspace import constrained_directions, empty_basis
 
@@ -22,19 +23,14 @@ class InfLora(Method):
 
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Train outside the subspace of all earlier tokens, then extend it."""
-        blocks, head = untrained(lesson.backbone), torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
-        if len(lesson.task.classes) > 1:
-            suffix = self.training_blocks(lesson)
-            rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
-            none = empty_basis(lesson.backbone.dim)
-            before = look(lesson, suffix, "all")
-            downs = []
-            for index, (q, v) in enumerate(before.moments):
-                past = [task.blocks[index] for task in lesson.past]
-                q_basis = torch.cat([none, *(record.q_basis.double() for record in past)])
-                v_basis = torch.cat([none, *(record.v_basis.double() for record in past)])
-                downs.append(
-                    Downs(constrained_directions(q, q_basis, rank), constrained_directions(v, v_basis, rank), none)
-                )
-            blocks, head = train_adapters(lesson, suffix, downs, before.features)
+        rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
+        none = empty_basis(lesson.backbone.dim)
+
+        def downs(index: int, q: Tensor, v: Tensor) -> Downs:
+            past = [task.blocks[index] for task in lesson.past]
+            q_basis = torch.cat([none, *(record.q_basis.double() for record in past)])
+            v_basis = torch.cat([none, *(record.v_basis.double() for record in past)])
+            return Downs(constrained_directions(q, q_basis, rank), constrained_directions(v, v_basis, rank), none)
+
+        blocks, head = self.adapt(lesson, "all", downs)
         return self.finish(lesson, lesson.info(self.name), blocks, head, collect="all")

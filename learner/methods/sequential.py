@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.recipe import Downs, Lesson, look, train_adapters, untrained
+from duallora_edge.learner.recipe import Downs, Lesson
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.subspace import empty_basis, top_directions
 
@@ -19,12 +19,11 @@ class Sequential(Method):
 
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Train on top of everything before, with nothing held fixed but the frozen weights."""
-        blocks, head = untrained(lesson.backbone), torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
-        if len(lesson.task.classes) > 1:
-            suffix = self.training_blocks(lesson)
-            rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
-            none = empty_basis(lesson.backbone.dim)
-            before = look(lesson, suffix, "class")
-            downs = [Downs(top_directions(q, rank), top_directions(v, rank), none) for q, v in before.moments]
-            blocks, head = train_adapters(lesson, suffix, downs, before.features)
+        rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
+        none = empty_basis(lesson.backbone.dim)
+
+        def downs(index: int, q: Tensor, v: Tensor) -> Downs:
+            return Downs(top_directions(q, rank), top_directions(v, rank), none)
+
+        blocks, head = self.adapt(lesson, "class", downs)
         return self.finish(lesson, lesson.info(self.name), blocks, head)

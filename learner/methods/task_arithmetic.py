@@ -18,9 +18,9 @@ from duallora_edge.learner.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.encode import Encoded
-from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.gaussian import GaussianClassifier
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.model import Network, Scores, fold_all
+from duallora_edge.learner.model import Scores, fold_all
 from duallora_edge.learner.recipe import (
     Downs,
     Lesson,
@@ -29,7 +29,7 @@ from duallora_edge.learner.recipe import (
     train_adapters,
     untrained,
 )
-from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord, empty_adapter
+from duallora_edge.learner.record import BlockRecord, TaskRecord, empty_adapter
 from duallora_edge.learner.subspace import empty_basis, top_directions
 
 
@@ -75,19 +75,11 @@ class TaskArithmetic(Method):
             blocks = tuple(replace(b, residual=new.orthogonal) for b, new in zip(blocks, tuned, strict=True))
         return self.finish(lesson, lesson.info(self.name), blocks, head, memory=memory)
 
-    def network(
-        self,
-        backbone: Backbone,
-        infos: Sequence[TaskInfo],
-        updates: Sequence[Sequence[BlockRecord]],
-        statistics: Sequence[ClassStatistics],
-        nll: Sequence[Tensor],
-    ) -> Network:
-        """Everything is folded: the scaled updates of all tasks, and the newest fine-tuning."""
-        none = empty_adapter(backbone.dim)
-        merged = [tuple(replace(block, residual=none) for block in blocks) for blocks in updates[:-1]]
-        newest = tuple(replace(b, orthogonal=_joined(b.orthogonal, b.residual), residual=none) for b in updates[-1])
-        return super().network(backbone, infos, [*merged, newest], statistics, nll)
+    def updates(self, blocks: Sequence[Sequence[BlockRecord]]) -> Sequence[Sequence[BlockRecord]]:
+        """The scaled updates of all tasks, and the newest fine-tuning, all to be folded."""
+        merged = [tuple(replace(b, residual=_none(b)) for b in task) for task in blocks[:-1]]
+        newest = tuple(replace(b, orthogonal=_joined(b.orthogonal, b.residual), residual=_none(b)) for b in blocks[-1])
+        return [*merged, newest]
 
     def scores(self, tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
         """The head of all classes that the newest task left."""
@@ -129,6 +121,10 @@ def _train(
 
 def _scaled(adapter: Adapter, scale: float) -> Adapter:
     return adapter._replace(q_up=scale * adapter.q_up, v_up=scale * adapter.v_up)
+
+
+def _none(block: BlockRecord) -> Adapter:
+    return empty_adapter(block.orthogonal.q_down.shape[1])
 
 
 def _joined(first: Adapter, second: Adapter) -> Adapter:
