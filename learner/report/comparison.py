@@ -116,7 +116,7 @@ def comparison_png(name: str, results: Mapping[str, Sequence[Result]]) -> bytes:
     """Last accuracy of each method as bars with one dot a seed, and its task-given forgetting beside it."""
     labels = list(results)
     figure = Figure(figsize=(7.6, 1.1 + 0.32 * len(labels)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
     for axes, key, color in ((left, "last", BLUE), (right, "forgetting_task_given", ORANGE)):
         for y, label in enumerate(labels):
             values = [v for row in results[label] if (v := getattr(row, key)) is not None]
@@ -132,6 +132,7 @@ def comparison_png(name: str, results: Mapping[str, Sequence[Result]]) -> bytes:
         axes.margins(x=0.18)
     left.set_yticks(range(len(labels)), [printable(label, 44) for label in labels], parse_math=False)
     left.invert_yaxis()
+    left.set_xlim(0, 1.12)
     style_axes(left, f"Last accuracy, {printable(name, 24)}")
-    style_axes(right, "Forgetting, task given")
+    style_axes(right, "Forgetting, given")
     return to_png(figure)
