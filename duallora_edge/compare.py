@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import yaml
 
-from duallora_edge.errors import ConfigError, RunError
+from duallora_edge.errors import ConfigError
 from duallora_edge.export.graph import build_model
 from duallora_edge.files import read_json, write_atomic, write_json
 from duallora_edge.learner.commands import TerminalListener, folder_bytes
@@ -234,8 +234,6 @@ def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -
             options = onnxruntime.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 3, 2
             sessions[variant.label] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    if not sessions:
-        raise RunError("There is nothing to measure.")
     rng = np.random.default_rng(0)
     size = next(iter(sessions.values())).get_inputs()[0].shape[1]
     frame = {INPUT: rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)}

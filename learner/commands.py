@@ -24,6 +24,7 @@ from duallora_edge.learner.report.definitions import DEFINITIONS
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, measure_run, train_run
 
+METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "."
 STAGES = {"decode": "reading images", "encode": "frozen prefix", "train": "training"}
 PLAIN_INTERVAL = 10.0
 
@@ -87,7 +88,7 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
-    help="[dual_lora]",
+    help="[dual_lora]  " + METHOD_HELP,
 )
 @click.option("--backbone", help="timm name NAME[.tag], or 'embedded'. [embedded]")
 @click.option("--weights", help="safetensors file with the backbone's weights, instead of the hub.")
@@ -229,6 +230,8 @@ def remove(run: Path, task: str) -> None:
     with opened.locked():
         entry = opened.find(task)
         head = opened.head()
+        if entry != head[-1] and not METHODS[opened.config.method].removable:
+            raise RunError(f"Later tasks of {opened.config.method} build on {task}; only the newest can be removed.")
         opened.set_head([other for other in head if other != entry])
     click.echo(
         f"Removed {task}; {len(head) - 1} task(s) left. 'duallora-edge evaluate {run}' measures them.  Run: {run}"

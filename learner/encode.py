@@ -45,11 +45,14 @@ class PrefixCache:
         known = [self._known[key] for key in keys]
         return torch.stack([tokens for tokens, _ in known]), torch.stack([phi for _, phi in known])
 
-    def features(self, pixels: npt.NDArray[np.uint8], compute: Callable[[], Tensor]) -> Tensor:
-        """Features [B, D] of the untouched network for frames uint8 [B, S, S, 3], by ``compute`` where unknown."""
+    def features(self, pixels: npt.NDArray[np.uint8], compute: Callable[[], tuple[Tensor, object]]) -> Tensor:
+        """Features [B, D] of the untouched network for frames uint8 [B, S, S, 3].
+
+        The first of what ``compute`` gives is taken where they are unknown.
+        """
         keys = _keys(pixels)
         if any(key not in self._features for key in keys):
-            self._features.update(zip(keys, compute().unbind(), strict=True))
+            self._features.update(zip(keys, compute()[0].unbind(), strict=True))
         return torch.stack([self._features[key] for key in keys])
 
 

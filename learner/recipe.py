@@ -107,6 +107,15 @@ def task_identity(memory: Sequence[ClassStatistics], phi: Tensor) -> Identity:
     return Identity(nll, float(correct.double().mean()))
 
 
+def past_bases(past: Sequence[TaskRecord], index: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The bases [k, d] of query and value that all earlier tasks together left in one block."""
+    blocks = [task.blocks[index] for task in past]
+    none = empty_basis(dim)
+    q = torch.cat([none, *(block.q_basis.double() for block in blocks)])
+    v = torch.cat([none, *(block.v_basis.double() for block in blocks)])
+    return q, v
+
+
 def untrained(backbone: Backbone) -> tuple[BlockRecord, ...]:
     """Records without adapters."""
     empty = empty_adapter(backbone.dim)
@@ -290,8 +299,8 @@ def collect_features(
 
     for indices, tokens, phi in encoded.batches():
         if encoded.cache is not None and network.is_untouched and collect == "none":
-            compute = partial(lambda *inputs: run(*inputs)[0], tokens, phi)
-            features.append(encoded.cache.features(encoded.pixels[indices.numpy()], compute))
+            known = encoded.cache.features(encoded.pixels[indices.numpy()], partial(run, tokens, phi))
+            features.append(known)
             continue
         batch, rows = run(tokens, phi)
         features.append(batch)

@@ -30,7 +30,6 @@ from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yam
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
 SCHEMA = 2
-MEMORY_FILE = "memory.safetensors"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from duallora_edge.errors import ConfigError
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.config import TrainConfig
@@ -26,6 +28,7 @@ METHODS: dict[str, Method] = {
 }
 
 
+@torch.enable_grad()
 def learn_task(
     backbone: Backbone,
     past: Sequence[TaskRecord],
@@ -38,8 +41,8 @@ def learn_task(
     """Learn one task after the tasks ``past`` and return its record. Nothing of ``past`` is changed.
 
     The same inputs give the same record bit for bit on one machine (CPU, fp32), also when training was
-    interrupted and continued from ``checkpoint``. Raises `ConfigError` for a second task of a method that learns
-    everything at once.
+    interrupted and continued from ``checkpoint``. It may be called under ``torch.no_grad``. Raises `ConfigError`
+    for a second task of a method that learns everything at once.
     """
     method = METHODS[config.method]
     if past and method.single_task:

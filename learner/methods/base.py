@@ -29,11 +29,12 @@ from duallora_edge.learner.recipe import (
     collect_features,
     dynamic_memory,
     look,
+    past_bases,
     train_adapters,
     untrained,
 )
 from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord
-from duallora_edge.learner.subspace import empty_basis, new_directions
+from duallora_edge.learner.subspace import new_directions
 
 
 class Method(ABC):
@@ -45,6 +46,7 @@ class Method(ABC):
         classifier: how classes are scored unless the configuration says otherwise (`classifiers`).
         keeps_images: whether it stores training images, which ``status --privacy`` then lists.
         single_task: whether it learns everything at once and refuses a second task.
+        removable: whether a task may be taken out from under later ones.
         trains: whether a task of one class, which has no gradient, is a special case.
     """
 
@@ -53,6 +55,7 @@ class Method(ABC):
     classifier: ClassVar[str] = "lda"
     keeps_images: ClassVar[bool] = False
     single_task: ClassVar[bool] = False
+    removable: ClassVar[bool] = True
     trains: ClassVar[bool] = True
 
     @abstractmethod
@@ -193,16 +196,12 @@ def _with_bases(
 ) -> tuple[BlockRecord, ...]:
     """The blocks with the directions that their moments add to the bases of the past; as they are without moments."""
 
-    def extend(bases: Sequence[Tensor], moment: Tensor) -> Tensor:
-        return new_directions(moment, torch.cat([empty_basis(len(moment)), *(b.double() for b in bases)]), energy)
-
     if not moments:
         return blocks
-    return tuple(
-        replace(
-            block,
-            q_basis=extend([task.blocks[i].q_basis for task in past], moments[i][0]),
-            v_basis=extend([task.blocks[i].v_basis for task in past], moments[i][1]),
+    extended = []
+    for index, (block, (q, v)) in enumerate(zip(blocks, moments, strict=True)):
+        q_basis, v_basis = past_bases(past, index, len(q))
+        extended.append(
+            replace(block, q_basis=new_directions(q, q_basis, energy), v_basis=new_directions(v, v_basis, energy))
         )
-        for i, block in enumerate(blocks)
-    )
+    return tuple(extended)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.recipe import Downs, Lesson
+from duallora_edge.learner.recipe import Downs, Lesson, past_bases
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.subspace import (
     constrained_directions,
@@ -42,8 +41,7 @@ class DualLora(Method):
         """
         past = [task.blocks[index] for task in lesson.past]
         config, dim = lesson.config, lesson.backbone.dim
-        q_basis = torch.cat([empty_basis(dim), *(record.q_basis.double() for record in past)])
-        v_basis = torch.cat([empty_basis(dim), *(record.v_basis.double() for record in past)])
+        q_basis, v_basis = past_bases(lesson.past, index, dim)
         both = q / q.trace() + v / v.trace()
         own = empty_basis(dim)
         if residual == "isolated":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.recipe import Downs, Lesson
+from duallora_edge.learner.recipe import Downs, Lesson, past_bases
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.subspace import constrained_directions, empty_basis
 
@@ -27,9 +26,7 @@ class InfLora(Method):
         none = empty_basis(lesson.backbone.dim)
 
         def downs(index: int, q: Tensor, v: Tensor) -> Downs:
-            past = [task.blocks[index] for task in lesson.past]
-            q_basis = torch.cat([none, *(record.q_basis.double() for record in past)])
-            v_basis = torch.cat([none, *(record.v_basis.double() for record in past)])
+            q_basis, v_basis = past_bases(lesson.past, index, lesson.backbone.dim)
             return Downs(constrained_directions(q, q_basis, rank), constrained_directions(v, v_basis, rank), none)
 
         blocks, head = self.adapt(lesson, "all", downs)

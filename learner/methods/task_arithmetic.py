@@ -53,6 +53,7 @@ class TaskArithmetic(Method):
     summary = "task vectors added up, then fine-tuned on stored images"
     classifier = "heads"
     keeps_images = True
+    removable = False  # heads and fine-tunings of later tasks know its classes
 
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Train the task from the pretrained weights, merge, fine-tune on the memory."""

@@ -245,3 +245,18 @@ def test_a_full_disk_keeps_what_was_learned(call: Call, run: Path, small_disk: P
     stopper.unlink()
     assert call("train", "--data", image_stream, "--run", small_disk / "run")[0] == 0
     assert Run.open(small_disk / "run").digest() == Run.open(run).digest()
+
+
+def test_a_task_that_later_ones_build_on_is_not_removed(
+    call: Callable[..., tuple[int, str, str]], image_stream: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ["--method", "task_arithmetic", "--epochs", "0", "--min-steps", "1", "--device", "cpu"]
+    assert call("train", "--data", image_stream, "--run", run, *options)[0] == 0
+    code, _, errors = call("remove", run, "01-round")
+    assert code == 1
+    assert "only the newest can be removed" in errors
+    assert call("remove", run, "02-lines")[0] == 0
+    code, printed, _ = call("status", run, "--privacy")
+    assert code == 0
+    assert "TRAINING IMAGES ARE STORED" in printed

@@ -32,9 +32,9 @@ def test_features_are_computed_for_unknown_images_only(make_task: Callable[..., 
     pixels = make_task("a", ["x"], [0]).train.pixels[:4]
     cache, calls = PrefixCache(), []
 
-    def compute() -> torch.Tensor:
+    def compute() -> tuple[torch.Tensor, None]:
         calls.append(1)
-        return torch.arange(8.0).reshape(4, 2)
+        return torch.arange(8.0).reshape(4, 2), None
 
     first = cache.features(pixels, compute)
     assert torch.equal(cache.features(pixels[::-1], compute), first.flip(0))

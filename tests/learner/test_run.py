@@ -18,7 +18,7 @@ from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.record import TaskRecord
-from duallora_edge.learner.run import MEMORY_FILE, SCHEMA, FileCheckpoint, Run
+from duallora_edge.learner.run import SCHEMA, FileCheckpoint, Run
 
 CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
 
@@ -66,7 +66,7 @@ def test_a_committed_task_reads_back(run: Run, two_tasks: list[TaskRecord]) -> N
 def test_a_memory_is_a_file_of_its_own(run: Run, two_tasks: list[TaskRecord], memory: dict[str, torch.Tensor]) -> None:
     """Stored images keep their type, and a task without any has no such file."""
     task = run.commit(replace(two_tasks[0], memory=memory))
-    assert (run.path / "tasks" / task.folder / MEMORY_FILE).exists() == bool(memory)
+    assert (run.path / "tasks" / task.folder / "memory.safetensors").exists() == bool(memory)
     found = run.read(task).memory
     assert found.keys() == memory.keys()
     assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in memory.items())

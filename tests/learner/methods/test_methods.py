@@ -84,6 +84,13 @@ def test_records_survive_their_tensors(
     assert torch.equal(one, two)
 
 
+def test_training_needs_no_gradients_switched_on(tasks: list[PreparedTask], learn: Learn) -> None:
+    plain = learn(tasks[:1], method="sequential", **QUICK)
+    with torch.no_grad():
+        inside = learn(tasks[:1], method="sequential", **QUICK)
+    assert torch.equal(inside[0].blocks[0].orthogonal.q_up, plain[0].blocks[0].orthogonal.q_up)
+
+
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.single_task])
 def test_a_second_task_is_refused_where_all_is_learned_at_once(
     tiny_backbone: Backbone, tasks: list[PreparedTask], learned: Callable[[str], list[TaskRecord]], method: str
