@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Temperatures at which held-back likelihoods are recorded (geometric, factor 2^(1/4)).
+# Temperatures at which held-back likelihoods are recorded, each STEP times the one before.
+STEP = 2.0**0.25
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 33))
 # Shapes of the mixture: how many times the second temperature is the first, and the weight of the second.
 SHAPES = ((1.0, 0.0), *((spread, share) for spread in (2.0, 4.0, 8.0) for share in (0.05, 0.1, 0.2, 0.3, 0.5)))
@@ -71,11 +72,10 @@ class CalibrationCurve:
         curve = cls.empty()
         logits, sums = logits.double(), sums.double()
         # Spreads are powers of the step between temperatures, so that every part is a softmax computed once.
-        step = TEMPERATURES[1] / TEMPERATURES[0]
-        reach = round(math.log(max(spread for spread, _ in SHAPES), step))
-        parts = [(logits / (TEMPERATURES[0] * step**i)).softmax(dim=1) @ sums for i in range(len(TEMPERATURES) + reach)]
+        reach = round(math.log(max(spread for spread, _ in SHAPES), STEP))
+        parts = [(logits / (TEMPERATURES[0] * STEP**i)).softmax(dim=1) @ sums for i in range(len(TEMPERATURES) + reach)]
         for row, (spread, share) in enumerate(SHAPES):
-            shift = round(math.log(spread, step))
+            shift = round(math.log(spread, STEP))
             for column in range(len(TEMPERATURES)):
                 probabilities = (1 - share) * parts[column] + share * parts[column + shift]
                 true = probabilities.gather(1, truth[:, None]).clamp(min=1e-12)
@@ -88,6 +88,15 @@ class CalibrationCurve:
     def __add__(self, other: CalibrationCurve) -> CalibrationCurve:
         """The curve of both sets of images together."""
         return CalibrationCurve(self.nll + other.nll, self.confidence + other.confidence, self.counts + other.counts)
+
+    def warmer(self, factor: float) -> CalibrationCurve:
+        """The curve of logits that are ``factor`` times these, interpolated; beyond the ends the end is taken."""
+        last = len(TEMPERATURES) - 1
+        positions = torch.arange(last + 1, dtype=torch.float64) - math.log(factor) / math.log(STEP)
+        low = positions.floor().clamp(0, last - 1).long()
+        share = (positions - low).clamp(0, 1)
+        nll, confidence = (c[:, low] * (1 - share) + c[:, low + 1] * share for c in (self.nll, self.confidence))
+        return CalibrationCurve(nll, confidence, self.counts)
 
     @property
     def accuracy(self) -> float | None:
@@ -142,7 +151,7 @@ def _between(curve: Sequence[float], position: float) -> float:
 
 
 def _temperature(position: float) -> float:
-    return TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** position
+    return TEMPERATURES[0] * STEP**position
 
 
 @dataclass(frozen=True)

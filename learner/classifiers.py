@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
-from duallora_edge.learner.model import Scores
+from duallora_edge.learner.model import Catalogue, Scores
 from duallora_edge.learner.record import TaskRecord
 
 RANDOM_FEATURES = 2000
@@ -19,14 +20,15 @@ RIDGES = tuple(10.0**power for power in range(-3, 4))
 
 def lda(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
     """Linear discriminants of all features [f ; phi]."""
-    return Scores(gaussian.weight, gaussian.bias)
+    return Scores(gaussian.weight, gaussian.bias, inflation=gaussian.inflation)
 
 
 def lda_f(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
     """Linear discriminants of the final feature f alone."""
     dim = tasks[-1].head.shape[1] - 1
     alone = GaussianClassifier.fit([task.statistics.part(slice(0, dim)) for task in tasks])
-    return Scores(F.pad(alone.weight, (0, gaussian.weight.shape[1] - dim)), alone.bias)
+    weight = F.pad(alone.weight, (0, gaussian.weight.shape[1] - dim))
+    return Scores(weight, alone.bias, inflation=alone.inflation)
 
 
 def mean_f(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
@@ -84,6 +86,34 @@ def ridge_right(tasks: Sequence[TaskRecord], features: Tensor, truth: Tensor) ->
         scores = _ridge(tasks, strength, features.shape[1])
         right.append(float(((hidden @ scores.weight.T).argmax(dim=1) == truth).sum()))
     return torch.tensor(right)
+
+
+def overconfidence(scores: Scores, catalogue: Catalogue, statistics: ClassStatistics, task: int) -> float | None:
+    """How many times too large the logits of a task's new images are, as its class ``statistics`` predict it.
+
+    A class and its nearest rival are apart by a gap of mean m and variance v in the logits of images of the class. Of
+    two Gaussians with one variance the log-odds are 2 m / v times the gap, so the logits are v / 2m times too large;
+    this is the geometric mean over the classes of the task. Features are no Gaussians: only how it changes with the
+    classifier is used. That few images also pull the estimated means apart is left out. None where it is not known
+    or the task has no rival.
+    """
+    if scores.inflation is None:
+        return None
+    own = (catalogue.task_of == task).nonzero()[:, 0]
+    means = statistics.means @ scores.weight.T + scores.bias
+    covariance = scores.weight @ statistics.covariance() @ scores.weight.T
+    variances = covariance.diagonal()
+    logarithms = []
+    for row, component in zip(means, own.tolist(), strict=True):
+        gaps = row[component] - row
+        rival = (catalogue.class_of != catalogue.class_of[component]) & (gaps > 0)
+        if not rival.any():
+            continue
+        nearest = int(gaps.where(rival, torch.inf).argmin())
+        variance = variances[component] + variances[nearest] - 2 * covariance[component, nearest]
+        if variance > 0:
+            logarithms.append(float((scores.inflation * variance / (2 * gaps[nearest])).log()))
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
 
 
 CLASSIFIERS: dict[str, Callable[[Sequence[TaskRecord], GaussianClassifier], Scores]] = {

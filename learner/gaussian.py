@@ -50,6 +50,10 @@ class ClassStatistics:
         """The statistics of a contiguous part of the features."""
         return ClassStatistics(self.counts, self.means[:, features], self.scatter[features, features])
 
+    def covariance(self) -> Tensor:
+        """The covariance [D, D] within the classes."""
+        return self.scatter / (self.counts.sum() - len(self.counts)).clamp(min=1)
+
 
 @dataclass(frozen=True)
 class GaussianClassifier:
@@ -59,12 +63,17 @@ class GaussianClassifier:
     Sigma) up to a term common to all k: ``weight`` [K, D] = M Sigma^-1, ``bias`` [K] = -weight c - diag(``gram``) / 2
     and ``gram`` [K, K] = M Sigma^-1 M^T. ``shares`` [K] are the shares of the images. Centring keeps the terms small,
     which float32 needs.
+
+    ``inflation`` is by how much more the logits vary among new images than among those of the statistics: with n
+    images (less K) and df = tr(S (S + R)^-1) degrees of freedom, S the pooled covariance and R what shrinkage adds
+    to it, 1 / (1 - df / n)^2, the correction of generalised cross-validation (Golub, Heath and Wahba 1979).
     """
 
     weight: Tensor
     bias: Tensor
     gram: Tensor
     shares: Tensor
+    inflation: float
 
     @classmethod
     def fit(cls, statistics: Sequence[ClassStatistics]) -> GaussianClassifier:
@@ -80,19 +89,23 @@ class GaussianClassifier:
         pooled = torch.zeros_like(statistics[0].scatter)
         for s in statistics:  # one after the other: stacked, they would take the memory of all once more
             pooled += s.scatter
-        pooled /= (counts.sum() - len(counts)).clamp(min=1)
+        images = (counts.sum() - len(counts)).clamp(min=1)
+        pooled /= images
         variance = pooled.diagonal()
         prior = PRIOR_IMAGES_PER_FEATURE * len(variance)
         shrinkage = prior / (float(counts.sum()) + prior)
         # Without any spread (one image a class) the distance between the means is all there is: unit variance.
         floor = 1e-4 * variance.mean() if variance.mean() > 0 else torch.ones((), dtype=torch.float64)
-        sigma = (1 - shrinkage) * pooled + torch.diag(shrinkage * variance + floor)
+        added = shrinkage * variance + floor
+        root = torch.linalg.cholesky((1 - shrinkage) * pooled + torch.diag(added))
+        freedom = len(variance) - added @ torch.cholesky_inverse(root).diagonal()
         shares = counts / counts.sum().clamp(min=1)
         centre = shares @ means
         centred = means - centre
-        weight = torch.cholesky_solve(centred.T, torch.linalg.cholesky(sigma)).T
+        weight = torch.cholesky_solve(centred.T, root).T
         gram = weight @ centred.T
-        return cls(weight, -weight @ centre - gram.diagonal() / 2, gram, shares)
+        inflation = float((1 - freedom.clamp(min=0) / images).clamp(min=0.1) ** -2)
+        return cls(weight, -weight @ centre - gram.diagonal() / 2, gram, shares, inflation)
 
     def background(self) -> tuple[Tensor, Tensor]:
         """(F [K, K], o [K]) with |logits F + o|^2 = |x - c|^2 under Sigma minus |x - c|^2 under Sigma + B.

@@ -149,12 +149,14 @@ class Network(nn.Module):
 class Scores:
     """The logits of K components as an affine function of features [B, D]: weight [K, D'], bias [K].
 
-    With an ``expansion`` [M, D] they read relu(x expansion^T) [B, M] instead of x.
+    With an ``expansion`` [M, D] they read relu(x expansion^T) [B, M] instead of x. ``inflation`` is how much more they
+    vary among new images than among those they were fitted to, None where that is not known.
     """
 
     weight: Tensor
     bias: Tensor
     expansion: Tensor | None = None
+    inflation: float | None = None
 
 
 class Classifier(nn.Module):

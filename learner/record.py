@@ -62,7 +62,8 @@ class TaskRecord:
     [K, d + 1] is the linear head (bias last) that the adapters were trained with, of the task's classes or, where
     the method says so, of all classes so far; ``curve`` calibrates the classes; ``task_nll`` [len(TEMPERATURES)] is
     the held-back negative log-likelihood of the task; ``novelty`` [QUANTILES] holds quantiles of the raw held-back
-    novelty; ``memory`` is what only some methods keep, such as images.
+    novelty; ``memory`` is what only some methods keep, such as images; ``overconfidence`` is what the statistics
+    predicted of the logits that ``curve`` was measured on, 0 where they cannot.
     """
 
     info: TaskInfo
@@ -73,6 +74,7 @@ class TaskRecord:
     task_nll: Tensor
     novelty: Tensor
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    overconfidence: float = 0.0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by file name (without suffix), for storage as safetensors: float32, ``memory`` as it is.
@@ -96,6 +98,7 @@ class TaskRecord:
             "curve.counts": self.curve.counts,
             "task_nll": self.task_nll,
             "novelty": self.novelty,
+            "overconfidence": torch.tensor([self.overconfidence]),
         }
         files = {"adapters": adapters, "bases": bases, "head": {"head": self.head}, "statistics": statistics}
         stored = {name: {k: v.float().contiguous() for k, v in part.items()} for name, part in files.items()}
@@ -126,6 +129,7 @@ class TaskRecord:
             curve=CalibrationCurve(*(statistics[f"curve.{key}"].double() for key in ("nll", "confidence", "counts"))),
             task_nll=statistics["task_nll"],
             novelty=statistics["novelty"],
+            overconfidence=float(statistics["overconfidence"]),
             memory=dict(files.get("memory", {})),
         )
 

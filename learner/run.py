@@ -29,7 +29,7 @@ from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from duallora_edge.learner.calibration import (
     best_mixture,
     quantiles,
 )
-from duallora_edge.learner.classifiers import CLASSIFIERS, ridge_memory, ridge_right
+from duallora_edge.learner.classifiers import CLASSIFIERS, overconfidence, ridge_memory, ridge_right
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.model import Catalogue, Classifier, ComposedModel, Network, Scores, fold_all
 from duallora_edge.learner.recipe import (
@@ -80,17 +80,12 @@ class Method(ABC):
         network = Network(backbone, infos, self.updates([task.blocks for task in tasks]), memory)
         images = [float(sum(info.counts.values())) for info in infos]
         scale = NoveltyScale.pooled([task.novelty for task in tasks], images)
-        classifier = self._classifier(
-            tasks, best_mixture([task.curve for task in tasks], infos[-1].calibration), scale, backbone.device
-        )
-        return ComposedModel(Catalogue.of(infos), network, classifier)
-
-    def _classifier(
-        self, tasks: Sequence[TaskRecord], mixture: Mixture, scale: NoveltyScale, device: torch.device
-    ) -> Classifier:
+        catalogue = Catalogue.of(infos)
         gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
-        catalogue = Catalogue.of([task.info for task in tasks])
-        return Classifier(catalogue, gaussian, self.scores(tasks, gaussian), mixture, scale, device)
+        scores = self.scores(tasks, gaussian)
+        mixture = best_mixture(_curves(tasks, catalogue, scores), infos[-1].calibration)
+        classifier = Classifier(catalogue, gaussian, scores, mixture, scale, backbone.device)
+        return ComposedModel(catalogue, network, classifier)
 
     def training_blocks(self, lesson: Lesson) -> list[AdaptedBlock]:
         """The suffix in which a new task is trained: every folded update, and the residuals that will be open.
@@ -171,13 +166,15 @@ class Method(ABC):
             right = ridge_right([*lesson.past, record], held_features, held.labels + offset)
             record = replace(record, memory={**record.memory, "ridge.right": right})
         tasks = [*lesson.past, record]
+        catalogue = Catalogue.of([task.info for task in tasks])
+        gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
+        scores = self.scores(tasks, gaussian)
         scale = NoveltyScale.pooled([record.novelty], [1.0])
-        classifier = self._classifier(tasks, Mixture(1.0), scale, torch.device("cpu"))
+        classifier = Classifier(catalogue, gaussian, scores, Mixture(1.0), scale, torch.device("cpu"))
         record = replace(record, novelty=quantiles(classifier.raw_novelty(scored)))
         if not len(held):
             return record
-        names = Catalogue.of([task.info for task in tasks]).classes
-        truth = torch.tensor([names.index(name) for name in info.classes])[held.labels]
+        truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])[held.labels]
         curve = CalibrationCurve.of(classifier.logits(held_features), classifier.class_sums, truth)
         if info.classifier == "ridge":
             more = ridge_memory(held_features, held.labels, classes)
@@ -187,8 +184,21 @@ class Method(ABC):
             record,
             info=replace(info, held_back={**info.held_back, "accuracy": curve.accuracy}),
             curve=curve,
+            overconfidence=overconfidence(scores, catalogue, record.statistics, lesson.number) or 0.0,
             statistics=record.statistics + ClassStatistics.of(held_features, held.labels, classes),
         )
+
+
+def _curves(tasks: Sequence[TaskRecord], catalogue: Catalogue, scores: Scores) -> list[CalibrationCurve]:
+    """The curves of the tasks for the classifier of today.
+
+    Each was measured with the classifier of its day, fitted to fewer images: its logits were more too large.
+    """
+    curves = []
+    for index, task in enumerate(tasks):
+        now = overconfidence(scores, catalogue, task.statistics, index) if task.overconfidence else None
+        curves.append(task.curve.warmer(now / task.overconfidence) if now else task.curve)
+    return curves
 
 
 def _with_bases(

@@ -15,6 +15,7 @@ from duallora_edge.learner.calibration import (
     LEVELS,
     QUANTILES,
     SHAPES,
+    STEP,
     TEMPERATURES,
     CalibrationCurve,
     Mixture,
@@ -80,6 +81,18 @@ def test_curves_of_two_halves_add_up_to_the_whole(split: int) -> None:
     for name in ("nll", "confidence", "counts"):
         torch.testing.assert_close(getattr(added, name), getattr(whole, name))
     assert CalibrationCurve.empty().accuracy is None
+
+
+@pytest.mark.parametrize(("steps", "rel"), [(0, 1e-12), (3, 1e-12), (-4, 1e-12), (0.5, 0.02), (-1.3, 0.02)])
+def test_the_curve_of_larger_logits_is_the_curve_moved(steps: float, rel: float) -> None:
+    logits, truth = draw(3, 200)
+    factor = STEP**steps
+    curve = CalibrationCurve.of(logits, SUMS, truth)
+    moved, slow = curve.warmer(factor), CalibrationCurve.of(logits * factor, SUMS, truth)
+    inside = slice(6, -6)
+    torch.testing.assert_close(moved.nll[:, inside], slow.nll[:, inside], rtol=rel, atol=0)
+    torch.testing.assert_close(moved.confidence[:, inside], slow.confidence[:, inside], rtol=rel, atol=0)
+    assert torch.equal(moved.counts, curve.counts)
 
 
 @pytest.mark.parametrize(("seed", "images", "heat"), [(0, 2000, 3.0), (1, 2000, 1.0), (2, 300, 12.0), (3, 20, 3.0)])

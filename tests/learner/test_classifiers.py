@@ -16,11 +16,14 @@ from duallora_edge.learner.classifiers import (
     CLASSIFIERS,
     RIDGE_SCALE,
     RIDGES,
+    lda,
+    overconfidence,
     random_projection,
     ridge_memory,
     ridge_right,
 )
 from duallora_edge.learner.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics, GaussianClassifier
+from duallora_edge.learner.model import Catalogue, Scores
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
 F, D, SIZES = 4, 7, ((30, 2), (40, 3))  # f is the first part of the features; images and classes of two tasks
@@ -134,3 +137,39 @@ def test_the_ridge_of_two_sets_of_images_is_their_sum(tasks: list[TaskRecord]) -
     whole, parts = ridge_memory(x, labels, 2), [ridge_memory(x[s], labels[s], 2) for s in (slice(7), slice(7, None))]
     for key in ("ridge.gram", "ridge.sums"):
         torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], rtol=1e-4, atol=1e-4)
+
+
+def calibrated_temperature(scores: Scores, features: Tensor, labels: Tensor) -> float:
+    """The temperature with the least negative log-likelihood, by search."""
+    logits = features.double() @ scores.weight.T + scores.bias
+    temperatures = np.geomspace(0.1, 30, 400)
+    nll = [float(torch.nn.functional.cross_entropy(logits / t, labels)) for t in temperatures]
+    return float(temperatures[int(np.argmin(nll))])
+
+
+@pytest.mark.parametrize(("images", "dim", "factor"), [(20000, 5, 1.0), (20000, 5, 3.0), (1000, 200, 0.5)])
+def test_overconfidence_is_the_temperature_of_gaussian_classes(images: int, dim: int, factor: float) -> None:
+    """Against the best temperature on new images of two Gaussian classes, averaged over ten draws."""
+    rng = np.random.default_rng(0)
+    catalogue = Catalogue.of([TaskInfo("t", ("a", "b"), "frozen", "none", 0, "", {})])
+    predicted, found = [], []
+    for _ in range(10):
+        labels = torch.arange(images) % 2
+        centre = rng.normal(size=dim)
+        means = np.stack([centre, -centre]) / np.linalg.norm(centre)
+        statistics = ClassStatistics.of(torch.from_numpy(rng.normal(size=(images, dim)) + means[labels]), labels, 2)
+        fitted = lda([], GaussianClassifier.fit([statistics]))
+        scores = replace(fitted, weight=factor * fitted.weight, bias=factor * fitted.bias)
+        asked = torch.arange(20000) % 2
+        new = torch.from_numpy(rng.normal(size=(20000, dim)) + means[asked])
+        predicted.append(overconfidence(scores, catalogue, statistics, 0))
+        found.append(calibrated_temperature(scores, new, asked))
+    assert np.exp(np.mean(np.log(predicted))) == pytest.approx(np.exp(np.mean(np.log(found))), rel=0.3)
+
+
+def test_overconfidence_is_unknown_without_a_rival() -> None:
+    catalogue = Catalogue.of([TaskInfo(name, ("a",), "frozen", "none", 0, "", {}) for name in "xy"])  # one class, twice
+    statistics = [ClassStatistics.of(*draw(seed, 9, 1), 1) for seed in range(2)]
+    scores = lda([], GaussianClassifier.fit(statistics))
+    assert overconfidence(scores, catalogue, statistics[1], 1) is None
+    assert overconfidence(replace(scores, inflation=None), catalogue, statistics[1], 1) is None

@@ -133,3 +133,30 @@ def test_the_order_of_tasks_does_not_matter() -> None:
     parts = [ClassStatistics.of(*sample(i, 20, 2), 2) for i in range(3)]
     forward, backward = GaussianClassifier.fit(parts), GaussianClassifier.fit(parts[::-1])
     torch.testing.assert_close(forward.weight, backward.weight.reshape(3, 2, DIM).flip(0).reshape(6, DIM))
+
+
+@pytest.mark.parametrize(("images", "dim"), [(60, 40), (200, 40), (4000, 40), (30, 2)])
+def test_the_inflation_is_how_much_more_the_logits_of_new_images_vary(images: int, dim: int) -> None:
+    """Against fresh samples of the same distribution, averaged over twenty draws."""
+    rng = np.random.default_rng(0)
+    scale, ratios, predicted = np.geomspace(3, 0.2, dim), [], []
+    for _ in range(20):
+        means = rng.normal(size=(3, dim)) * scale
+        labels = torch.arange(images) % 3
+        seen, new = (torch.from_numpy(rng.normal(size=(images, dim)) * scale + means[labels]) for _ in range(2))
+        statistics = ClassStatistics.of(seen, labels, 3)
+        fitted = GaussianClassifier.fit([statistics])
+        truth = torch.from_numpy(means)[labels]
+        inside, outside = (
+            torch.trace(fitted.weight @ (x - m).T @ (x - m) @ fitted.weight.T) / (images - lost)
+            for x, m, lost in ((seen, statistics.means[labels], 3), (new, truth, 0))
+        )
+        ratios.append(float(outside / inside))
+        predicted.append(fitted.inflation)
+    assert np.mean(predicted) == pytest.approx(np.mean(ratios), rel=0.15)
+
+
+def test_without_spread_nothing_is_inflated() -> None:
+    one_each = ClassStatistics.of(torch.eye(3, DIM), torch.arange(3), 3)
+    assert GaussianClassifier.fit([one_each]).inflation == pytest.approx(1.0)
+    assert bool((one_each.covariance() == 0).all())

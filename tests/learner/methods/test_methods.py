@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from duallora_edge.errors import ConfigError
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.calibration import CalibrationCurve, best_mixture
+from duallora_edge.learner.classifiers import lda, overconfidence
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.gaussian import GaussianClassifier
 from duallora_edge.learner.methods import METHODS, compose, learn_task
-from duallora_edge.learner.model import gate_matrix, run_suffix
+from duallora_edge.learner.model import Catalogue, gate_matrix, run_suffix
 from duallora_edge.learner.record import TaskRecord
 
 MakeTask = Callable[..., PreparedTask]
@@ -241,6 +245,24 @@ def test_pulling_towards_the_pretrained_features_keeps_them(
         )
     moved = [float((features - before).norm()) for features in after]
     assert moved[1] < 0.8 * moved[0]
+
+
+@pytest.mark.parametrize(
+    ("factor", "halved"), [(1, False), (2, True), (0, False)], ids=["as it was", "more", "unknown"]
+)
+def test_a_curve_follows_what_the_statistics_predict_of_the_logits(
+    tiny_backbone: Backbone, learned: Callable[[str], list[TaskRecord]], factor: float, halved: bool
+) -> None:
+    """A task measured on logits that were twice as overconfident asks for half its temperature today."""
+    logits = torch.randn(200, 2, generator=torch.manual_seed(0)) * 9
+    truth = (logits / 4).softmax(dim=1).multinomial(1, generator=torch.manual_seed(1))[:, 0]
+    record = replace(learned("dual_lora")[0], curve=CalibrationCurve.of(logits, torch.eye(2), truth))
+    gaussian = GaussianClassifier.fit([record.statistics])
+    today = overconfidence(lda([record], gaussian), Catalogue.of([record.info]), record.statistics, 0)
+    assert today
+    asked = compose(tiny_backbone, [replace(record, overconfidence=factor * today)]).classifier.mixture
+    expected = best_mixture([record.curve]).temperature * (0.5 if halved else 1)
+    assert asked.temperature == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("classifier", ["lda", "lda_f", "mean_f", "ridge", "heads"])
