@@ -19,6 +19,7 @@ from duallora_edge.cli import main as duallora_edge
 STREAMS = {
     "domains7": ("gtsrb", "rsscn7", "dtd10", "signdigits", "clothing10", "scene6", "mnist"),
     "cifar100-10": ("cifar100",),
+    "cifar100-50": ("cifar100",),
     "pacs4": ("pacs",),
 }
 
@@ -35,7 +36,8 @@ def unpack(assets: Path, stream: str, folder: Path) -> list[str]:
         return ["--stream", str(target), "--task-order", ",".join(STREAMS[stream])]
     if stream == "pacs4":
         return ["--stream", str(target / "pacs"), "--task-order", "photo,art_painting,cartoon,sketch"]
-    return ["--stream", str(target / "cifar100"), "--classes-per-task", "10", "--class-order", "seed:1993"]
+    classes = str(100 // int(stream.rpartition("-")[2]))
+    return ["--stream", str(target / "cifar100"), "--classes-per-task", classes, "--class-order", "seed:1993"]
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

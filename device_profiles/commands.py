@@ -15,6 +15,10 @@ from duallora_edge.device_profiles.estimation import Estimate, Workload, estimat
 from duallora_edge.device_profiles.profile import GIB, DeviceProfile, Mode, jetpacks
 from duallora_edge.device_profiles.targets import load_profile
 
+DLA_REFUSED = (
+    "refused. These accelerators have no operators for the attention of a vision transformer; nearly all of it would "
+    "run on the GPU and wait for copies."
+)
 # A yardstick: ViT-S/16 at 224 pixels has 4.6 G multiply-adds and 22.05 M weights; the activations are those
 # of one block (197 tokens x (384 + 1152 + 1536) values and 6 x 197 x 197 attention weights, fp16).
 YARDSTICK_NAME = "ViT-S/16 at 224 px"
@@ -108,7 +112,11 @@ def page(profile: DeviceProfile) -> str:
     lines += [_row(f"{name} mode", _mode_text(profile, name, mode)) for name, mode in profile.modes.items()]
     for precision, refusal in profile.precisions.items():
         lines.append(_row(precision, "offered" if refusal is None else f"refused. {refusal}"))
+    if profile.dla_cores:
+        lines.append(_row("DLA", DLA_REFUSED))
     lines += _software(profile)
+    workspace = f", engines are built with at most {profile.workspace_mb} MB" if profile.kind != "cpu" else ""
+    lines.append(_row("backends", ", ".join(profile.backends) + workspace))
     lines += ["", *_estimate_lines(profile)]
     if profile.notes:
         lines += ["", textwrap.fill(profile.notes, 110)]

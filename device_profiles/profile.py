@@ -9,12 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from duallora_edge.device_profiles.reader import Section, read_yaml
+from duallora_edge.device_profiles.reader import Section, did_you_mean, read_yaml
 from duallora_edge.errors import ProfileError
 
 FOLDER = Path(__file__).parent
 KINDS = ("jetson", "rtx", "cpu")
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+BACKENDS = ("tensorrt", "onnxruntime-tensorrt", "cuda", "cpu")
+DEFAULT_WORKSPACE_MB = 512
 GIB = 2**30
 
 
@@ -58,7 +60,9 @@ class DeviceProfile:
 
     ``memory_bytes`` is the nominal size (GB of the data sheet as GiB). ``precisions`` maps a precision to
     None when it is offered, otherwise to the reason why not. ``opset`` and ``ir_version`` are None for a
-    Jetson, where they depend on the JetPack. ``derived`` and ``unverified`` hold dotted paths into the file.
+    Jetson, where they depend on the JetPack. ``workspace_mb`` (10^6 bytes) limits the memory with which TensorRT
+    builds an engine there, and ``backends`` are the runtime's backends to try, best first. ``derived`` and
+    ``unverified`` hold dotted paths into the file.
     """
 
     name: str
@@ -79,6 +83,8 @@ class DeviceProfile:
     models: tuple[str, ...]
     opset: int | None
     ir_version: int | None
+    workspace_mb: int
+    backends: tuple[str, ...]
     notes: str
     derived: tuple[str, ...]
     unverified: tuple[str, ...]
@@ -148,6 +154,7 @@ def _read_profile(top: Section) -> DeviceProfile:
     supported, default = _read_jetpack_support(top, kind)
     export = top.section("export") if kind != "jetson" else None
     detect = top.section("detect") if top.has("detect") else None
+    engine = top.section("engine")
     profile = DeviceProfile(
         name=name,
         title=top.text("title"),
@@ -167,15 +174,28 @@ def _read_profile(top: Section) -> DeviceProfile:
         models=detect.texts("models") if detect else (),
         opset=export.integer("opset", 7, 30) if export else None,
         ir_version=export.integer("ir_version", 3, 20) if export else None,
+        workspace_mb=engine.integer("workspace_mb", 16, 65536) if kind != "cpu" else DEFAULT_WORKSPACE_MB,
+        backends=_read_backends(engine),
         notes=top.text("notes") if top.has("notes") else "",
         derived=_read_marks(top, "derived"),
         unverified=_read_marks(top, "unverified"),
         sources=top.texts("sources"),
     )
-    for section in (detect, export, top):
+    for section in (detect, engine, export, top):
         if section:
             section.finish()
     return profile
+
+
+def _read_backends(engine: Section) -> tuple[str, ...]:
+    backends = engine.texts("backends")
+    for name in backends:
+        if name not in BACKENDS:
+            hint = did_you_mean(name, list(BACKENDS)) or f" Use {', '.join(BACKENDS)}."
+            engine.problem("backends", f"'{name[:30]}' is unknown.{hint}")
+    if not backends and engine.has("backends"):
+        engine.problem("backends", "must name at least one")
+    return backends
 
 
 def _read_gpu(top: Section, kind: str) -> tuple[str | None, dict[str, int]]:

@@ -15,6 +15,13 @@ from typing import Any
 MAX_JSON_BYTES = 16 * 2**20
 
 
+def cache_folder() -> Path:
+    """``$DUALLORA_EDGE_CACHE``, else ``duallora-edge`` in the user's cache folder (XDG base directories)."""
+    if folder := os.environ.get("DUALLORA_EDGE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora-edge"
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:

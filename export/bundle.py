@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,30 @@ import torch
 from duallora_edge import __version__
 from duallora_edge.device_profiles import Estimate, Target, estimate
 from duallora_edge.errors import BundleError, ExportError
-from duallora_edge.export.graph import build_model
+from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
-from duallora_edge.export.workload import node_counts, workload
+from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
 from duallora_edge.learner.model import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run import Run
-from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, Bundle, Calibration, FileRecord, Manifest, Task
+from duallora_edge.runtime.bundle import (
+    GOLDEN,
+    MANIFEST,
+    MODEL,
+    MODEL_FP16,
+    Bundle,
+    Calibration,
+    FileRecord,
+    Manifest,
+    Task,
+    gpu_graphs,
+)
 from duallora_edge.runtime.preprocess import Frame, Preprocessing
 
 GOLDEN_IMAGES = 8
 GENERATED_IMAGES = 64
 README = "README.md"
+RECIPE = "build-engine.sh"
 
 
 @dataclass(frozen=True)
@@ -41,18 +54,39 @@ class Exported:
 
 
 def export_run(
-    run: Run, model: ComposedModel, target: Target, output: Path, real_images: Frame | None, version: int | None = None
+    run: Run,
+    model: ComposedModel,
+    target: Target,
+    output: Path,
+    real_images: Frame | None,
+    version: int | None = None,
+    *,
+    precision: str = "fp32",
+    batch: int | None = None,
+    split: bool = False,
 ) -> Exported:
     """Build, verify and write the bundle of a run for a target.
 
     ``real_images`` uint8 [N, S, S, 3] join the parity check and are not stored. ``version`` defaults to one more
-    than the bundle that is replaced. Raises `ExportError` when something else than a bundle is there or the graph
-    does not answer as the model, and leaves what is there untouched then.
+    than the bundle that is replaced. With ``precision`` fp16 a second graph is added for the GPU; ``batch`` fixes the
+    number of images of one run; ``split`` adds the graph for the GPU in two parts. Raises `ExportError` when something
+    else than a bundle is there or a graph does not answer as the model, and leaves what is there untouched then.
     """
     previous = _previous_version(output)
     mixture = model.classifier.mixture
-    graph = build_model(model, target.opset, target.ir_version)
-    parity = _verify(model, graph, real_images)
+    parts: tuple[Part, ...] = ("whole", "prefix", "suffix") if split else ("whole",)
+    graphs = {
+        (name, part): build_model(model, target.opset, target.ir_version, half=name == "fp16", batch=batch, part=part)
+        for name in dict.fromkeys(("fp32", precision))
+        for part in (parts if name == precision else ("whole",))
+    }
+    graph = graphs["fp32", "whole"]
+    chains: dict[str, tuple[onnx.ModelProto, ...]] = {
+        name: (each,) for (name, part), each in graphs.items() if part == "whole"
+    }
+    if split:
+        chains[f"{precision}_split"] = (graphs[precision, "prefix"], graphs[precision, "suffix"])
+    parity = _verify(model, chains, real_images)
     work = workload(graph)
     modes = ["normal", *(["super"] if "super" in target.profile.modes else [])]
     estimates = tuple(estimate(target.profile, work, mode=mode) for mode in modes)
@@ -60,9 +94,13 @@ def export_run(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, image=golden, **torch_outputs(model, golden))  # type: ignore[arg-type]
     with atomic_directory(output) as staging:
-        (staging / MODEL).write_bytes(graph.SerializeToString())
+        written = {_file_name(*key): each.SerializeToString(deterministic=True) for key, each in graphs.items()}
+        for file_name, content in written.items():
+            (staging / file_name).write_bytes(content)
+        for file_name in _extra_files(target):
+            (staging / file_name).write_text(_recipe(graphs[precision, "whole"], precision, target), encoding="utf-8")
         (staging / GOLDEN).write_bytes(buffer.getvalue())
-        (staging / README).write_text(_readme(run, model, target, estimates), encoding="utf-8")
+        (staging / README).write_text(_readme(run, model, target, estimates, precision, batch), encoding="utf-8")
         manifest = Manifest(
             bundle_version=version or previous + 1,
             name=run.path.resolve().name,
@@ -81,12 +119,17 @@ def export_run(
                     "task_temperature": model.network.memory.temperature,
                 },
             ),
-            files={name: FileRecord.of(staging / name) for name in (MODEL, GOLDEN, README)},
+            files={name: FileRecord.of(staging / name) for name in (*written, GOLDEN, README, *_extra_files(target))},
+            backends=target.profile.backends,
+            batch=batch,
+            precision=precision,
+            workspace_mb=target.profile.workspace_mb,
+            split=split,
             target={
                 **target.to_json(),
-                "precision": "fp32",
                 "estimates": [entry.to_json() for entry in estimates],
-                "nodes": node_counts(graph),
+                "nodes": {_file_name(*key): node_counts(each) for key, each in graphs.items()},
+                "nodes_in_onnxruntime": optimized_nodes(graph),
                 "flops": work.flops,
                 "parameters": work.weight_bytes // 2,
             },
@@ -99,14 +142,26 @@ def export_run(
     return Exported(manifest, estimates)
 
 
-def _verify(model: ComposedModel, graph: onnx.ModelProto, real_images: Frame | None) -> dict[str, Any]:
+def _file_name(precision: str, part: Part) -> str:
+    if part == "whole":
+        return gpu_graphs(precision, split=False)[0]
+    return gpu_graphs(precision, split=True)[part == "suffix"]
+
+
+def _verify(
+    model: ComposedModel, chains: Mapping[str, Sequence[onnx.ModelProto]], real_images: Frame | None
+) -> dict[str, Any]:
+    """Agreement of each graph, or chain of two, with the model. Kernels of a CPU round to half, but add in fp32."""
     generated = generated_images(GENERATED_IMAGES, model.network.backbone.info.size)
-    results = {}
+    results: dict[str, Any] = {}
     for what, images in (("generated", generated), ("real", real_images)):
-        if images is not None and len(images):
-            parity = Parity.between(torch_outputs(model, images), onnx_outputs(graph, images))
-            parity.check(what)
-            results[what] = parity.to_json()
+        if images is None or not len(images):
+            continue
+        reference = torch_outputs(model, images)
+        for name, chain in chains.items():
+            parity = Parity.between(reference, onnx_outputs(chain, images))
+            parity.check(what, name.partition("_")[0])
+            results[what if name == "fp32" else f"{what}_{name}"] = parity.to_json()
     return {"reference": f"PyTorch {torch.__version__}, fp32", "backend": "ONNX Runtime CPU", **results}
 
 
@@ -148,7 +203,55 @@ def _provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _readme(run: Run, model: ComposedModel, target: Target, estimates: tuple[Estimate, ...]) -> str:
+def _extra_files(target: Target) -> tuple[str, ...]:
+    """What only some targets get: a recipe where TensorRT 8.5 is, whose Python this package does not run on."""
+    return (RECIPE,) if target.tensorrt is not None and target.tensorrt.startswith("8.5") else ()
+
+
+def _recipe(graph: onnx.ModelProto, precision: str, target: Target) -> str:
+    """A shell script for the trtexec of TensorRT 8, whose Python is too old for the runtime of this package."""
+    image = graph.graph.input[0].type.tensor_type.shape.dim
+    size = image[1].dim_value
+    arguments = [
+        f"--onnx={MODEL_FP16 if precision == 'fp16' else MODEL}",
+        '--saveEngine="${1:-model.engine}"',
+        f"--memPoolSize=workspace:{target.profile.workspace_mb}",
+        "--timingCacheFile=timing.cache",
+    ]
+    if not image[0].dim_value:
+        arguments += [f"--{which}Shapes=image:1x{size}x{size}x3" for which in ("min", "opt", "max")]
+    if precision == "fp16":
+        kept = ",".join(f"{name}:fp32" for name in full_precision_nodes(graph))
+        arguments += ["--fp16", "--precisionConstraints=obey", f"--layerPrecisions={kept}"]
+    lines = " \\\n    ".join(arguments)
+    return f"""#!/bin/sh
+# Builds a TensorRT engine with the trtexec of JetPack {target.jetpack} (TensorRT {target.tensorrt}).
+# Untested on the device: compare what the engine answers with golden.npz before you trust it.
+#   sh {RECIPE} [ENGINE]
+set -e
+cd "$(dirname "$0")"
+"${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}" \\
+    {lines}
+"""
+
+
+def _readme(
+    run: Run,
+    model: ComposedModel,
+    target: Target,
+    estimates: tuple[Estimate, ...],
+    precision: str,
+    batch: int | None,
+) -> str:
+    rows = batch or "N"
+    gpu = [
+        "",
+        f"`{MODEL_FP16}` is the same with half-precision products (fp32 where it is needed), for GPUs.",
+    ]
+    if RECIPE in _extra_files(target):
+        gpu += ["", f"`sh {RECIPE}` builds an engine of it with trtexec (untested on the device)."]
+    elif target.tensorrt is not None or target.profile.kind == "rtx":
+        gpu += ["", "    duallora-edge build THIS_FOLDER     # a TensorRT engine, once on the device; untested there"]
     lines = [
         f"# {run.path.resolve().name}",
         "",
@@ -166,9 +269,10 @@ def _readme(run: Run, model: ComposedModel, target: Target, estimates: tuple[Est
         "    prediction = classifier(frame)  # RGB, uint8 [H, W, 3], any size",
         "",
         f"`model.onnx` (opset {target.opset}, IR {target.ir_version}, fp32) takes uint8 frames "
-        f"`image [N, {run.info.size}, {run.info.size}, 3]` in RGB order; normalisation is inside. It returns "
+        f"`image [{rows}, {run.info.size}, {run.info.size}, 3]` in RGB order; normalisation is inside. It returns "
         "calibrated `probabilities`, `task_probabilities`, `novelty` and `features`. Loading compares its answers "
         "with `golden.npz`.",
+        *(gpu if precision == "fp16" else []),
         "",
         "Estimates, not measured on the device:",
         "",

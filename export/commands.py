@@ -9,15 +9,39 @@ from pathlib import Path
 import click
 import numpy as np
 
-from duallora_edge.device_profiles import resolve_target
+from duallora_edge.device_profiles import DeviceProfile, resolve_target
+from duallora_edge.device_profiles.profile import PRECISIONS
 from duallora_edge.errors import DataError, ExportError
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, read_images, source_groups
+from duallora_edge.runtime.bundle import MAX_BATCH
 from duallora_edge.runtime.preprocess import Frame
 
 REAL_IMAGES = 256
+
+
+def _batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """The number of images, 0 for any number, None when it is not given."""
+    if value is None or value == "dynamic":
+        return None if value is None else 0
+    if value.isdecimal() and 1 <= int(value) <= MAX_BATCH:
+        return int(value)
+    raise click.BadParameter(f"'{value}' is neither 'dynamic' nor a number from 1 to {MAX_BATCH}.")
+
+
+def pick_precision(profile: DeviceProfile, wanted: str) -> str:
+    """The precision for a device: ``auto`` is its default. Raises `ExportError` with the reason when it is refused."""
+    if wanted == "auto":
+        return profile.default_precision
+    if wanted not in ("fp32", "fp16"):
+        reason = profile.precisions.get(wanted) or "this project has no such graph"
+        raise ExportError(f"{wanted} is not exported for {profile.name}: {reason.rstrip('.')}; use --precision auto.")
+    refused = profile.precisions.get(wanted, "the device does not offer it")
+    if refused is not None:
+        raise ExportError(f"{wanted} is not exported for {profile.name}: {refused.rstrip('.')}; use --precision fp32.")
+    return wanted
 
 
 @click.command()
@@ -27,6 +51,20 @@ REAL_IMAGES = 256
 )
 @click.option("--jetpack", help="JetPack version on the device. [the profile's default]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", *PRECISIONS]),
+    default="auto",
+    show_default=True,
+    help="Of the products on a GPU; auto: fp16 where the device has it. fp32 is always in the bundle as well.",
+)
+@click.option(
+    "--batch",
+    callback=_batch,
+    metavar="N|dynamic",
+    help="Images in one run of the graph. [1; dynamic for a CPU]",
+)
+@click.option("--split", is_flag=True, help="Add the GPU's graph in two parts: a new task changes only the second.")
 @click.option("--bundle-version", type=click.IntRange(1), help="[one more than the bundle it replaces]")
 @click.option("--weights", help="The backbone's weights, when the file was moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
@@ -35,6 +73,9 @@ def export(
     target: str,
     jetpack: str | None,
     output: Path,
+    precision: str,
+    batch: int | None,
+    split: bool,
     bundle_version: int | None,
     weights: str | None,
     as_json: bool,
@@ -56,21 +97,35 @@ def export(
         raise ExportError(f"The run {run} has learned no task yet; 'duallora-edge train' teaches it one.")
     click.echo(f"Target: {resolved.reason}", err=True)
     model = compose(opened.backbone(weights), records).eval()
-    exported = export_run(opened, model, resolved, output, training_images(opened), bundle_version)
+    on_cpu = resolved.profile.kind == "cpu"
+    exported = export_run(
+        opened,
+        model,
+        resolved,
+        output,
+        training_images(opened),
+        bundle_version,
+        precision=pick_precision(resolved.profile, precision),
+        batch=batch or (None if on_cpu or batch == 0 else 1),
+        split=split,
+    )
     if as_json:
         click.echo(json.dumps(exported.manifest.to_json(), indent=2))
         return
-    for name in ("generated", "real"):
-        if name in exported.manifest.parity:
-            parity = exported.manifest.parity[name]
+    for name, parity in exported.manifest.parity.items():
+        if isinstance(parity, dict):
+            kind, _, graph = name.partition("_")
+            which = f", {graph.replace('_', ', ')}" if graph else ""
             click.echo(
-                f"Parity on {parity['images']} {name} images: top-1 agreement {100 * parity['top1_agreement']:.2f} %, "
-                f"largest probability difference {parity['max_probability_difference']:.1e}"
+                f"Parity on {parity['images']} {kind} images{which}: top-1 agreement "
+                f"{100 * parity['top1_agreement']:.2f} %, largest probability difference "
+                f"{parity['max_probability_difference']:.1e}"
             )
     for entry in exported.estimates:
         click.echo(entry.text)
-    size = exported.manifest.files["model.onnx"].bytes
-    click.echo(f"Bundle: {output}  version {exported.manifest.bundle_version}, {size / 1e6:.1f} MB")
+    sizes = [record.bytes for name, record in exported.manifest.files.items() if name.endswith(".onnx")]
+    texts = " + ".join(f"{size / 1e6:.1f}" for size in sizes)
+    click.echo(f"Bundle: {output}  version {exported.manifest.bundle_version}, {texts} MB")
 
 
 def training_images(run: Run) -> Frame | None:

@@ -7,13 +7,16 @@ Building it directly, instead of tracing, gives exact control of names, opset an
 * orthogonal adapters are folded into the qkv weights; the residual adapters of all tasks are one pair of stacked
   matrices a block, gated per image;
 * tokens are rows of a matrix [N * L, d], so that every linear layer is one Gemm with its bias;
-* the last block is computed for the class token alone where the backbone pools by it.
+* the last block is computed for the class token alone where the backbone pools by it;
+* in fp16 the products of the blocks and what lies between them are half precision. The sums along the depth, every
+  normalisation, the patch embedding, the dynamic memory and the classifier stay fp32: there, values are large,
+  differences of large numbers are taken, or next to nothing would be saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,20 +30,26 @@ from duallora_edge import __version__
 from duallora_edge.errors import ExportError
 from duallora_edge.learner.adapters import AdaptedBlock
 from duallora_edge.learner.model import ComposedModel
-from duallora_edge.runtime.bundle import INPUT, OUTPUTS
+from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
 LAYER_NORM_OPSET = 17
 GELU_OPSET = 20
 MIN_OPSET = 14
 
 Array = npt.NDArray[Any]
+Part = Literal["whole", "prefix", "suffix"]
 
 
 class Builder:
-    """Collects nodes and initializers. Every method returns the name of the tensor it makes."""
+    """Collects nodes and initializers. Every method returns the name of the tensor it makes.
 
-    def __init__(self, opset: int) -> None:
+    With ``half`` tensors between `low` and `high` are fp16, and so are the weights made there.
+    """
+
+    def __init__(self, opset: int, half: bool = False) -> None:
         self.opset = opset
+        self.half = half
+        self._low = False
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, Array] = {}
         self._count = 0
@@ -48,6 +57,8 @@ class Builder:
     def weight(self, name: str, value: Tensor | Array) -> str:
         """An initializer; the same name twice must carry the same value."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        if self._low and array.dtype == np.float32:
+            array = array.astype(np.float16)
         if name in self.initializers:
             assert np.array_equal(self.initializers[name], array), name
         self.initializers[name] = np.asarray(array, order="C")
@@ -58,8 +69,23 @@ class Builder:
         return self.weight("ints." + "_".join(str(v) for v in values), np.array(values, np.int64))
 
     def number(self, value: float) -> str:
-        """A float32 scalar, shared between its uses."""
-        return self.weight(f"number.{value!r}", np.array(value, np.float32))
+        """A scalar, shared between its uses."""
+        kind = "half" if self._low else "number"
+        return self.weight(f"{kind}.{value!r}", np.array(value, np.float32))
+
+    def low(self, x: str) -> str:
+        """x where half precision begins: what is made from here on is fp16, until `high`."""
+        if not self.half:
+            return x
+        self._low = True
+        return self.node("Cast", x, to=TensorProto.FLOAT16)
+
+    def high(self, x: str) -> str:
+        """x where half precision ends."""
+        if not self.half:
+            return x
+        self._low = False
+        return self.node("Cast", x, to=TensorProto.FLOAT)
 
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Add a node with one output, named ``name`` or by a running number."""
@@ -123,42 +149,65 @@ class Builder:
 class VitGraph:
     """Translates the parts of a `ComposedModel` into nodes of a `Builder`."""
 
-    def __init__(self, model: ComposedModel, opset: int) -> None:
+    def __init__(self, model: ComposedModel, opset: int, half: bool, batch: int | None) -> None:
         self.model = model
+        self.batch = batch
         self.backbone = model.network.backbone
         self.vit = self.backbone.model
         self.dim = self.backbone.dim
         self.special = self.backbone.special_tokens
         self.length = self.special + (self.backbone.info.size // self.vit.patch_embed.patch_size[0]) ** 2
-        self.b = Builder(opset)
+        self.b = Builder(opset, half)
 
-    def build(self) -> onnx.GraphProto:
-        """The whole graph."""
+    def build(self, part: Part = "whole") -> onnx.GraphProto:
+        """The whole graph, or the part of it before or after the end of the frozen prefix."""
+        rows, size, b = self.batch or "N", self.backbone.info.size, self.b
+        classes, tasks = len(self.model.catalogue.classes), len(self.model.catalogue.tasks)
+        image = helper.make_tensor_value_info(INPUT, TensorProto.UINT8, [rows, size, size, 3])
+        columns: dict[str, list[int]] = {
+            "probabilities": [classes],
+            "task_probabilities": [tasks],
+            "novelty": [],
+            "features": [self.dim + self.backbone.summary_dim],
+            "tokens": [self.length, self.dim],
+            "phi": [self.backbone.summary_dim],
+        }
+        between, answers = (
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, *columns[name]]) for name in names]
+            for names in (BETWEEN, OUTPUTS)
+        )
+        if part == "suffix":
+            x, phi = b.reshape("tokens", -1, self.dim), "phi"
+        else:
+            x, phi = self._prefix()
+        if part == "prefix":
+            b.node("Reshape", x, b.ints(-1, self.length, self.dim), name="tokens")
+        else:
+            self._classify(self._feature(self._suffix(x, phi)), phi)
+        initializers = [numpy_helper.from_array(value, name) for name, value in b.initializers.items()]
+        inputs, outputs = {
+            "whole": ([image], answers), "prefix": ([image], between), "suffix": (between, answers)
+        }[part]  # fmt: skip
+        return helper.make_graph(b.nodes, "duallora_edge", inputs, outputs, initializers)
+
+    def _prefix(self) -> tuple[str, str]:
+        """Rows [N * L, d] and the summary phi at the end of the frozen blocks."""
         x = self._embed()
-        prefix = self.backbone.info.prefix_blocks
         summaries = []
-        for index, block in enumerate(self.vit.blocks[:prefix]):
+        for index, block in enumerate(self.vit.blocks[: self.backbone.info.prefix_blocks]):
             x = self._block(f"blocks.{index}", AdaptedBlock(block), x, None)
             if index in self.backbone.info.summary_blocks:
                 summaries += self._summary(x)
-        phi = self._normalised(summaries)
+        return x, self._normalised(summaries)
+
+    def _suffix(self, x: str, phi: str) -> str:
+        """What the adapted blocks make of it: rows [N * L, d], or [N, d] where the class token is all that counts."""
         posterior = self._posterior(phi)
-        blocks = self.model.network.blocks
+        prefix, blocks = self.backbone.info.prefix_blocks, self.model.network.blocks
         for offset, block in enumerate(blocks):
             last = offset == len(blocks) - 1 and self.backbone.pools_class_token
             x = self._block(f"blocks.{prefix + offset}", block, x, posterior, class_token_only=last)
-        self._classify(self._feature(x), phi)
-        size = self.backbone.info.size
-        image = helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["N", size, size, 3])
-        columns = {
-            "probabilities": ["N", len(self.model.catalogue.classes)],
-            "task_probabilities": ["N", len(self.model.catalogue.tasks)],
-            "novelty": ["N"],
-            "features": ["N", self.dim + self.backbone.summary_dim],
-        }
-        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, columns[name]) for name in OUTPUTS]
-        initializers = [numpy_helper.from_array(value, name) for name, value in self.b.initializers.items()]
-        return helper.make_graph(self.b.nodes, "duallora_edge", [image], outputs, initializers)
+        return x
 
     # -- before the blocks ------------------------------------------------------------------------------------
 
@@ -216,38 +265,45 @@ class VitGraph:
     ) -> str:
         """One block on rows x [N * L, d]; with ``class_token_only`` the result is [N, d]."""
         b, block = self.b, adapted.block
-        y = self._norm(f"{name}.norm1", block.norm1, x)
-        heads = self._attention(name, adapted, y, posterior, class_token_only)
+        gates = self._gates(name, adapted, posterior)
+        y = b.low(self._norm(f"{name}.norm1", block.norm1, x))
+        heads = self._attention(name, adapted, y, gates, class_token_only)
+        attended = b.high(b.gemm(heads, *self._linear(f"{name}.attn.proj", block.attn.proj)))
         if class_token_only:
             x = self._class_rows(x)
-        attended = b.gemm(heads, *self._linear(f"{name}.attn.proj", block.attn.proj))
         x = b.node("Add", x, self._scaled(f"{name}.ls1", block.ls1, attended))
-        y = self._norm(f"{name}.norm2", block.norm2, x)
-        return b.node("Add", x, self._scaled(f"{name}.ls2", block.ls2, self._mlp(f"{name}.mlp", block.mlp, y)))
+        y = b.low(self._norm(f"{name}.norm2", block.norm2, x))
+        return b.node("Add", x, self._scaled(f"{name}.ls2", block.ls2, b.high(self._mlp(f"{name}.mlp", block.mlp, y))))
 
-    def _attention(
-        self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None, class_token_only: bool
-    ) -> str:
+    def _gates(self, name: str, adapted: AdaptedBlock, posterior: str | None) -> str | None:
+        """The gates [N, R] of the residual adapters of all tasks, None for a block without any."""
+        if adapted.adapter is None or adapted.gate_map is None or posterior is None:
+            return None
+        return self.b.node("MatMul", posterior, self.b.weight(f"{name}.residual.gate_map", adapted.gate_map))
+
+    def _attention(self, name: str, adapted: AdaptedBlock, y: str, gates: str | None, class_token_only: bool) -> str:
         """Heads concatenated, rows [N * Lq, d], before the output projection."""
         b, attn, d = self.b, adapted.block.attn, self.dim
         queries = 1 if class_token_only else self.length
         q, k, v = (
             b.reshape(rows, -1, count, attn.num_heads, attn.head_dim)
             for rows, count in zip(
-                self._qkv(name, adapted, y, posterior, class_token_only),
+                self._qkv(name, adapted, y, gates, class_token_only),
                 (queries, self.length, self.length),
                 strict=True,
             )
         )
-        q = self._norm(f"{name}.attn.q_norm", attn.q_norm, q)
-        k = self._norm(f"{name}.attn.k_norm", attn.k_norm, k)
+        if not isinstance(attn.q_norm, nn.Identity):
+            q, k = b.high(q), b.high(k)
+            q, k = self._norm(f"{name}.attn.q_norm", attn.q_norm, q), self._norm(f"{name}.attn.k_norm", attn.k_norm, k)
+            q, k = b.low(q), b.low(k)
         q = b.node("Mul", b.node("Transpose", q, perm=[0, 2, 1, 3]), b.number(attn.scale))
         scores = b.node("MatMul", q, b.node("Transpose", k, perm=[0, 2, 3, 1]))
         heads = b.node("MatMul", b.node("Softmax", scores, axis=-1), b.node("Transpose", v, perm=[0, 2, 1, 3]))
         return b.reshape(b.node("Transpose", heads, perm=[0, 2, 1, 3]), -1, d)
 
     def _qkv(
-        self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None, class_token_only: bool
+        self, name: str, adapted: AdaptedBlock, y: str, gates: str | None, class_token_only: bool
     ) -> tuple[str, str, str]:
         """Query, key and value rows [N * L, d] (queries [N, d] with ``class_token_only``), adapters included.
 
@@ -255,7 +311,7 @@ class VitGraph:
         """
         b, d = self.b, self.dim
         weight, bias = self._linear(f"{name}.attn.qkv", adapted.block.attn.qkv, adapted.weight)
-        hidden, up = self._residual(name, adapted, y, posterior)
+        hidden, up = self._residual(name, adapted, y, gates)
         if not class_token_only:
             q, k, v = b.split(self._updated(b.gemm(y, weight, bias), hidden, up), [d, d, d])
             return q, k, v
@@ -276,17 +332,14 @@ class VitGraph:
         """x + hidden up, as one Gemm."""
         return self.b.node("Gemm", hidden, up, x) if hidden and up else x
 
-    def _residual(
-        self, name: str, adapted: AdaptedBlock, y: str, posterior: str | None
-    ) -> tuple[str | None, str | None]:
+    def _residual(self, name: str, adapted: AdaptedBlock, y: str, gates: str | None) -> tuple[str | None, str | None]:
         """The residual adapters of all tasks: down-projected rows [N * L, R], opened per image, and up [R, 3d]."""
         b, adapter = self.b, adapted.adapter
-        if adapter is None or adapted.gate_map is None or posterior is None:
+        if adapter is None or gates is None:
             return None, None
         rank = len(adapter.q_down)
-        gates = b.node("MatMul", posterior, b.weight(f"{name}.residual.gate_map", adapted.gate_map))
         hidden = b.gemm(y, b.weight(f"{name}.residual.down", adapter.q_down), None)
-        gated = b.node("Mul", b.reshape(hidden, -1, self.length, rank), b.reshape(gates, -1, 1, rank))
+        gated = b.node("Mul", b.reshape(hidden, -1, self.length, rank), b.low(b.reshape(gates, -1, 1, rank)))
         up = torch.cat([adapter.q_up, torch.zeros_like(adapter.q_up), adapter.v_up], dim=1)
         return b.reshape(gated, -1, rank), b.weight(f"{name}.residual.up", up)
 
@@ -341,7 +394,7 @@ class VitGraph:
         b = self.b
         ones = b.weight("summary.scale", np.ones(self.dim, np.float32))
         joined = b.layer_norm(b.node("Concat", *parts, axis=1), ones, None, 1e-6)
-        return b.reshape(joined, -1, self.backbone.summary_dim)
+        return b.node("Reshape", joined, b.ints(-1, self.backbone.summary_dim), name="phi")
 
     def _posterior(self, phi: str) -> str:
         """The task posterior [N, T]; the temperature is folded into the weights."""
@@ -413,14 +466,25 @@ class VitGraph:
         b.node("Reshape", b.node("MatMul", clipped, height), b.ints(-1), name="novelty")
 
 
-def build_model(model: ComposedModel, opset: int, ir_version: int) -> onnx.ModelProto:
+def build_model(
+    model: ComposedModel,
+    opset: int,
+    ir_version: int,
+    *,
+    half: bool = False,
+    batch: int | None = None,
+    part: Part = "whole",
+) -> onnx.ModelProto:
     """The ONNX model of a composed model, checked by `onnx.checker` with shape inference.
 
-    Raises `ExportError` when the opset is below 14 or a part of the backbone cannot be expressed.
+    ``half``: fp16 with fp32 where it is needed; inputs and outputs are the same. ``batch``: images in one run, any
+    number by default. ``part``: ``prefix`` ends, and ``suffix`` begins, with the tokens float32 [N, L, d] and the
+    summary phi [N, summary_dim] behind the frozen blocks; the same backbone gives the same prefix, byte for byte,
+    whatever was learned. Raises `ExportError` when the opset is below 14 or a part of the backbone cannot be expressed.
     """
     if opset < MIN_OPSET:
         raise ExportError(f"Opset {opset} is too old for this graph; targets need at least {MIN_OPSET}.")
-    graph = VitGraph(model, opset).build()
+    graph = VitGraph(model, opset, half, batch).build(part)
     built = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", opset)],

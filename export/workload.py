@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import onnx
-from onnx import shape_inference
+import onnxruntime
+from onnx import TensorProto, shape_inference
 
 from duallora_edge.device_profiles import Workload
 
@@ -58,3 +61,21 @@ def node_counts(model: onnx.ModelProto) -> dict[str, int]:
     names: Sequence[str] = [node.op_type for node in model.graph.node]
     counts = {name: names.count(name) for name in sorted(set(names))}
     return {"total": len(names), **dict(sorted(counts.items(), key=lambda item: -item[1]))}
+
+
+def optimized_nodes(model: onnx.ModelProto) -> int:
+    """Number of nodes that ONNX Runtime's own fusions leave of the graph, on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return len(onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def full_precision_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes whose result is fp32."""
+    graph = shape_inference.infer_shapes(model, strict_mode=True).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    return [node.name for node in model.graph.node if kinds.get(node.output[0]) == TensorProto.FLOAT]

@@ -2,23 +2,26 @@
 
 That a provider is compiled in, or even that a session lists it, does not mean that it computes on this machine:
 a build without kernels for the GPU fails at the first run, and some computed silently wrong results. So every
-candidate answers the golden images before it is used, and a candidate that was not used leaves its reason.
+candidate answers the golden images before it is used, and a candidate that was not used leaves its reason. On a GPU
+each candidate is tried in the precision that the bundle recommends, and in fp32 when fp16 gives wrong answers there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.bundle import INPUT, OUTPUTS, Bundle, FloatArray, Golden, Outputs
+from duallora_edge.runtime.bundle import INPUT, MAX_DIFFERENCE, OUTPUTS, Bundle, FloatArray, Golden, Outputs
 from duallora_edge.runtime.preprocess import Frame
 
-MAX_DIFFERENCE = 1e-3
 MIN_COSINE = 0.999
+# The largest batch of an engine that TensorRT builds of a graph that takes any number of images.
+ENGINE_BATCH = 16
 
 Run = Callable[[Frame], Outputs]
 
@@ -32,24 +35,26 @@ class GoldenCheck:
     """How the outputs of a backend compare with the golden ones, over ``images`` images.
 
     ``cosine`` is the smallest cosine between the two probability vectors of an image, ``max_difference`` the
-    largest absolute difference of a class or task probability, ``top1_agreement`` the share of images with the
-    same best class; two classes that the golden outputs hold closer than twice the tolerance count as the same.
+    largest absolute difference of a class or task probability and ``tolerance`` what the precision allows of it,
+    ``top1_agreement`` the share of images with the same best class; two classes that the golden outputs hold closer
+    than twice the tolerance count as the same.
     """
 
     images: int
     cosine: float
     max_difference: float
     top1_agreement: float
+    tolerance: float = MAX_DIFFERENCE["fp32"]
 
     @property
     def passed(self) -> bool:
-        """Within `MAX_DIFFERENCE` (fp32) and `MIN_COSINE`, with the same best class everywhere. NaN fails."""
-        close = self.max_difference <= MAX_DIFFERENCE and self.cosine >= MIN_COSINE
+        """Within the tolerance and `MIN_COSINE`, with the same best class everywhere. NaN fails."""
+        close = self.max_difference <= self.tolerance and self.cosine >= MIN_COSINE
         return close and self.top1_agreement == 1.0
 
     def __str__(self) -> str:
         return (
-            f"largest difference {self.max_difference:.2g} (at most {MAX_DIFFERENCE:g}), cosine {self.cosine:.6f}, "
+            f"largest difference {self.max_difference:.2g} (at most {self.tolerance:g}), cosine {self.cosine:.6f}, "
             f"same best class on {self.top1_agreement:.0%} of {self.images} golden images"
         )
 
@@ -57,6 +62,9 @@ class GoldenCheck:
 @dataclass(frozen=True)
 class Backend:
     """The backend that runs, the check it passed, and why each better one was not used (name -> reason).
+
+    ``precision`` is that of the graph that runs. A backend that was also tried in fp32 has a second reason, under
+    its name with " in fp32".
 
     ``run`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
     at once. It raises `BackendError` when the device fails.
@@ -66,14 +74,50 @@ class Backend:
     run: Run
     check: GoldenCheck
     not_used: Mapping[str, str]
+    precision: str = "fp32"
 
     def __str__(self) -> str:
         reasons = [f"not {name}: {reason}" for name, reason in self.not_used.items()]
         return self.name + (f" ({'; '.join(reasons)})" if reasons else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Name, golden check and reasons as JSON values."""
-        return {"name": self.name, "not_used": dict(self.not_used), "golden_check": asdict(self.check)}
+        """Name, precision, golden check and reasons as JSON values."""
+        check = asdict(self.check)
+        return {"name": self.name, "precision": self.precision, "not_used": dict(self.not_used), "golden_check": check}
+
+
+def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+    from duallora_edge.runtime.tensorrt_backend import open_tensorrt
+
+    return open_tensorrt(bundle, build)
+
+
+def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+    """Untested on a device: it needs an ONNX Runtime that was compiled with TensorRT, and a GPU."""
+    from duallora_edge.runtime.engine_cache import engines_folder
+    from duallora_edge.runtime.tensorrt_api import find_gpu
+
+    provider = "TensorrtExecutionProvider"
+    ort = _import_onnxruntime(provider)
+    gpu, manifest = find_gpu(), bundle.manifest
+    model = manifest.files[bundle.graph(manifest.precision).name].sha256
+    device = f"{gpu.compute_capability}x{gpu.multiprocessors}"
+    folder = engines_folder() / f"onnxruntime-{ort.__version__}-{device}-{model[:32]}"
+    if build:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not any(folder.glob("*.engine")):
+        raise UnavailableError("it has no engine of this model yet: load it once with Classifier.load(..., build=True)")
+    options = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_max_workspace_size": str(manifest.workspace_mb * 10**6),
+        "trt_fp16_enable": "1" if manifest.precision == "fp16" else "0",
+    }
+    if manifest.batch is None:  # or every new number of images would build another engine in the middle of a run
+        for end, images in (("min", 1), ("opt", 1), ("max", ENGINE_BATCH)):
+            size = manifest.preprocessing.size
+            options[f"trt_profile_{end}_shapes"] = f"{INPUT}:{images}x{size}x{size}x3"
+    return at_most(_open_onnxruntime(bundle, threads, provider, options), manifest.batch or ENGINE_BATCH)
 
 
 def _open_cuda(bundle: Bundle, threads: int | None) -> Run:
@@ -86,16 +130,30 @@ def _open_cpu(bundle: Bundle, threads: int | None) -> Run:
 
 
 # Best first. A rung raises UnavailableError when this installation lacks it, anything else when it fails.
-LADDER: dict[str, Callable[[Bundle, int | None], Run]] = {"cuda": _open_cuda, "cpu": _open_cpu}
+LADDER: dict[str, Callable[[Bundle, int | None], Run]] = {
+    "tensorrt": _open_tensorrt,
+    "onnxruntime-tensorrt": _open_onnxruntime_tensorrt,
+    "cuda": _open_cuda,
+    "cpu": _open_cpu,
+}
 BACKENDS = ("auto", *LADDER)
+# The same rungs where an engine may be built, which takes minutes.
+BUILDERS: dict[str, Callable[[Bundle, int | None], Run]] = {
+    "tensorrt": partial(_open_tensorrt, build=True),
+    "onnxruntime-tensorrt": partial(_open_onnxruntime_tensorrt, build=True),
+}
 
 
-def open_backend(bundle: Bundle, backend: str = "auto", threads: int | None = None, strict: bool = False) -> Backend:
+def open_backend(
+    bundle: Bundle, backend: str = "auto", threads: int | None = None, strict: bool = False, build: bool = False
+) -> Backend:
     """Open the best backend, from ``backend`` downwards, that answers the golden images correctly.
 
-    ``backend``: ``"auto"`` (the whole ladder), ``"cuda"`` or ``"cpu"``. ``threads``: CPU threads of one
-    inference, by default ONNX Runtime's choice (the physical cores). ``strict``: a fallback is an error. With
-    ``"auto"`` only a backend that is installed and fails counts as one, for a named backend any other than it.
+    ``backend``: a rung of the ladder, or ``"auto"`` for those that the manifest names (all when it names none).
+    ``threads``: CPU threads of one inference, by default ONNX Runtime's choice (the physical cores). ``strict``: a
+    fallback is an error. With ``"auto"`` only a backend that is installed and fails counts as one, for a named
+    backend any other than it. ``build``: build TensorRT's engine when there is none yet, which takes minutes on a
+    device; without it, a backend that has no engine is not used.
 
     Raises `BackendError` when no backend works, or on a fallback with ``strict``.
     """
@@ -105,22 +163,28 @@ def open_backend(bundle: Bundle, backend: str = "auto", threads: int | None = No
         raise BackendError(f"The number of threads must be at least 1, not {threads}.")
     golden = bundle.golden()
     names = list(LADDER)
+    chosen = [name for name in bundle.manifest.backends if name in LADDER] or names
+    missing: set[str] = set()
     not_used: dict[str, str] = {}
-    for name in names if backend == "auto" else names[names.index(backend) :]:
+    for label, name, graph in _attempts(bundle, chosen if backend == "auto" else names[names.index(backend) :]):
+        if name in missing:
+            continue
+        opener = BUILDERS[name] if build and name in BUILDERS else LADDER[name]
         try:
-            run = LADDER[name](bundle, threads)
-            check = check_golden(run, golden)
+            run = in_groups(opener(graph, threads), bundle.manifest.batch)
+            check = check_golden(run, golden, graph.manifest.precision)
         except UnavailableError as error:
-            not_used[name] = str(error)
+            not_used[label] = str(error)
+            missing.add(name)
             if strict and backend == name:
                 break
             continue
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            not_used[name] = _first_line(error)
+            not_used[label] = _first_line(error)
         else:
             if check.passed:
-                return Backend(name, run, check, not_used)
-            not_used[name] = f"wrong results, {check}"
+                return Backend(name, run, check, not_used, graph.manifest.precision)
+            not_used[label] = f"wrong results in {graph.manifest.precision}, {check}"
         if strict:
             break
     reasons = "; ".join(f"{name}: {reason}" for name, reason in not_used.items())
@@ -129,8 +193,18 @@ def open_backend(bundle: Bundle, backend: str = "auto", threads: int | None = No
     raise BackendError(f"No backend can run {bundle.path} as asked ({reasons}); {remedy}.")
 
 
-def check_golden(run: Run, golden: Golden) -> GoldenCheck:
+def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, Bundle]]:
+    """A label, the rung and the bundle at a precision, for everything worth trying; on a CPU fp16 only costs time."""
+    exact = replace(bundle, manifest=replace(bundle.manifest, precision="fp32"))
+    for name in names:
+        yield name, name, exact if name == "cpu" else bundle
+        if name != "cpu" and bundle.manifest.precision != "fp32":
+            yield f"{name} in fp32", name, exact
+
+
+def check_golden(run: Run, golden: Golden, precision: str = "fp32") -> GoldenCheck:
     """Run the golden images one by one, as a camera would, and compare the probabilities."""
+    tolerance = MAX_DIFFERENCE[precision]
     cosines, differences, agreements = [], [], []
     for index in range(len(golden.image)):
         outputs = run(golden.image[index : index + 1])
@@ -138,12 +212,51 @@ def check_golden(run: Run, golden: Golden) -> GoldenCheck:
         cosines.append(expected @ actual / (np.linalg.norm(expected) * np.linalg.norm(actual)))
         differences.append(np.abs(expected - actual).max())
         differences.append(np.abs(golden.task_probabilities[index] - outputs.task_probabilities[0]).max())
-        agreements.append(expected[actual.argmax()] >= expected.max() - 2 * MAX_DIFFERENCE)
+        agreements.append(expected[actual.argmax()] >= expected.max() - 2 * tolerance)
     # np.min and np.max carry a NaN through, so that it fails the check.
-    return GoldenCheck(len(cosines), float(np.min(cosines)), float(np.max(differences)), float(np.mean(agreements)))
+    return GoldenCheck(
+        len(cosines), float(np.min(cosines)), float(np.max(differences)), float(np.mean(agreements)), tolerance
+    )
 
 
-def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Run:
+def in_groups(run: Run, batch: int | None) -> Run:
+    """Let a graph that takes exactly ``batch`` images take any number: the last group is filled up with black ones.
+
+    A graph that takes any number (None) is returned as it is.
+    """
+    if batch is None:
+        return run
+
+    def grouped(images: Frame) -> Outputs:
+        count = len(images)
+        if count == batch:
+            return run(images)
+        rows = max(1, -(-count // batch)) * batch
+        padded = np.zeros((rows, *images.shape[1:]), images.dtype)
+        padded[:count] = images
+        return _joined([run(padded[start : start + batch]) for start in range(0, rows, batch)], count)
+
+    return grouped
+
+
+def at_most(run: Run, batch: int) -> Run:
+    """Let a model that takes at most ``batch`` images take any number, in several runs."""
+
+    def split(images: Frame) -> Outputs:
+        if len(images) <= batch:
+            return run(images)
+        starts = range(0, len(images), batch)
+        return _joined([run(images[start : start + batch]) for start in starts], len(images))
+
+    return split
+
+
+def _joined(parts: Sequence[Outputs], count: int) -> Outputs:
+    """The outputs of several runs as those of one, of which the first ``count`` images count."""
+    return Outputs(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in OUTPUTS))
+
+
+def _import_onnxruntime(provider: str) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -152,12 +265,19 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
         ) from error
     if provider not in ort.get_available_providers():
         raise UnavailableError(f"this ONNX Runtime ({ort.__version__}) is built without {provider}")
+    return ort
+
+
+def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Run:
+    ort = _import_onnxruntime(provider)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors only: graphs with named initializers cause a page of warnings
     settings.inter_op_num_threads = 1
     if threads is not None:
         settings.intra_op_num_threads = threads
-    session = ort.InferenceSession(str(bundle.model_path), settings, providers=[(provider, options)])
+    session = ort.InferenceSession(
+        str(bundle.graph(bundle.manifest.precision)), settings, providers=[(provider, options)]
+    )
     session.disable_fallback()  # or a failing GPU would be replaced by the CPU without a word
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")

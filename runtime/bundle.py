@@ -2,6 +2,8 @@
 
 BUNDLE/manifest.json   what the model expects and returns, and the size and SHA-256 of every other file
 BUNDLE/model.onnx      the graph: uint8 images in, calibrated probabilities out
+BUNDLE/model-fp16.onnx the same with half-precision products, for GPUs; not in every bundle
+BUNDLE/prefix-*.onnx, suffix-*.onnx  the same in two parts, for engines that are rebuilt quickly; not in every bundle
 BUNDLE/golden.npz      generated images and the outputs that the original model gave for them
 """
 
@@ -24,16 +26,23 @@ from duallora_edge.errors import BundleError
 from duallora_edge.files import read_json, sha256_file
 from duallora_edge.runtime.preprocess import Frame, Preprocessing
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+MODEL_FP16 = "model-fp16.onnx"
 GOLDEN = "golden.npz"
 INPUT = "image"
 OUTPUTS = ("probabilities", "task_probabilities", "novelty", "features")
+BETWEEN = ("tokens", "phi")
+"""What the frozen prefix hands to the suffix where a bundle holds them as two graphs."""
 
 MAX_FILE_BYTES = 2**40
 MAX_GOLDEN_BYTES = 256 * 2**20
 MAX_FEATURES = 2**20
+MAX_BATCH = 1024
+PRECISIONS = ("fp32", "fp16")
+MAX_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2}
+"""By how much a probability may differ from that of the trained model, by precision."""
 MAX_PROBLEMS = 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -102,7 +111,11 @@ class Manifest:
     """Everything a device needs to know about a bundle; ``target``, ``parity`` and ``provenance`` are free JSON.
 
     ``feature_size`` is d of the output ``features [N, d]``; the other tensor shapes follow from the number of
-    classes, the number of tasks and the image size.
+    classes, the number of tasks and the image size. ``batch`` is the number of images in one run of the graph, None
+    where it takes any number. ``precision`` is what a GPU should use: with fp16 there is a second graph, in which it
+    is baked in. ``workspace_mb`` limits the memory (in 10^6 bytes) with which TensorRT builds an engine.
+    With ``split`` the graph for a GPU is there in two parts as well, of which a new task changes only the second.
+    ``backends`` are those to try on the device, best first; none: all that the runtime knows.
     """
 
     bundle_version: int
@@ -113,6 +126,11 @@ class Manifest:
     feature_size: int
     calibration: Calibration
     files: Mapping[str, FileRecord]
+    batch: int | None = None
+    precision: str = "fp32"
+    workspace_mb: int = 512
+    split: bool = False
+    backends: tuple[str, ...] = ()
     target: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -125,6 +143,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The content of manifest.json."""
+        rows, size = self.batch or "N", self.preprocessing.size
         return {
             "schema": SCHEMA,
             "bundle_version": self.bundle_version,
@@ -132,9 +151,15 @@ class Manifest:
             "classes": list(self.classes),
             "tasks": [{"name": task.name, "classes": list(task.classes)} for task in self.tasks],
             "preprocessing": self.preprocessing.to_json(),
-            "input": _input_json(self.preprocessing.size),
+            "input": {"name": INPUT, "dtype": "uint8", "shape": [rows, size, size, 3]},
             "outputs": {
-                name: {"dtype": "float32", "shape": ["N", *shape[1:]]} for name, shape in self.output_shapes(1).items()
+                name: {"dtype": "float32", "shape": [rows, *shape[1:]]} for name, shape in self.output_shapes(1).items()
+            },
+            "engine": {
+                "precision": self.precision,
+                "workspace_mb": self.workspace_mb,
+                "split": self.split,
+                "backends": list(self.backends),
             },
             "calibration": {
                 **self.calibration.extra,
@@ -174,6 +199,13 @@ class Manifest:
         return manifest
 
 
+def gpu_graphs(precision: str, split: bool) -> tuple[str, ...]:
+    """The names of the graphs of which engines for a GPU are built, in the order in which they run."""
+    if split:
+        return f"prefix-{precision}.onnx", f"suffix-{precision}.onnx"
+    return (MODEL if precision == "fp32" else f"model-{precision}.onnx",)
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle that was opened: every file is there and, unless ``verify`` was off, unaltered."""
@@ -183,8 +215,17 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The ONNX file."""
+        """The ONNX file in fp32."""
         return self.path / MODEL
+
+    def graph(self, precision: str) -> Path:
+        """The ONNX file of a precision that the manifest names, or fp32."""
+        return self.path / gpu_graphs(precision, split=False)[0]
+
+    @property
+    def gpu_graphs(self) -> tuple[Path, ...]:
+        """The ONNX files of which engines for a GPU are built, in the order in which they run: one, or two parts."""
+        return tuple(self.path / name for name in gpu_graphs(self.manifest.precision, self.manifest.split))
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> Bundle:
@@ -232,10 +273,6 @@ class Bundle:
         return Golden(**arrays)
 
 
-def _input_json(size: int) -> dict[str, Any]:
-    return {"name": INPUT, "dtype": "uint8", "shape": ["N", size, size, 3]}
-
-
 def _read_manifest(top: Section) -> Manifest | None:
     """The manifest, or None when something was added to the list of problems."""
     classes = _names(top, "classes")
@@ -246,6 +283,20 @@ def _read_manifest(top: Section) -> Manifest | None:
     feature_size = shape[1] if isinstance(shape, list) and len(shape) == 2 else None
     if type(feature_size) is not int or not 1 <= feature_size <= MAX_FEATURES:
         features.problem("shape", f'must be ["N", d] with d from 1 to {MAX_FEATURES}')
+    image = top.section("input")
+    rows = image.values.get("shape")
+    batch = rows[0] if isinstance(rows, list) and rows and rows[0] != "N" else None
+    if batch is not None and (type(batch) is not int or not 1 <= batch <= MAX_BATCH):
+        image.problem("shape", f'must begin with "N" or a number of images from 1 to {MAX_BATCH}')
+        batch = None
+    engine = top.section("engine")
+    precision = engine.choice("precision", PRECISIONS)
+    files = _read_files(top.section("files"))
+    split = engine.boolean("split")
+    for key, parts in (("precision", False), *((("split", True),) if split else ())):
+        missing = [name for name in gpu_graphs(precision, parts) if name not in files]
+        if missing:
+            engine.problem(key, f"asks for {', '.join(missing)}, not in the list of files")
     manifest = Manifest(
         bundle_version=top.integer("bundle_version", 1, 2**53),
         name=_name(top, "name"),
@@ -254,7 +305,12 @@ def _read_manifest(top: Section) -> Manifest | None:
         preprocessing=preprocessing or Preprocessing(8),
         feature_size=feature_size if type(feature_size) is int else 1,
         calibration=_read_calibration(top.section("calibration")),
-        files=_read_files(top.section("files")),
+        files=files,
+        batch=batch,
+        precision=precision or "fp32",
+        workspace_mb=engine.integer("workspace_mb", 16, 2**20),
+        split=split,
+        backends=engine.texts("backends"),
         target=top.section("target").values,
         parity=top.section("parity").values,
         provenance=top.section("provenance").values,

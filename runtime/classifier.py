@@ -90,14 +90,15 @@ class Classifier:
         threads: int | None = None,
         strict: bool = False,
         color: str = "rgb",
+        build: bool = False,
     ) -> Classifier:
         """Open and verify a bundle and start the best backend that answers its golden images correctly.
 
-        ``backend``, ``threads`` and ``strict`` as in `open_backend`; ``color`` is the channel order of the frames,
-        ``"rgb"`` or ``"bgr"`` (OpenCV). Raises `BundleError` and `BackendError`.
+        ``backend``, ``threads``, ``strict`` and ``build`` as in `open_backend`; ``color`` is the channel order of the
+        frames, ``"rgb"`` or ``"bgr"`` (OpenCV). Raises `BundleError` and `BackendError`.
         """
         bundle = Bundle.open(path)
-        return cls(bundle, open_backend(bundle, backend, threads, strict), color)
+        return cls(bundle, open_backend(bundle, backend, threads, strict, build), color)
 
     def __call__(self, frame: npt.ArrayLike) -> Prediction:
         """Classify one frame of any size: ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``, uint8 or uint16.

@@ -36,6 +36,8 @@ def test_a_page(profile) -> None:  # type: ignore[no-untyped-def]
     assert text.count("[unverified]") == len(profile.unverified)
     assert text.count("[derived]") == len(profile.derived)
     assert all(" ".join(source.split()) in " ".join(text.split()) for source in profile.sources)
+    assert ("DLA          refused." in text) == (profile.dla_cores > 0)
+    assert f"backends     {', '.join(profile.backends)}" in text
     assert max(map(len, text.splitlines())) <= 110
 
 

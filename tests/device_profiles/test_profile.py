@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from duallora_edge.device_profiles import DeviceProfile, jetpacks, list_profiles
 from duallora_edge.device_profiles.profile import FOLDER
 from duallora_edge.errors import ProfileError
+from duallora_edge.runtime.backends import LADDER
 
 PROFILES = list_profiles()
 GPUS = [profile for profile in PROFILES if profile.kind != "cpu"]
@@ -53,6 +54,8 @@ def test_packaged_profile(profile: DeviceProfile) -> None:
     assert (FOLDER / f"{profile.name}.yaml").is_file()
     assert profile.sources and profile.precisions["fp32"] is None
     json.dumps(profile.to_json(), allow_nan=False)
+    assert set(profile.backends) <= set(LADDER) and profile.backends[-1] == "cpu"
+    assert profile.memory_bytes is None or profile.workspace_mb * 10**6 < profile.memory_bytes / 4
     if profile.kind == "jetson":
         assert profile.default_jetpack in profile.jetpacks and profile.memory_unified and profile.models
         assert (profile.opset, profile.ir_version) == (None, None)
@@ -175,6 +178,17 @@ def test_hostile_files(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(ProfileError, match=message) as caught:
         DeviceProfile.from_file(path)
     assert len(str(caught.value)) < 5000
+
+
+def test_every_problem_of_the_engine_section_is_listed(tmp_path: Path, data: dict[str, Any]) -> None:
+    data["engine"] = {"workspace_mb": 1, "backends": ["tensorrt", "tensort", "cuda"]}
+    with pytest.raises(ProfileError) as error:
+        DeviceProfile.from_file(write(tmp_path, data))
+    assert "engine.workspace_mb: must be a whole number from 16 to 65536" in str(error.value)
+    assert "engine.backends: 'tensort' is unknown. Did you mean 'tensorrt'?" in str(error.value)
+    data["engine"] = {"workspace_mb": 64, "backends": []}
+    with pytest.raises(ProfileError, match=r"engine\.backends: must name at least one"):
+        DeviceProfile.from_file(write(tmp_path, data))
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:

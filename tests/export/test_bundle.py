@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,16 +16,18 @@ from onnx import numpy_helper
 
 from duallora_edge import __version__
 from duallora_edge.device_profiles import resolve_target
-from duallora_edge.errors import ExportError
-from duallora_edge.export.bundle import GENERATED_IMAGES, GOLDEN_IMAGES, README, export_run
+from duallora_edge.errors import BundleError, ExportError
+from duallora_edge.export.bundle import GENERATED_IMAGES, GOLDEN_IMAGES, README, RECIPE, export_run
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import generated_images, torch_outputs
-from duallora_edge.files import read_json
+from duallora_edge.files import read_json, write_json
+from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.methods import compose
 from duallora_edge.learner.model import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime import Bundle, Classifier
-from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, OUTPUTS
+from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, MODEL_FP16, OUTPUTS
 
 TARGET = resolve_target("orin-nano-8gb", "6.2")
 REAL = generated_images(20, 32, seed=9)  # they stand for photographs
@@ -49,7 +53,8 @@ def test_the_runtime_answers_as_pytorch(
     exported = export_run(run, model, target, tmp_path / "bundle", REAL)
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest.to_json() == json.loads(json.dumps(exported.manifest.to_json()))
-    assert {path.name for path in bundle.path.iterdir()} == {MANIFEST, MODEL, GOLDEN, README}
+    recipe = {RECIPE} if jetpack == "5.1" else set()  # its Python is too old for the runtime
+    assert {path.name for path in bundle.path.iterdir()} == {MANIFEST, MODEL, GOLDEN, README} | recipe
     graph = onnx.load(bundle.model_path)
     assert (graph.opset_import[0].version, graph.ir_version) == (target.opset, target.ir_version)
 
@@ -77,12 +82,15 @@ def test_manifest(run: Run, model: ComposedModel, tmp_path: Path) -> None:
     assert calibration["novelty_threshold"] == NOVELTY_THRESHOLD
     target = manifest["target"]
     assert (target["profile"], target["jetpack"]) == ("orin-nano-8gb", "6.2")
-    assert (target["opset"], target["ir_version"], target["precision"]) == (17, 8, "fp32")
+    assert (target["opset"], target["ir_version"]) == (17, 8)
+    backends = ["tensorrt", "onnxruntime-tensorrt", "cuda", "cpu"]
+    assert manifest["engine"] == {"precision": "fp32", "workspace_mb": 512, "split": False, "backends": backends}
     assert [entry["mode"] for entry in target["estimates"]] == ["normal", "super"]
     assert all("estimate" in entry["note"] for entry in target["estimates"])
     assert all("estimate" in entry.text for entry in exported.estimates)
     graph = onnx.load(tmp_path / "bundle" / MODEL)
-    assert target["nodes"]["total"] == len(graph.graph.node) and target["flops"] > 1e6
+    assert target["nodes"][MODEL]["total"] == len(graph.graph.node) and target["flops"] > 1e6
+    assert 0 < target["nodes_in_onnxruntime"] < len(graph.graph.node)
     assert target["parameters"] == sum(numpy_helper.to_array(tensor).size for tensor in graph.graph.initializer)
     parity = manifest["parity"]
     assert (parity["generated"]["images"], parity["real"]["images"]) == (GENERATED_IMAGES, len(REAL))
@@ -91,6 +99,67 @@ def test_manifest(run: Run, model: ComposedModel, tmp_path: Path) -> None:
     provenance = manifest["provenance"]
     assert provenance["made_by"] == f"duallora-edge {__version__}" and provenance["run_digest"] == run.digest()
     assert provenance["backbone"]["name"] == "tiny" and set(provenance["versions"]) >= {"torch", "onnx"}
+
+
+def test_half_precision_is_a_second_graph(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+    exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL, precision="fp16", batch=2)
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert (bundle.manifest.precision, bundle.manifest.batch) == ("fp16", 2)
+    assert bundle.graph("fp32") == bundle.model_path and bundle.graph("fp16").name == MODEL_FP16
+    sizes = [bundle.manifest.files[name].bytes for name in (MODEL_FP16, MODEL)]
+    assert 0.4 * sizes[1] < sizes[0] < 0.8 * sizes[1]
+    assert set(exported.manifest.parity) >= {"generated", "real", "generated_fp16", "real_fp16"}
+    readme = (tmp_path / "bundle" / README).read_text()
+    assert MODEL_FP16 in readme and "duallora-edge build" in readme and "image [2, 32, 32, 3]" in readme
+    for precision in ("fp32", "fp16"):
+        shape = onnx.load(bundle.graph(precision)).graph.input[0].type.tensor_type.shape
+        assert [dim.dim_value for dim in shape.dim] == [2, 32, 32, 3]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_split_bundle_keeps_its_prefix_after_a_new_task(
+    run: Run, model: ComposedModel, tiny_backbone: Backbone, tmp_path: Path, precision: str
+) -> None:
+    exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL, precision=precision, batch=1, split=True)
+    before = Bundle.open(tmp_path / "bundle")
+    assert [path.name for path in before.gpu_graphs] == [f"prefix-{precision}.onnx", f"suffix-{precision}.onnx"]
+    assert f"real_{precision}_split" in exported.manifest.parity
+    earlier = compose(tiny_backbone, run.records()[:1]).eval()
+    export_run(run, earlier, TARGET, tmp_path / "other", None, precision=precision, batch=1, split=True)
+    after = Bundle.open(tmp_path / "other")
+    digests = [[bundle.manifest.files[path.name].sha256 for path in bundle.gpu_graphs] for bundle in (before, after)]
+    assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
+    document = read_json(tmp_path / "bundle" / MANIFEST)
+    del document["files"][f"suffix-{precision}.onnx"]
+    write_json(tmp_path / "bundle" / MANIFEST, document)
+    with pytest.raises(BundleError, match=r"engine\.split: asks for suffix-"):
+        Bundle.open(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(("precision", "batch"), [("fp16", 1), ("fp16", None), ("fp32", 4)])
+def test_the_recipe_of_jetpack_5(
+    run: Run, model: ComposedModel, tmp_path: Path, precision: str, batch: int | None
+) -> None:
+    """trtexec gets the right file and shapes, and is told what must stay fp32, by names that the graph has."""
+    target = resolve_target("xavier-nx", "5.1")
+    export_run(run, model, target, tmp_path / "bundle", None, precision=precision, batch=batch)
+    arguments = tmp_path / "arguments"
+    fake = tmp_path / "trtexec"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {arguments}\n')
+    fake.chmod(0o755)
+    subprocess.run(
+        ["sh", str(tmp_path / "bundle" / RECIPE), "my engine"], check=True, env={**os.environ, "TRTEXEC": str(fake)}
+    )
+    given = dict(line.removeprefix("--").partition("=")[::2] for line in arguments.read_text().splitlines())
+    graph = onnx.load(tmp_path / "bundle" / given["onnx"])
+    assert given["onnx"] == (MODEL_FP16 if precision == "fp16" else MODEL) and given["saveEngine"] == "my engine"
+    assert given["memPoolSize"] == f"workspace:{target.profile.workspace_mb}"
+    assert ("optShapes" in given) == (batch is None) and ("fp16" in given) == (precision == "fp16")
+    if precision == "fp16":
+        kept = [part.removesuffix(":fp32") for part in given["layerPrecisions"].split(",")]
+        kinds = {node.name: node.op_type for node in graph.graph.node}
+        named = [kinds[name] for name in kept]
+        assert {"Sqrt", "Conv"} <= set(named) and named.count("Softmax") < list(kinds.values()).count("Softmax")
 
 
 @pytest.mark.parametrize("real", [None, REAL[:0]], ids=["unknown", "none"])
@@ -169,9 +238,9 @@ def test_a_file_is_refused_and_untouched(run: Run, model: ComposedModel, tmp_pat
     assert (tmp_path / "mine").read_text() == "words"
 
 
-def damaged(model: ComposedModel, opset: int, ir_version: int) -> onnx.ModelProto:
+def damaged(model: ComposedModel, opset: int, ir_version: int, **options: Any) -> onnx.ModelProto:
     """A graph whose first class is a little more likely than in the model."""
-    graph = build_model(model, opset, ir_version)
+    graph = build_model(model, opset, ir_version, **options)
     (bias,) = (tensor for tensor in graph.graph.initializer if tensor.name == "classifier.bias")
     value = numpy_helper.to_array(bias).copy()
     value[0] += 0.1

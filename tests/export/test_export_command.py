@@ -12,7 +12,7 @@ import pytest
 from duallora_edge.cli import main
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime import Bundle, Classifier
-from duallora_edge.runtime.bundle import MANIFEST, MODEL
+from duallora_edge.runtime.bundle import MANIFEST, MODEL, MODEL_FP16
 from duallora_edge.runtime.preprocess import read_image
 
 Call = Callable[..., tuple[int, str, str]]
@@ -46,10 +46,12 @@ def test_the_default_is_a_jetson_and_the_last_line_says_where_the_bundle_is(
     assert code == 0 and "Target: jetson means orin-nano-8gb, the default" in err
     lines = out.splitlines()
     assert lines[0].startswith("Parity on 64 generated images: top-1 agreement 100.00 %, largest probability")
-    assert lines[1].startswith("Parity on ") and " real images: top-1 agreement 100.00 %" in lines[1]
-    assert len(lines) == 5 and all("estimate" in line for line in lines[2:4])
-    megabytes = (tmp_path / "bundle" / MODEL).stat().st_size / 1e6
-    assert lines[-1] == f"Bundle: {tmp_path}/bundle  version 1, {megabytes:.1f} MB"
+    assert lines[1].startswith("Parity on 64 generated images, fp16: top-1 agreement ")
+    assert lines[2].startswith("Parity on ") and " real images: top-1 agreement 100.00 %" in lines[2]
+    assert len(lines) == 7 and all("estimate" in line for line in lines[4:6])
+    megabytes = [(tmp_path / "bundle" / name).stat().st_size / 1e6 for name in (MODEL, MODEL_FP16)]
+    assert lines[-1] == f"Bundle: {tmp_path}/bundle  version 1, {megabytes[0]:.1f} + {megabytes[1]:.1f} MB"
+    assert Bundle.open(tmp_path / "bundle").manifest.batch == 1
 
     classifier = Classifier.load(tmp_path / "bundle", threads=1)
     photo = next((image_stream / "01-round" / "test" / "disc").iterdir())
@@ -84,6 +86,30 @@ def test_targets(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "precision", "batch"),
+    [
+        ((), "fp16", 1),
+        (("--precision", "fp32", "--batch", "dynamic"), "fp32", None),
+        (("--batch", 4), "fp16", 4),
+        (("--target", "x86-cpu"), "fp32", None),
+        (("--target", "x86-cpu", "--batch", 2), "fp32", 2),
+    ],
+)
+def test_precision_and_batch(
+    call: Call, learned: Path, tmp_path: Path, arguments: tuple[str, ...], precision: str, batch: int | None
+) -> None:
+    assert call("export", learned, "-o", tmp_path / "bundle", *arguments)[0] == 0
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert (manifest.precision, manifest.batch) == (precision, batch)
+
+
+@pytest.mark.parametrize("batch", ["0", "-1", "many", "100000"])
+def test_nonsense_batches(call: Call, learned: Path, tmp_path: Path, batch: str) -> None:
+    code, _, err = call("export", learned, "-o", tmp_path / "bundle", "--batch", batch)
+    assert code == 2 and f"'{batch}' is neither 'dynamic' nor a number from 1 to 1024" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--target", "orin-nano-8g"), "No device profile is called 'orin-nano-8g'. Did you mean 'orin-nano-8gb'?"),
@@ -92,6 +118,10 @@ def test_targets(
         (("--target", "x86-cpu", "--jetpack", "6.2"), "x86-cpu has no JetPack; leave the JetPack version out"),
         (("--target", "orin-nano-8gb", "--jetpack", "9.9"), "JetPack '9.9' is unknown; known are"),
         (("--target", "mine.yaml"), "mine.yaml"),
+        (("--precision", "int8"), "int8 is not exported for orin-nano-8gb: TensorRT users report INT8 vision"),
+        (("--precision", "fp8"), "fp8 is not exported for orin-nano-8gb: Needs compute capability 8.9 or newer; use"),
+        (("--target", "x86-cpu", "--precision", "int8"), "int8 is not exported for x86-cpu: Measured"),
+        (("--target", "x86-cpu", "--precision", "fp16"), "would only convert back and forth; use --precision fp32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

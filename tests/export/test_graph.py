@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed, SwiGLU
 from torch import nn
 
 from duallora_edge.errors import ExportError
-from duallora_edge.export.graph import build_model
+from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import generated_images, onnx_outputs, torch_outputs
 from duallora_edge.learner import embedded
 from duallora_edge.learner.backbone import Backbone, load_backbone
@@ -23,10 +23,11 @@ from duallora_edge.learner.calibration import Mixture
 from duallora_edge.learner.classifiers import CLASSIFIERS
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.model import ComposedModel
-from duallora_edge.runtime.bundle import INPUT, OUTPUTS
+from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
 Compose = Callable[..., ComposedModel]
 IMAGES = generated_images(64, 32, seed=5)
+PARTS: tuple[Part, ...] = ("whole", "prefix", "suffix")
 
 
 def assert_same_answers(model: ComposedModel, opset: int = 17, batches: Sequence[int] = (5,)) -> onnx.ModelProto:
@@ -71,6 +72,75 @@ def test_the_answers_compared_are_soft(three_tasks: ComposedModel) -> None:
     for answers in (outputs["probabilities"], outputs["task_probabilities"], three_tasks.network.memory(phi).numpy()):
         assert np.median(answers.max(axis=1)) < 0.99
     assert 0.05 < np.median(outputs["novelty"]) < 0.95
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_batch_answers_as_pytorch(three_tasks: ComposedModel, batch: int) -> None:
+    graph = build_model(three_tasks, 17, 8, batch=batch)
+    assert {dims(value)[0] for value in (*graph.graph.input, *graph.graph.output)} == {batch}
+    expected, found = torch_outputs(three_tasks, IMAGES[:6]), onnx_outputs(graph, IMAGES[:6])
+    np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=2e-5)
+    inferred = shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True).graph.value_info
+    assert all(isinstance(size, int) and size > 0 for value in inferred for size in dims(value))
+
+
+@pytest.mark.parametrize(("half", "batch"), [(False, None), (False, 3), (True, 1)])
+def test_prefix_and_suffix_answer_as_the_whole(three_tasks: ComposedModel, half: bool, batch: int | None) -> None:
+    whole, prefix, suffix = (build_model(three_tasks, 17, 8, half=half, batch=batch, part=part) for part in PARTS)
+    assert [value.name for value in prefix.graph.output] == [value.name for value in suffix.graph.input] == [*BETWEEN]
+    expected, found = onnx_outputs(whole, IMAGES[:7]), onnx_outputs([prefix, suffix], IMAGES[:7])
+    for name in OUTPUTS:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5 if not half else 5e-3)
+    names = [set(initializers(graph)) for graph in (whole, prefix, suffix)]
+    assert names[1] | names[2] >= names[0] - {name for name in names[0] if name.startswith("ints.")}
+
+
+HALF_VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"qk_norm": True, "init_values": 0.5},
+    {"global_pool": "avg", "fc_norm": False},
+]
+
+
+@pytest.mark.parametrize("opset", [16, 17, 20])
+@pytest.mark.parametrize("variant", HALF_VARIANTS, ids=["plain", "norms and scales", "average"])
+def test_half_precision(
+    make_backbone: Callable[..., Backbone], compose: Compose, variant: dict[str, Any], opset: int
+) -> None:
+    """Close to PyTorch, with half the bytes in the blocks, and fp32 wherever it is promised."""
+    model = compose(["ab", "bc", "def"], backbone=make_backbone(**variant))
+    graph = build_model(model, opset, 8, half=True)
+    expected, found = torch_outputs(model, IMAGES), onnx_outputs(graph, IMAGES)
+    for name in ("probabilities", "task_probabilities"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-2)
+    assert np.abs(found["probabilities"] - expected["probabilities"]).max() > 1e-7  # it is half precision
+    kinds = {name: value.dtype for name, value in initializers(graph).items()}
+    for name, kind in kinds.items():
+        inside = name.startswith("blocks.") and ".norm" not in name and "_norm" not in name
+        if inside and ".ls" not in name and "gate_map" not in name:
+            assert kind == np.float16, name
+        elif kind == np.float16:
+            assert name.startswith("half."), name
+    inferred = shape_inference.infer_shapes(graph, strict_mode=True).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    for node in graph.graph.node:
+        if node.op_type in ("LayerNormalization", "ReduceMean", "Conv", "Sqrt"):
+            assert types[node.output[0]] == TensorProto.FLOAT, node.name
+    heads = [node for node in graph.graph.node if node.op_type == "Softmax" and "probab" not in node.output[0]]
+    assert sum(types[node.output[0]] == TensorProto.FLOAT16 for node in heads) == len(
+        model.network.backbone.model.blocks
+    )
+
+
+def test_half_precision_survives_large_values_along_the_depth(
+    make_backbone: Callable[..., Backbone], compose: Compose
+) -> None:
+    """Some ViTs carry values beyond the range of fp16 (65,504) from block to block: those sums stay fp32."""
+    model = compose(["ab", "cd"], backbone=make_backbone())
+    with torch.no_grad():
+        model.network.backbone.model.pos_embed[..., 0] += 3e5
+    found = onnx_outputs(build_model(model, 17, 8, half=True), IMAGES)
+    np.testing.assert_allclose(found["probabilities"], torch_outputs(model, IMAGES)["probabilities"], atol=1e-2)
 
 
 VARIANTS: list[dict[str, Any]] = [

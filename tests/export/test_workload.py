@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from duallora_edge.export.graph import build_model
-from duallora_edge.export.workload import node_counts, workload
+from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.calibration import LEVELS
 from duallora_edge.learner.model import ComposedModel
@@ -94,3 +94,17 @@ def test_node_counts(compose: Compose) -> None:
     assert sum(parts.values()) == counts["total"] and list(parts.values()) == sorted(parts.values(), reverse=True)
     assert parts["Conv"] == 1 and parts["Cast"] == 1
     assert parts["Softmax"] == DEPTH + 2 and parts["LayerNormalization"] == 2 * DEPTH + 2
+
+
+def test_what_onnx_runtime_fuses(compose: Compose) -> None:
+    graph = build_model(compose(["ab"], method="frozen"), 17, 8)
+    assert 0 < optimized_nodes(graph) < len(graph.graph.node)
+
+
+def test_full_precision_nodes(compose: Compose) -> None:
+    model = compose(["ab"], method="frozen")
+    graph, half = (build_model(model, 17, 8, half=half) for half in (False, True))
+    names = {node.name for node in half.graph.node}
+    kept = full_precision_nodes(half)
+    assert set(kept) < names and len(kept) < 0.6 * len(names)
+    assert {node.name for node in graph.graph.node} == set(full_precision_nodes(graph))

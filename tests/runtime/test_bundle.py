@@ -102,9 +102,9 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         (b"[]", "no schema version"),
         (b"{}", "no schema version"),
         (b'{"schema": true}', "no schema version"),
-        (b'{"schema": 2}', "upgrade duallora-edge"),
-        (b'{"schema": 0}', "export the run again"),
-        (b'{"schema": 1}', "classes: is missing"),
+        (b'{"schema": 3}', "upgrade duallora-edge"),
+        (b'{"schema": 1}', "export the run again"),
+        (b'{"schema": 2}', "classes: is missing"),
     ],
 )
 def test_what_is_no_manifest(bundle: Path, content: bytes, message: str) -> None:
