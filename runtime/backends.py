@@ -9,7 +9,7 @@ each candidate is tried in the precision that the bundle recommends, and in fp32
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -195,7 +195,7 @@ def open_backend(
 
 def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, Bundle]]:
     """A label, the rung and the bundle at a precision, for everything worth trying; on a CPU fp16 only costs time."""
-    exact = replace(bundle, manifest=replace(bundle.manifest, precision="fp32"))
+    exact = bundle.in_fp32
     for name in names:
         yield name, name, exact if name == "cpu" else bundle
         if name != "cpu" and bundle.manifest.precision != "fp32":

@@ -14,7 +14,7 @@ import re
 import reprlib
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -221,6 +221,11 @@ class Bundle:
     def graph(self, precision: str) -> Path:
         """The ONNX file of a precision that the manifest names, or fp32."""
         return self.path / gpu_graphs(precision, split=False)[0]
+
+    @property
+    def in_fp32(self) -> Bundle:
+        """The same bundle for those who need its whole fp32 graph."""
+        return replace(self, manifest=replace(self.manifest, precision="fp32", split=False))
 
     @property
     def gpu_graphs(self) -> tuple[Path, ...]:

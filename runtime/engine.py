@@ -83,8 +83,14 @@ def local_target() -> tuple[TensorRT, Gpu]:
     return tensorrt, gpu
 
 
-def engine_key(bundle: Bundle, tensorrt: TensorRT, gpu: Gpu | str) -> EngineKey:
-    """The key of a bundle's engine, for a GPU or (TensorRT-RTX) for a compute capability such as ``"sm86"``."""
+def engine_keys(bundle: Bundle, tensorrt: TensorRT, gpu: Gpu | str) -> list[EngineKey]:
+    """The keys of a bundle's engines, in the order in which they run: one, or two where it is split."""
+    return [engine_key(bundle, tensorrt, gpu, graph) for graph in bundle.gpu_graphs]
+
+
+def engine_key(bundle: Bundle, tensorrt: TensorRT, gpu: Gpu | str, graph: Path | None = None) -> EngineKey:
+    """The key of the engine of a graph (the whole one by default), for a GPU or (TensorRT-RTX) for a compute
+    capability such as ``"sm86"``."""
     device = gpu if isinstance(gpu, Gpu) and not tensorrt.is_rtx else None
     return EngineKey(
         package=tensorrt.package,
@@ -93,7 +99,7 @@ def engine_key(bundle: Bundle, tensorrt: TensorRT, gpu: Gpu | str) -> EngineKey:
         compute_capability=gpu.compute_capability if isinstance(gpu, Gpu) else gpu,
         device=device.name if device else None,
         multiprocessors=device.multiprocessors if device else None,
-        model_sha256=bundle.manifest.files[_graph(bundle).name].sha256,
+        model_sha256=bundle.manifest.files[(graph or _graph(bundle)).name].sha256,
         precision=bundle.manifest.precision,
         batch=bundle.manifest.batch,
         max_batch=bundle.manifest.batch or ENGINE_BATCH,
@@ -105,6 +111,24 @@ def _graph(bundle: Bundle) -> Path:
     return bundle.graph(bundle.manifest.precision)
 
 
+def build_engines(
+    bundle: Bundle,
+    compute_capability: str | None = None,
+    workspace_mb: int | None = None,
+    force: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    say: Say = lambda text: None,
+) -> list[Engine]:
+    """Build what a bundle needs on a GPU, arguments as for `build_engine`: one engine, or two where it is split.
+
+    The prefix of a split bundle does not change with what was learned, so after a new task it is found in the cache.
+    """
+    return [
+        build_engine(bundle, compute_capability, workspace_mb, force, timeout_s, say, graph=graph)
+        for graph in bundle.gpu_graphs
+    ]
+
+
 def build_engine(
     bundle: Bundle,
     compute_capability: str | None = None,
@@ -113,8 +137,11 @@ def build_engine(
     timeout_s: float = TIMEOUT_S,
     say: Say = lambda text: None,
     cancel: threading.Event | None = None,
+    graph: Path | None = None,
 ) -> Engine:
     """Build the engine of a bundle, in the precision its manifest names, or find it in the cache.
+
+    ``graph``: the ONNX file of the bundle, by default the whole of that precision.
 
     ``compute_capability``: None for the GPU of this machine, or one that TensorRT-RTX builds for ahead of time
     (``"sm86"``). ``workspace_mb`` (10^6 bytes): the builder's working memory, by default the manifest's; less is
@@ -124,7 +151,8 @@ def build_engine(
     Raises `EngineError`; a build that fails or is cancelled leaves nothing, and an engine that was there stays.
     """
     tensorrt, gpu = _target(compute_capability)
-    key = engine_key(bundle, tensorrt, gpu)
+    graph = graph or _graph(bundle)
+    key = engine_key(bundle, tensorrt, gpu, graph)
     folder = engines_folder()
     limits = _Limits(time.monotonic() + timeout_s, cancel)
 
@@ -144,7 +172,7 @@ def build_engine(
             except EngineError:
                 say("the stored engine is damaged: it is deleted and built again")
                 shutil.rmtree(folder / key.digest)
-            _build(bundle, key, folder / key.digest, workspace_mb or bundle.manifest.workspace_mb, limits, say)
+            _build(graph, key, folder / key.digest, workspace_mb or bundle.manifest.workspace_mb, limits, say)
             engine = find_engine(key)
         evict(folder, key)
     if engine is None:
@@ -187,15 +215,14 @@ def _target(compute_capability: str | None) -> tuple[TensorRT, Gpu | str]:
     return tensorrt, compute_capability
 
 
-def _build(bundle: Bundle, key: EngineKey, folder: Path, workspace_mb: int, limits: _Limits, say: Say) -> None:
-    granted_mb = _grant_workspace(workspace_mb, bundle.manifest.files[_graph(bundle).name].bytes, say)
+def _build(graph: Path, key: EngineKey, folder: Path, workspace_mb: int, limits: _Limits, say: Say) -> None:
+    granted_mb = _grant_workspace(workspace_mb, graph.stat().st_size, say)
     timing = key.timing_name
     with atomic_directory(folder) as staging:
         job = Job(
             package=key.package,
-            model=str(_graph(bundle)),
+            model=str(graph),
             plan=str(staging / PLAN),
-            size=bundle.manifest.preprocessing.size,
             max_batch=key.max_batch if key.batch is None else None,
             precision=key.precision,
             workspace_bytes=granted_mb * 10**6,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from duallora_edge.runtime.backends import GoldenCheck, UnavailableError, open_backend
 from duallora_edge.runtime.bundle import Bundle
-from duallora_edge.runtime.engine import TIMEOUT_S, build_engine
+from duallora_edge.runtime.engine import TIMEOUT_S, build_engines
 from duallora_edge.runtime.engine_cache import Engine, EngineError
 from duallora_edge.runtime.tensorrt_backend import load_cudart
 
@@ -60,25 +59,25 @@ def build(
     if capability is None:
         _require_cudart()
 
-    def make(graph: Bundle) -> Engine:
-        return build_engine(
-            graph, capability, workspace_mb, force, timeout, say=lambda text: click.echo(text, err=True)
+    def make(chosen: Bundle) -> list[Engine]:
+        return build_engines(
+            chosen, capability, workspace_mb, force, timeout, say=lambda text: click.echo(text, err=True)
         )
 
-    engine, check = make(opened), None
+    engines, check, precision = make(opened), None, opened.manifest.precision
     if capability is None:
         backend = open_backend(opened, "tensorrt")
-        if (backend.name, backend.precision) != ("tensorrt", engine.key.precision) and engine.key.precision != "fp32":
+        if (backend.name, backend.precision) != ("tensorrt", precision) and precision != "fp32":
             click.echo(f"{backend.not_used['tensorrt']}; an engine in fp32 is made", err=True)
-            exact = replace(opened, manifest=replace(opened.manifest, precision="fp32"))
-            engine, backend = make(exact), open_backend(exact, "tensorrt")
+            exact = opened.in_fp32
+            engines, backend = make(exact), open_backend(exact, "tensorrt")
         if backend.name != "tensorrt":
             raise EngineError(
                 f"The engine was built, but cannot be used ({backend.not_used['tensorrt']}); '{backend.name}' will "
                 "run instead, so please report this."
             )
         check = backend.check
-    _show(engine, check, as_json)
+    _show(engines, check, as_json)
 
 
 def _require_cudart() -> None:
@@ -89,17 +88,20 @@ def _require_cudart() -> None:
         raise EngineError(f"An engine could be built, but neither checked nor run: {error}.") from error
 
 
-def _show(engine: Engine, check: GoldenCheck | None, as_json: bool) -> None:
+def _show(engines: list[Engine], check: GoldenCheck | None, as_json: bool) -> None:
     if as_json:
         golden = None if check is None else {**vars(check), "passed": check.passed}
-        click.echo(json.dumps({**engine.to_json(), "golden_check": golden}, indent=2, allow_nan=False))
+        found = {"engines": [engine.to_json() for engine in engines], "golden_check": golden}
+        click.echo(json.dumps(found, indent=2, allow_nan=False))
         return
+    key = engines[0].key
     if check is None:
         click.echo(
-            f"Golden check: not possible here, the engine is for {engine.key.compute_capability}; it is made where "
-            "the engine is loaded."
+            f"Golden check: not possible here, the engine is for {key.compute_capability}; it is made where the "
+            "engine is loaded."
         )
     else:
-        click.echo(f"Golden check: passed in {engine.key.precision}, {check}")
-    how = "from the cache" if engine.from_cache else f"built in {engine.seconds:.1f} s"
-    click.echo(f"Engine: {engine.plan} ({engine.bytes / 1e6:.1f} MB, {how})")
+        click.echo(f"Golden check: passed in {key.precision}, {check}")
+    for engine in engines:
+        how = "from the cache" if engine.from_cache else f"built in {engine.seconds:.1f} s"
+        click.echo(f"Engine: {engine.plan} ({engine.bytes / 1e6:.1f} MB, {how})")

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from duallora_edge.files import write_atomic
-from duallora_edge.runtime.bundle import INPUT
 from duallora_edge.runtime.tensorrt_api import (
     TensorRT,
     device_memory_bytes,
@@ -42,15 +41,14 @@ Say = Callable[[str], None]
 class Job:
     """What to build: the ONNX file ``model`` with package ``package``, into the file ``plan``.
 
-    ``size`` is the side of the images, ``max_batch`` the largest number of them where the graph takes any number,
-    otherwise None. ``compute_capability`` ("sm86") is None for the GPU of this machine. ``timing_cache`` names a
-    file that makes later builds faster, or is None.
+    ``max_batch`` is the largest number of images where the graph takes any number, otherwise None.
+    ``compute_capability`` ("sm86") is None for the GPU of this machine. ``timing_cache`` names a file that makes later
+    builds faster, or is None.
     """
 
     package: str
     model: str
     plan: str
-    size: int
     max_batch: int | None
     precision: str
     workspace_bytes: int
@@ -115,9 +113,11 @@ def _configure(tensorrt: TensorRT, builder: Any, network: Any, config: Any, job:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[job.compute_capability.upper()], 0)
     if job.max_batch is not None:
-        one, most = (1, job.size, job.size, 3), (job.max_batch, job.size, job.size, 3)
         profile = builder.create_optimization_profile()
-        profile.set_shape(INPUT, one, one, most)
+        for index in range(network.num_inputs):  # the image, or what a prefix hands over
+            tensor = network.get_input(index)
+            rest = tuple(tensor.shape)[1:]
+            profile.set_shape(tensor.name, (1, *rest), (1, *rest), (job.max_batch, *rest))
         config.add_optimization_profile(profile)
 
 

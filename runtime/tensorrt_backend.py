@@ -16,6 +16,7 @@ import importlib
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +25,8 @@ import numpy.typing as npt
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends import ENGINE_BATCH, Run, UnavailableError, at_most
-from duallora_edge.runtime.bundle import INPUT, OUTPUTS, Bundle, Outputs
-from duallora_edge.runtime.engine import build_engine, engine_key, local_target
+from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS, Bundle, Outputs
+from duallora_edge.runtime.engine import build_engines, engine_keys, local_target
 from duallora_edge.runtime.engine_cache import find_engine
 from duallora_edge.runtime.preprocess import Frame
 from duallora_edge.runtime.tensorrt_api import TensorRT, make_logger, make_runtime
@@ -42,12 +43,17 @@ def open_tensorrt(bundle: Bundle, build: bool = False) -> Run:
     """
     tensorrt, gpu = local_target()
     cudart = load_cudart()
-    stored = build_engine(bundle) if build else find_engine(engine_key(bundle, tensorrt, gpu))
-    if stored is None:
-        raise UnavailableError(
-            f"{tensorrt} has no engine of this model for {gpu.name} yet: run 'duallora-edge build {bundle.path}'"
-        )
-    session = TensorRTSession(tensorrt, cudart, stored.plan.read_bytes(), bundle)
+    if build:
+        build_engines(bundle)
+    plans = []
+    for key in engine_keys(bundle, tensorrt, gpu):
+        stored = find_engine(key)
+        if stored is None:
+            raise UnavailableError(
+                f"{tensorrt} has no engine of this model for {gpu.name} yet: run 'duallora-edge build {bundle.path}'"
+            )
+        plans.append(stored.plan.read_bytes())
+    session = TensorRTSession(tensorrt, cudart, plans, bundle)
     return at_most(session.run, bundle.manifest.batch or ENGINE_BATCH)
 
 
@@ -60,19 +66,22 @@ def load_cudart() -> Any:
 
 
 class TensorRTSession:
-    """An engine in GPU memory that several threads may run at once."""
+    """An engine in GPU memory that several threads may run at once, or two of which the second reads from the first."""
 
-    def __init__(self, tensorrt: TensorRT, cudart: Any, plan: bytes, bundle: Bundle) -> None:
-        """Load ``plan``. Raises `BackendError` when TensorRT refuses it or its tensors do not fit the bundle."""
+    def __init__(self, tensorrt: TensorRT, cudart: Any, plans: Sequence[bytes], bundle: Bundle) -> None:
+        """Load ``plans``. Raises `BackendError` when TensorRT refuses one or its tensors do not fit the bundle."""
         self._trt = tensorrt.trt
         self._cudart = cudart
         self._manifest = bundle.manifest
         self._errors: deque[str] = deque(maxlen=3)
         self._logger = make_logger(self._trt, self._errors.append)
         self._runtime = make_runtime(self._trt, self._logger)  # TensorRT wants it to outlive the engine
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise BackendError(f"{tensorrt} cannot load the engine{self._words()}; {_REBUILD}.")
+        self._engines = []
+        for plan in plans:
+            engine = self._runtime.deserialize_cuda_engine(plan)
+            if engine is None:
+                raise BackendError(f"{tensorrt} cannot load the engine{self._words()}; {_REBUILD}.")
+            self._engines.append(engine)
         self._check_tensors()
         self._lock = threading.Lock()
         self._idle: list[_Slot] = []
@@ -103,31 +112,42 @@ class TensorRTSession:
             for index, slot in enumerate(self._idle):
                 if slot.images == images:
                     return self._idle.pop(index)
-        context = self._engine.create_execution_context()
-        if context is None:
-            raise BackendError(f"TensorRT has no memory for another run{self._words()}; use fewer threads.")
         size = self._manifest.preprocessing.size
-        shapes = {INPUT: (images, size, size, 3), **self._manifest.output_shapes(images)}
-        if not context.set_input_shape(INPUT, shapes[INPUT]):
-            raise BackendError(f"The engine refuses {images} images at once{self._words()}; {_REBUILD}.")
-        for name in OUTPUTS:
-            if (found := tuple(context.get_tensor_shape(name))) != shapes[name]:
+        shapes: dict[str, tuple[int, ...]] = {INPUT: (images, size, size, 3)}
+        contexts = []
+        for engine in self._engines:
+            context = engine.create_execution_context()
+            if context is None:
+                raise BackendError(f"TensorRT has no memory for another run{self._words()}; use fewer threads.")
+            tensors = _tensors(engine)
+            for name in (name for name, mode in tensors if mode == self._trt.TensorIOMode.INPUT):
+                if not context.set_input_shape(name, shapes[name]):
+                    raise BackendError(f"The engine refuses {images} images at once{self._words()}; {_REBUILD}.")
+            shapes |= {name: tuple(context.get_tensor_shape(name)) for name, _ in tensors if name not in shapes}
+            contexts.append((context, {name for name, _ in tensors}))
+        for name, shape in self._manifest.output_shapes(images).items():
+            if shapes[name] != shape:
                 raise BackendError(
-                    f"The engine returns '{name}' as {list(found)} instead of {list(shapes[name])}; export the run "
+                    f"The engine returns '{name}' as {list(shapes[name])} instead of {list(shape)}; export the run "
                     "again."
                 )
-        return _Slot(self._cudart, context, shapes)
+        return _Slot(self._cudart, contexts, shapes)
 
     def _check_tensors(self) -> None:
-        trt, engine = self._trt, self._engine
-        wanted = {INPUT: (trt.TensorIOMode.INPUT, trt.uint8)}
-        wanted |= dict.fromkeys(OUTPUTS, (trt.TensorIOMode.OUTPUT, trt.float32))
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        found = {name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name)) for name in names}
-        if found != wanted:
-            described = ", ".join(f"{name} {engine.get_tensor_dtype(name)}" for name in names)
-            raise BackendError(f"The engine has other tensors than the bundle ({described}); export the run again.")
+        """The first engine reads the image, each further one what the one before returns, the last one answers."""
+        trt = self._trt
+        reads = {INPUT: trt.uint8}
+        for number, engine in enumerate(self._engines, 1):
+            writes = dict.fromkeys(OUTPUTS if number == len(self._engines) else BETWEEN, trt.float32)
+            wanted = {name: (trt.TensorIOMode.INPUT, dtype) for name, dtype in reads.items()}
+            wanted |= {name: (trt.TensorIOMode.OUTPUT, dtype) for name, dtype in writes.items()}
+            found = {name: (mode, engine.get_tensor_dtype(name)) for name, mode in _tensors(engine)}
+            if found != wanted:
+                described = ", ".join(f"{name} {dtype}" for name, (_, dtype) in found.items())
+                raise BackendError(f"The engine has other tensors than the bundle ({described}); export the run again.")
+            reads = writes
         size = self._manifest.preprocessing.size
+        engine = self._engines[0]
         shape, rows = tuple(engine.get_tensor_shape(INPUT)), self._manifest.batch or -1
         if shape != (rows, size, size, 3):
             raise BackendError(f"The engine takes images of shape {list(shape)}; {_REBUILD}.")
@@ -136,14 +156,23 @@ class TensorRTSession:
         return f" ({self._errors[-1][:300]})" if self._errors else ""
 
 
-class _Slot:
-    """An execution context, a stream and buffers for exactly ``images`` images, used by one thread at a time."""
+def _tensors(engine: Any) -> list[tuple[str, Any]]:
+    """Name and direction of what an engine reads and returns."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    return [(name, engine.get_tensor_mode(name)) for name in names]
 
-    def __init__(self, cudart: Any, context: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+
+class _Slot:
+    """Execution contexts, a stream and buffers for exactly ``images`` images, used by one thread at a time."""
+
+    def __init__(
+        self, cudart: Any, contexts: Sequence[tuple[Any, set[str]]], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """``contexts``: execution contexts in the order in which they run, with the names of their tensors."""
         self.images = shapes[INPUT][0]
         self.has_graph = False
         self._cudart = cudart
-        self._context = context
+        self._contexts = [context for context, _ in contexts]
         self._graph: Any = None
         # (function, handle) of everything to give back; filled one by one, so that a failure half-way leaks nothing.
         self._handles: list[tuple[Any, Any]] = []
@@ -157,13 +186,16 @@ class _Slot:
             size = int(np.prod(shape)) * dtype.itemsize
             self._device[name] = _ok(cudart.cudaMalloc(size))
             self._handles.append((cudart.cudaFree, self._device[name]))
+            for context, names in contexts:
+                if name in names and not context.set_tensor_address(name, int(self._device[name])):
+                    raise BackendError(f"TensorRT refuses the buffer of '{name}'; {_REBUILD}.")
+            if name in BETWEEN:
+                continue
             # Only from and to memory that is never paged out do copies run in the stream and in a graph.
             pinned = _ok(cudart.cudaMallocHost(size))
             self._handles.append((cudart.cudaFreeHost, pinned))
             memory = (ctypes.c_byte * size).from_address(int(pinned))
             self._host[name] = np.frombuffer(memoryview(memory), dtype).reshape(shape)
-            if not context.set_tensor_address(name, int(self._device[name])):
-                raise BackendError(f"TensorRT refuses the buffer of '{name}'; {_REBUILD}.")
 
     def run(self, images: Frame) -> Outputs:
         """Run as many images as the slot is for. Raises `BackendError`."""
@@ -200,8 +232,9 @@ class _Slot:
 
     def _enqueue(self) -> None:
         self._copy(INPUT, self._device[INPUT], self._host[INPUT].ctypes.data, "cudaMemcpyHostToDevice")
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise BackendError("TensorRT could not start the model; try a smaller batch or another backend.")
+        for context in self._contexts:
+            if not context.execute_async_v3(int(self._stream)):
+                raise BackendError("TensorRT could not start the model; try a smaller batch or another backend.")
         for name in OUTPUTS:
             self._copy(name, self._host[name].ctypes.data, self._device[name], "cudaMemcpyDeviceToHost")
 

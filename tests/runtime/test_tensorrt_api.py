@@ -281,7 +281,12 @@ class Imitation:
     def create_network(self, flags: int) -> Strict:
         self.asked["network"] = flags
         return Strict(
-            "INetworkDefinition", self.version, num_layers=len(self.layers), get_layer=self.layers.__getitem__
+            "INetworkDefinition",
+            self.version,
+            num_layers=len(self.layers),
+            get_layer=self.layers.__getitem__,
+            num_inputs=1,
+            get_input=lambda index: SimpleNamespace(name="image", shape=(-1, 32, 32, 3)),
         )
 
     def create_config(self) -> Strict:
@@ -347,7 +352,6 @@ def job(folder: Path, **changes: Any) -> Job:
         "package": "tensorrt",
         "model": "model.onnx",
         "plan": str(folder / "engine.plan"),
-        "size": 32,
         "max_batch": 4,
         "precision": "fp32",
         "workspace_bytes": 10**8,

@@ -28,12 +28,26 @@ from duallora_edge.errors import BackendError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime import Classifier, engine, tensorrt_api, tensorrt_backend
 from duallora_edge.runtime.backends import Backend, UnavailableError, open_backend
-from duallora_edge.runtime.bundle import INPUT, MANIFEST, MODEL, MODEL_FP16, OUTPUTS, Bundle, FileRecord, Manifest
-from duallora_edge.runtime.engine import build_engine
+from duallora_edge.runtime.bundle import (
+    BETWEEN,
+    INPUT,
+    MANIFEST,
+    MODEL,
+    MODEL_FP16,
+    OUTPUTS,
+    Bundle,
+    FileRecord,
+    Manifest,
+)
+from duallora_edge.runtime.engine import build_engine, build_engines
 from duallora_edge.runtime.tensorrt_api import Gpu
 
 GPU = Gpu("Imaginary Orin", "sm87", 8, 8 * 10**9)
 Compute = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+# What an engine reads and returns, by the first word of the name of its graph.
+PARTS = {"model": ((INPUT,), OUTPUTS), "prefix": ((INPUT,), BETWEEN), "suffix": (BETWEEN, OUTPUTS)}
 
 
 class CudaError(IntEnum):
@@ -138,15 +152,16 @@ class Cuda:
 class Context:
     """An execution context: NumPy between the addresses it was given."""
 
-    def __init__(self, trt: Imitation) -> None:
-        self.trt = trt
+    def __init__(self, trt: Imitation, part: str) -> None:
+        self.trt, self.part = trt, part
         self.addresses: dict[str, int] = {}
         self.images = 0
         self.busy = False
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.images = shape[0]
-        return name == INPUT and self.trt.batch in (None, shape[0]) and shape[0] <= 16
+        fits = shape == (shape[0], *self.trt.shapes[name][1:])
+        return fits and name in PARTS[self.part][0] and self.trt.batch in (None, shape[0]) and shape[0] <= 16
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (self.images, *self.trt.shapes[name][1:])
@@ -169,9 +184,19 @@ class Context:
     def compute(self) -> None:
         assert not self.busy, "two threads in one context"
         self.busy = True
-        for name, values in self.trt.compute(self.view(INPUT)).items():
+        for name, values in self.answers().items():
             self.view(name)[:] = values
         self.busy = False
+
+    def answers(self) -> dict[str, np.ndarray]:
+        if self.part == "prefix":
+            image = self.view(INPUT)
+            return {"tokens": image.reshape(len(image), -1, 3), "phi": image.mean(axis=(1, 2))}
+        if self.part == "suffix":
+            image = self.view("tokens").reshape(-1, 16, 16, 3).astype(np.uint8)
+            np.testing.assert_allclose(self.view("phi"), image.mean(axis=(1, 2)), rtol=1e-5)
+            return self.trt.compute(image)
+        return self.trt.compute(self.view(INPUT))
 
 
 class Imitation:
@@ -192,6 +217,8 @@ class Imitation:
             "task_probabilities": (-1, 2),
             "novelty": (-1,),
             "features": (-1, 3),
+            "tokens": (-1, 256, 3),
+            "phi": (-1, 3),
         }
         self.dtypes = {name: "uint8" if name == INPUT else "float32" for name in self.shapes}
         self.uint8, self.float32 = "uint8", "float32"
@@ -200,25 +227,26 @@ class Imitation:
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         def load(plan: bytes) -> Any:
-            assert plan == b"plan"
+            part = plan.decode()
+            reads, writes = PARTS[part]
             if not self.loads:
                 logger.log(1, "The plan file is not compatible")
                 return None
-            names = list(self.shapes)
+            names = [name for name in (*reads, *writes) if name in self.shapes]
             return SimpleNamespace(
                 num_io_tensors=len(names),
                 get_tensor_name=names.__getitem__,
-                get_tensor_mode=lambda name: 1 if name == INPUT else 2,
+                get_tensor_mode=lambda name: 1 if name in reads else 2,
                 get_tensor_dtype=self.dtypes.__getitem__,
                 get_tensor_shape=lambda name: (self.batch or -1, *self.shapes[name][1:]),
-                create_execution_context=self.create_context,
+                create_execution_context=lambda: self.create_context(part),
             )
 
         return SimpleNamespace(deserialize_cuda_engine=load)
 
-    def create_context(self) -> Context | None:
+    def create_context(self, part: str) -> Context | None:
         self.contexts += 1
-        return Context(self) if self.contexts <= self.most_contexts else None
+        return Context(self, part) if self.contexts <= self.most_contexts else None
 
 
 @pytest.fixture
@@ -234,7 +262,7 @@ def trt(
         monkeypatch.setattr(module, "find_gpu", lambda: GPU)
 
     def work(job: Any, limits: Any, say: Any) -> dict[str, Any]:
-        Path(job.plan).write_bytes(b"plan")
+        Path(job.plan).write_text(Path(job.model).stem.split("-")[0])
         return {"seconds": 1.0, "device_memory_bytes": 10}
 
     monkeypatch.setattr(engine, "_run_worker", work)
@@ -267,6 +295,55 @@ def test_an_engine_that_was_built_is_used(trt: Imitation, built: Bundle) -> None
     assert (backend.name, backend.precision, backend.not_used) == ("tensorrt", "fp32", {})
     for count in (1, 2, 16, 17, 40, 1):
         assert_right(backend, trt.compute, frames(count, count))
+
+
+def split(folder: Path, precision: str = "fp32") -> Bundle:
+    """The bundle in ``folder`` with its graph in two parts as well; what is in them, the imitation does not read."""
+    document = read_json(folder / MANIFEST)
+    document["engine"].update(precision=precision, split=True)
+    for name in {
+        f"prefix-{precision}.onnx",
+        f"suffix-{precision}.onnx",
+        *([MODEL_FP16] if precision != "fp32" else []),
+    }:
+        (folder / name).write_bytes(name.encode())
+        document["files"][name] = vars(FileRecord.of(folder / name))
+    write_json(folder / MANIFEST, document)
+    return Bundle.open(folder)
+
+
+def test_a_split_bundle_runs_as_two_engines(trt: Imitation, bundle: Path) -> None:
+    opened = split(bundle)
+    assert "has no engine" in open_backend(opened, threads=1).not_used["tensorrt"]
+    prefix, suffix = build_engines(opened)
+    backend = open_backend(opened)
+    assert (backend.name, backend.not_used) == ("tensorrt", {})
+    for count in (1, 2, 40, 1, 1):
+        assert_right(backend, trt.compute, frames(count, count))
+    assert trt.cuda.launches > 0 and prefix.key != suffix.key
+
+    (bundle / "suffix-fp32.onnx").write_bytes(b"a new task")
+    again = build_engines(split_again(bundle))
+    assert [engine.from_cache for engine in again] == [True, False]
+
+
+def split_again(folder: Path) -> Bundle:
+    """The bundle after its second part changed."""
+    document = read_json(folder / MANIFEST)
+    document["files"]["suffix-fp32.onnx"] = vars(FileRecord.of(folder / "suffix-fp32.onnx"))
+    write_json(folder / MANIFEST, document)
+    return Bundle.open(folder)
+
+
+def test_a_split_bundle_falls_back_to_the_whole_graph_in_fp32(trt: Imitation, bundle: Path) -> None:
+    opened = split(bundle, "fp16")
+    build_engines(opened)
+    build_engine(opened.in_fp32)
+    right, wrong = trt.compute, lambda images: {n: v * 0.9 for n, v in right(images).items()}
+    trt.compute = wrong
+    backend = open_backend(opened, threads=1)
+    assert backend.name == "cpu" and "wrong results in fp16" in backend.not_used["tensorrt"]
+    assert "wrong results in fp32" in backend.not_used["tensorrt in fp32"]
 
 
 def test_no_engine_is_built_by_loading(trt: Imitation, shared_bundle: Path) -> None:
@@ -535,7 +612,8 @@ def test_build_checks_the_engine(
     assert last.startswith("Engine: ") and "built in 1.0 s" in last
     code, out, _ = call("build", shared_bundle, "--json")
     document = json.loads(out)
-    assert document["from_cache"] and document["golden_check"]["passed"] and document["key"]["device"] == GPU.name
+    (engine,) = document["engines"]
+    assert engine["from_cache"] and document["golden_check"]["passed"] and engine["key"]["device"] == GPU.name
 
 
 def test_build_says_that_the_engine_is_wrong(
