@@ -13,9 +13,8 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-# TensorRT-RTX builds engines ahead of time without a GPU; it is not part of the other installs.
+# What takes minutes: the runtime in an emulated arm64 Debian (as root, with debootstrap and qemu-user-static).
 test-slow: $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[rtx]'
 	$(BIN)/python -m pytest -m slow
 
 # mypy does not follow the package mapping of an editable install, so it gets a tree of links.

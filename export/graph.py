@@ -111,6 +111,20 @@ class Builder:
         """x weight^T + bias for a matrix x and a weight in the (out, in) layout."""
         return self.node("Gemm", x, weight, *([bias] if bias else []), transB=1)
 
+    def project(self, x: str, name: str, weight: Tensor, bias: Tensor | None = None, output: str = "") -> str:
+        """x weight^T + bias in fp32, for rows x [N, D] and a small weight [K, D] outside the blocks.
+
+        Beside half precision it is written as multiplications and sums: TensorRT-RTX has no fp32 matrix product for
+        GPUs of compute capability 7.5, and for one image there is nothing to gain from one.
+        """
+        stored = self.weight(f"{name}.weight", weight)
+        added = None if bias is None else self.weight(f"{name}.bias", bias)
+        if not self.half:
+            return self.node("Gemm", x, stored, *([added] if added else []), name=output, transB=1)
+        terms = self.node("Mul", self.reshape(x, -1, 1, weight.shape[1]), stored)
+        sums = self.node("ReduceSum", terms, self.ints(-1), name="" if added else output, keepdims=0)
+        return self.node("Add", sums, added, name=output) if added else sums
+
     def layer_norm(self, x: str, scale: str, bias: str | None, eps: float) -> str:
         """Normalise the last axis; decomposed where the opset has no such operator."""
         if self.opset >= LAYER_NORM_OPSET:
@@ -279,7 +293,7 @@ class VitGraph:
         """The gates [N, R] of the residual adapters of all tasks, None for a block without any."""
         if adapted.adapter is None or adapted.gate_map is None or posterior is None:
             return None
-        return self.b.node("MatMul", posterior, self.b.weight(f"{name}.residual.gate_map", adapted.gate_map))
+        return self.b.project(posterior, f"{name}.residual.gate_map", adapted.gate_map.T)
 
     def _attention(self, name: str, adapted: AdaptedBlock, y: str, gates: str | None, class_token_only: bool) -> str:
         """Heads concatenated, rows [N * Lq, d], before the output projection."""
@@ -399,12 +413,8 @@ class VitGraph:
     def _posterior(self, phi: str) -> str:
         """The task posterior [N, T]; the temperature is folded into the weights."""
         b, memory = self.b, self.model.network.memory
-        logits = b.gemm(
-            phi,
-            b.weight("memory.weight", memory.weight / memory.temperature),
-            b.weight("memory.bias", memory.bias / memory.temperature),
-        )
-        return b.node("MatMul", b.node("Softmax", logits, axis=-1), b.weight("memory.task_sums", memory.task_sums))
+        logits = b.project(phi, "memory", memory.weight / memory.temperature, memory.bias / memory.temperature)
+        return b.project(b.node("Softmax", logits, axis=-1), "memory.task_sums", memory.task_sums.T)
 
     def _feature(self, x: str) -> str:
         """The final feature f [N, d]; x is [N, d] when the last block gave the class token alone."""
@@ -422,13 +432,9 @@ class VitGraph:
         features = b.node("Concat", f, phi, axis=1, name="features")
         read = features
         if c.expansion.numel():
-            read = b.node("Relu", b.gemm(features, b.weight("classifier.expansion", c.expansion), None))
+            read = b.node("Relu", b.project(features, "classifier.expansion", c.expansion))
         mixture = c.mixture
-        logits = b.gemm(
-            read,
-            b.weight("classifier.weight", c.weight / mixture.temperature),
-            b.weight("classifier.bias", c.bias / mixture.temperature),
-        )
+        logits = b.project(read, "classifier", c.weight / mixture.temperature, c.bias / mixture.temperature)
         components = b.node("Softmax", logits, axis=-1)
         if mixture.share:
             flat = b.node("Softmax", b.node("Mul", logits, b.number(1 / mixture.spread)), axis=-1)
@@ -437,33 +443,27 @@ class VitGraph:
                 b.node("Mul", components, b.number(1 - mixture.share)),
                 b.node("Mul", flat, b.number(mixture.share)),
             )
-        b.node("MatMul", components, b.weight("classifier.class_sums", c.class_sums), name="probabilities")
-        b.node("MatMul", components, b.weight("classifier.task_sums", c.task_sums), name="task_probabilities")
+        b.project(components, "classifier.class_sums", c.class_sums.T, output="probabilities")
+        b.project(components, "classifier.task_sums", c.task_sums.T, output="task_probabilities")
         if torch.equal(c.gaussian_weight, c.weight) and torch.equal(c.gaussian_bias, c.bias):
             gaussian = b.node("Mul", logits, b.number(mixture.temperature))
         else:
-            gaussian = b.gemm(
-                features, b.weight("novelty.weight", c.gaussian_weight), b.weight("novelty.bias", c.gaussian_bias)
-            )
+            gaussian = b.project(features, "novelty", c.gaussian_weight, c.gaussian_bias)
         self._novelty(gaussian)
 
     def _novelty(self, gaussian: str) -> None:
         """Relative Mahalanobis distance from the Gaussian logits [N, K], on the scale of held-back images."""
         b, c = self.b, self.model.classifier
-        white = b.gemm(
-            gaussian, b.weight("novelty.background", c.background.T), b.weight("novelty.offset", c.background_bias)
-        )
-        width = len(c.background)
-        squared = b.node("MatMul", b.reshape(white, -1, 1, width), b.reshape(white, -1, width, 1))
-        raw = b.node("Sub", b.reshape(squared, -1, 1), b.node("Mul", b.max_last(gaussian), b.number(2.0)))
+        white = b.project(gaussian, "novelty.background", c.background.T, c.background_bias)
+        squared = b.node("ReduceSum", b.node("Mul", white, white), b.ints(-1), keepdims=1)
+        raw = b.node("Sub", squared, b.node("Mul", b.max_last(gaussian), b.number(2.0)))
         steps = b.node(
             "Mul",
             b.node("Sub", raw, b.weight("novelty.start", c.novelty_start)),
             b.weight("novelty.slope", 1 / c.novelty_width),
         )
         clipped = b.node("Clip", steps, b.number(0.0), b.number(1.0))
-        height = b.weight("novelty.height", c.novelty_height[:, None])
-        b.node("Reshape", b.node("MatMul", clipped, height), b.ints(-1), name="novelty")
+        b.node("Reshape", b.project(clipped, "novelty.height", c.novelty_height[None, :]), b.ints(-1), name="novelty")
 
 
 def build_model(

@@ -263,7 +263,8 @@ def rows(graph: onnx.ModelProto, batch: int) -> dict[str, list[list[int]]]:
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
     inferred = shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True).graph
-    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in inferred.value_info}
+    values = (*inferred.value_info, *inferred.output)
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
     sources = {node.output[0]: node.input[0] for node in inferred.node if node.op_type == "Slice"}
     made: dict[str, list[list[int]]] = {}
     for node in inferred.node:

@@ -1,4 +1,4 @@
-"""TensorRT's parser and builder read the model: TensorRT-RTX builds engines ahead of time without a GPU."""
+"""TensorRT's parser and builder read what is exported: TensorRT-RTX builds engines ahead of time without a GPU."""
 
 from __future__ import annotations
 
@@ -10,36 +10,49 @@ from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.model import ComposedModel
 from duallora_edge.learner.run import Run
-from duallora_edge.runtime.bundle import MODEL, OUTPUTS
+from duallora_edge.runtime.bundle import Bundle
+from duallora_edge.runtime.engine import build_engine, build_engines
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
+
+CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120")
 
 
-@pytest.mark.slow
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path / "cache"))
+
+
+def test_engines_of_all_gpus(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+    export_run(run, model, resolve_target("rtx-sm86"), tmp_path / "bundle", None, precision="fp16", batch=1)
+    bundle = Bundle.open(tmp_path / "bundle")
+    engines = [build_engine(bundle, capability) for capability in CAPABILITIES]
+    assert len({engine.plan for engine in engines}) == len(CAPABILITIES)
+    assert all(engine.bytes > 10_000 and not engine.from_cache for engine in engines)
+    assert build_engine(bundle, "sm86").from_cache
+
+
 @pytest.mark.parametrize(
-    ("target", "jetpack", "opset"), [("orin-nano-8gb", "6.2", 17), ("xavier-nx", "5.1", 16), ("rtx-sm86", None, None)]
+    ("target", "jetpack", "precision", "batch", "split"),
+    [
+        ("orin-nano-8gb", "6.2", "fp32", None, False),
+        ("orin-nano-8gb", "6.2", "fp16", None, True),
+        ("orin-nano-8gb", "7.2", "fp16", 4, False),
+        ("xavier-nx", "5.1", "fp16", 1, False),
+        ("xavier-nx", "5.1", "fp32", 2, True),
+    ],
 )
-def test_the_model_of_a_bundle_becomes_an_engine(
-    run: Run, model: ComposedModel, tmp_path: Path, target: str, jetpack: str | None, opset: int | None
+def test_graphs_of_every_kind(
+    run: Run,
+    model: ComposedModel,
+    tmp_path: Path,
+    target: str,
+    jetpack: str,
+    precision: str,
+    batch: int | None,
+    split: bool,
 ) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
     resolved = resolve_target(target, jetpack)
-    assert opset in (None, resolved.opset)
-    export_run(run, model, resolved, tmp_path / "bundle", None)
-
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(tmp_path / "bundle" / MODEL))
-    assert parsed, [str(parser.get_error(index)) for index in range(parser.num_errors)]
-    image = network.get_input(0)
-    assert (image.name, tuple(image.shape), image.dtype) == ("image", (-1, 32, 32, 3), trt.uint8)
-    assert {network.get_output(index).name for index in range(network.num_outputs)} == set(OUTPUTS)
-
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    profile = builder.create_optimization_profile()
-    profile.set_shape("image", (1, 32, 32, 3), (1, 32, 32, 3), (8, 32, 32, 3))
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None and engine.nbytes > 10_000
+    export_run(run, model, resolved, tmp_path / "bundle", None, precision=precision, batch=batch, split=split)
+    engines = build_engines(Bundle.open(tmp_path / "bundle"), "sm86")
+    assert len(engines) == (2 if split else 1) and all(engine.bytes > 10_000 for engine in engines)
