@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from duallora_edge.errors import RunError
+from duallora_edge.files import cache_folder
 from duallora_edge.learner.config import load_config, read_yaml
-from duallora_edge.learner.data import default_cache_dir
 from duallora_edge.learner.evaluation import measured_rows, report
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.metrics import Metrics, Row, TaskClasses, pool
@@ -343,7 +343,7 @@ def privacy_list(run: Run) -> dict[str, Any]:
         if (run.path / name).is_file():
             files.append({"file": name, "bytes": (run.path / name).stat().st_size, "what": what})
     pixels = METHODS[run.config.method].keeps_images and run.config.memory_per_class > 0
-    return {"pixels": pixels, "files": files, "pixel_cache": str(default_cache_dir())}
+    return {"pixels": pixels, "files": files, "pixel_cache": str(cache_folder())}
 
 
 def privacy_text(value: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ MIN_RUNS = 20
 P99_RUNS = 1000
 MAX_COV = 0.10
 MAX_DRIFT = 0.05
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python", "numpy", "pillow")
 
 Sample = TypeVar("Sample")
 

@@ -62,7 +62,9 @@ def load_cudart() -> Any:
     for name in CUDART:
         with suppress(ImportError):
             return importlib.import_module(name)
-    raise UnavailableError("cuda-python is not installed: pip install 'duallora-edge[tensorrt]'")
+    raise UnavailableError(
+        "cuda-python is not installed: pip install cuda-python, of the major version of this machine's CUDA"
+    )
 
 
 class TensorRTSession:

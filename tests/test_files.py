@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duallora_edge.files import atomic_directory, read_json, sha256_file, write_atomic, write_json
+from duallora_edge.files import atomic_directory, cache_folder, read_json, sha256_file, write_atomic, write_json
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
@@ -271,3 +271,19 @@ def test_a_full_disk_keeps_the_old_directory(small_disk: Path) -> None:
         fill(staging, "n" * 60_000, "model", "golden", "one too many")
     assert caught.value.errno == errno.ENOSPC
     assert content(small_disk) == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"DUALLORA_EDGE_CACHE": "/one"}, "/one"),
+        ({"XDG_CACHE_HOME": "/two"}, "/two/duallora-edge"),
+        ({"HOME": "/home/someone"}, "/home/someone/.cache/duallora-edge"),
+    ],
+)
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str) -> None:
+    for name in ("DUALLORA_EDGE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected)

@@ -3,7 +3,6 @@
 Augmentation is in `duallora_edge.learner.data.augment`, the only module here that imports torch.
 """
 
-from duallora_edge.learner.data.cache import default_cache_dir
 from duallora_edge.learner.data.health import HealthReport
 from duallora_edge.learner.data.images import DatasetImage, ImageFile, ImageRef, ImageSet, Stream, TaskData
 from duallora_edge.learner.data.prepare import PixelSet, PreparedStream, PreparedTask, prepare
@@ -20,7 +19,6 @@ __all__ = [
     "PreparedTask",
     "Stream",
     "TaskData",
-    "default_cache_dir",
     "open_stream",
     "prepare",
 ]

@@ -27,13 +27,6 @@ _DEFAULT_LIMIT_GB = "8"
 _ABANDONED_AFTER_S = 24 * 3600
 
 
-def default_cache_dir() -> Path:
-    """``$DUALLORA_EDGE_CACHE``, else ``duallora-edge`` in the user's cache folder (XDG base directories)."""
-    if folder := os.environ.get("DUALLORA_EDGE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora-edge"
-
-
 @dataclass(frozen=True, eq=False)
 class Decoded:
     """Images at the size of the model, and what was seen while decoding them.

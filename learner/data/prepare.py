@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import DataError
+from duallora_edge.files import cache_folder
 from duallora_edge.learner.data.cache import (
     FACT_BYTES,
     HASH_BYTES,
     Bytes,
     Decoded,
     DecodedCache,
-    default_cache_dir,
 )
 from duallora_edge.learner.data.health import MIN_SIDE, Flag, HealthReport, judge, report_task
 from duallora_edge.learner.data.images import ImageRef, ImageSet, Stream, TaskData
@@ -115,7 +115,7 @@ def prepare(
     processor); ``on_progress(done, total)`` is called with numbers of images as they become ready.
     Raises `DataError` when a class loses all its training images or the cache cannot be written.
     """
-    cache = DecodedCache(cache_dir or default_cache_dir())
+    cache = DecodedCache(cache_dir or cache_folder())
     done, total = 0, sum(len(images) for task in stream.tasks for images in _splits(task).values())
 
     def advance(count: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from duallora_edge.errors import DataError
-from duallora_edge.learner.data.cache import default_cache_dir
+from duallora_edge.files import cache_folder
 from duallora_edge.learner.data.folders import find_in_folder
 from duallora_edge.learner.data.images import Stream
 from duallora_edge.learner.data.manifest import find_in_manifest
@@ -57,7 +57,7 @@ def _find(source: str, task_order: Sequence[str] | None, task_name: str | None, 
         if task_order is not None:
             raise DataError("task_order needs a source with named tasks; a torchvision dataset has none.")
         name = source.removeprefix(_TORCHVISION)
-        return find_in_torchvision(name, data_root or default_cache_dir() / "torchvision", task_name or name.lower())
+        return find_in_torchvision(name, data_root or cache_folder() / "torchvision", task_name or name.lower())
     path = Path(source)
     if path.is_dir():
         return find_in_folder(path, task_order, task_name or path.resolve().name or "task")

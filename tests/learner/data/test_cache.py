@@ -9,7 +9,7 @@ import pytest
 
 from duallora_edge.errors import ConfigError, DataError
 from duallora_edge.learner.data import cache as cache_module
-from duallora_edge.learner.data.cache import FACT_BYTES, Decoded, DecodedCache, default_cache_dir
+from duallora_edge.learner.data.cache import FACT_BYTES, Decoded, DecodedCache
 
 COUNT, SIZE = 5, 8
 
@@ -99,19 +99,3 @@ def test_a_bad_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str)
     monkeypatch.setenv("DUALLORA_EDGE_CACHE_GB", text)
     with pytest.raises(ConfigError, match="DUALLORA_EDGE_CACHE_GB"):
         DecodedCache(tmp_path).trim()
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"DUALLORA_EDGE_CACHE": "/one"}, "/one"),
-        ({"XDG_CACHE_HOME": "/two"}, "/two/duallora-edge"),
-        ({"HOME": "/home/someone"}, "/home/someone/.cache/duallora-edge"),
-    ],
-)
-def test_default_folder(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str) -> None:
-    for name in ("DUALLORA_EDGE_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert default_cache_dir() == Path(expected)
