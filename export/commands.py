@@ -80,9 +80,9 @@ def export(
     weights: str | None,
     as_json: bool,
 ) -> None:
-    """Write a verified bundle for a device: one ONNX file, golden outputs, manifest.
+    """Write a verified bundle for a device: ONNX graphs, golden outputs, manifest.
 
-    The graph is compared with the trained model on generated images and, where the images of the run can still be
+    Every graph is compared with the trained model on generated images and, where the images of the run can still be
     read, on real ones; a bundle is written only when they agree.
 
     \b
