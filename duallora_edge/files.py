@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from duallora_edge.errors import ConfigError
+
 MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -20,6 +22,18 @@ def cache_folder() -> Path:
     if folder := os.environ.get("DUALLORA_EDGE_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora-edge"
+
+
+def cache_limit(variable: str, default_gb: int) -> float:
+    """How many bytes a cache may take: the environment's number of gigabytes. Raises `ConfigError` for nonsense."""
+    text = os.environ.get(variable, str(default_gb))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise ConfigError(f"{variable} must be a number of gigabytes such as {default_gb}, not {text!r}.")
+    return limit * 1e9
 
 
 def sha256_file(path: Path) -> str:

@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from duallora_edge.errors import BackendError, ConfigError
-from duallora_edge.files import cache_folder, read_json, sha256_file, write_json
+from duallora_edge.errors import BackendError
+from duallora_edge.files import cache_folder, cache_limit, read_json, sha256_file, write_json
 from duallora_edge.runtime.tensorrt_api import TENSORRT_RTX
 
 PLAN = "engine.plan"
 RECORD = "engine.json"
 LIMIT_VARIABLE = "DUALLORA_EDGE_ENGINES_GB"
-_DEFAULT_LIMIT_GB = "4"
+LIMIT_GB = 4
 _ABANDONED_AFTER_S = 24 * 3600
 _POLL_S = 0.2
 
@@ -193,7 +193,7 @@ def evict(folder: Path, keep: EngineKey) -> None:
 
     The engine ``keep`` and its timings stay, even beyond the limit. Files that killed builds left go after a day.
     """
-    limit = _limit_bytes()
+    limit = cache_limit(LIMIT_VARIABLE, LIMIT_GB)
     sizes: dict[Path, int] = {}
     used: dict[Path, float] = {}
     for path in folder.iterdir():
@@ -216,17 +216,6 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _limit_bytes() -> float:
-    text = os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT_GB)
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = -1.0
-    if not limit >= 0:
-        raise ConfigError(f"{LIMIT_VARIABLE} must be a number of gigabytes such as 4, not {text!r}.")
-    return limit * 1e9
 
 
 def _digest(value: Any) -> str:

@@ -46,9 +46,9 @@ def build(
     """Build the TensorRT engine of the bundle BUNDLE for the GPU of this machine, and check it.
 
     The engine is kept in the cache folder, where 'predict', 'benchmark' and applications find it; the golden images of
-    the bundle decide whether it is used. Building with TensorRT on a GPU is untested on a device; building ahead of time
-    with TensorRT-RTX is tested, running what it builds is not. To use an engine that was built ahead of time, copy
-    its folder into the cache of a computer with the same TensorRT-RTX and operating system.
+    the bundle decide whether it is used. Building with TensorRT on a GPU is untested on a device; building ahead of
+    time with TensorRT-RTX is tested, running what it builds is not. To use an engine that was built ahead of time,
+    copy its folder into the cache of a computer with the same TensorRT-RTX and operating system.
 
     \b
     Example:

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from duallora_edge.errors import ConfigError, DataError
+from duallora_edge.errors import DataError
+from duallora_edge.files import cache_limit
 
 Bytes = npt.NDArray[np.uint8]
 
 HASH_BYTES = 16
 FACT_BYTES = HASH_BYTES + 1
-_DEFAULT_LIMIT_GB = "8"
+LIMIT_GB = 8
 _ABANDONED_AFTER_S = 24 * 3600
 
 
@@ -99,7 +100,7 @@ class DecodedCache:
         Files that this object has returned stay, even beyond the limit. On POSIX systems a file that another
         process has mapped stays readable there.
         """
-        limit = _limit_bytes()
+        limit = cache_limit("DUALLORA_EDGE_CACHE_GB", LIMIT_GB)
         entries = [(path, path.stat()) for path in _listed(self.folder, "*.u8")]
         total = sum(facts.st_size for _, facts in entries)
         for path, facts in sorted(entries, key=lambda entry: entry[1].st_mtime):
@@ -131,14 +132,3 @@ def _checksum(key: str, facts: bytes) -> bytes:
 
 def _listed(folder: Path, pattern: str) -> Collection[Path]:
     return [path for path in folder.glob(pattern) if path.is_file()]
-
-
-def _limit_bytes() -> float:
-    text = os.environ.get("DUALLORA_EDGE_CACHE_GB", _DEFAULT_LIMIT_GB)
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = -1.0
-    if not limit >= 0:
-        raise ConfigError(f"DUALLORA_EDGE_CACHE_GB must be a number of gigabytes such as 8, not {text!r}.")
-    return limit * 1e9

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -452,19 +452,6 @@ def test_a_plan_that_does_not_fit(shared_bundle: Path, cache: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(shared_bundle)], capture_output=True, text=True, check=True)
     assert "File too large); free some space, or name another folder" in done.stdout
     assert contents(cache) == {}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)]
-    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small tmpfs cannot be mounted here (needs root)")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk(shared_bundle: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
