@@ -261,6 +261,7 @@ def _readme(
         "    pip install 'duallora-edge[cpu]'",
         "    duallora-edge predict THIS_FOLDER photo.jpg",
         "    duallora-edge benchmark THIS_FOLDER",
+        "    duallora-edge doctor THIS_FOLDER      # what this machine can really run",
         "",
         "In an application:",
         "",
