@@ -6,7 +6,7 @@ import datetime
 import io
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ GENERATED_IMAGES = 64
 README = "README.md"
 RECIPE = "build-engine.sh"
 
+Graphs = Mapping[tuple[str, Part], onnx.ModelProto]  # by precision and part, the prefix before the suffix
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -73,20 +75,9 @@ def export_run(
     else than a bundle is there or a graph does not answer as the model, and leaves what is there untouched then.
     """
     previous = _previous_version(output)
-    mixture = model.classifier.mixture
-    parts: tuple[Part, ...] = ("whole", "prefix", "suffix") if split else ("whole",)
-    graphs = {
-        (name, part): build_model(model, target.opset, target.ir_version, half=name == "fp16", batch=batch, part=part)
-        for name in dict.fromkeys(("fp32", precision))
-        for part in (parts if name == precision else ("whole",))
-    }
+    graphs = _graphs(model, target, precision, batch, split)
     graph = graphs["fp32", "whole"]
-    chains: dict[str, tuple[onnx.ModelProto, ...]] = {
-        name: (each,) for (name, part), each in graphs.items() if part == "whole"
-    }
-    if split:
-        chains[f"{precision}_split"] = (graphs[precision, "prefix"], graphs[precision, "suffix"])
-    parity = _verify(model, chains, real_images)
+    parity = _verify(model, graphs, real_images)
     work = workload(graph)
     modes = ["normal", *(["super"] if "super" in target.profile.modes else [])]
     estimates = tuple(estimate(target.profile, work, mode=mode) for mode in modes)
@@ -108,17 +99,7 @@ def export_run(
             tasks=_tasks(model),
             preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
             feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
-            calibration=Calibration(
-                temperature=mixture.temperature,
-                # With a single class there is nothing its images could be nearer to than others.
-                novelty_threshold=NOVELTY_THRESHOLD if len(model.catalogue.class_of) > 1 else None,
-                method="two temperatures on held-back training images",
-                extra={
-                    "spread": mixture.spread,
-                    "share": mixture.share,
-                    "task_temperature": model.network.memory.temperature,
-                },
-            ),
+            calibration=_calibration(model),
             files={name: FileRecord.of(staging / name) for name in (*written, GOLDEN, README, *_extra_files(target))},
             backends=target.profile.backends,
             batch=batch,
@@ -148,10 +129,28 @@ def _file_name(precision: str, part: Part) -> str:
     return gpu_graphs(precision, split=True)[part == "suffix"]
 
 
-def _verify(
-    model: ComposedModel, chains: Mapping[str, Sequence[onnx.ModelProto]], real_images: Frame | None
-) -> dict[str, Any]:
-    """Agreement of each graph, or chain of two, with the model. Kernels of a CPU round to half, but add in fp32."""
+def _graphs(model: ComposedModel, target: Target, precision: str, batch: int | None, split: bool) -> Graphs:
+    """The whole graph in fp32 and in ``precision``, and with ``split`` the two parts of the latter."""
+    wanted: dict[tuple[str, Part], None] = {("fp32", "whole"): None, (precision, "whole"): None}
+    if split:
+        wanted |= {(precision, "prefix"): None, (precision, "suffix"): None}
+    return {
+        (name, part): build_model(model, target.opset, target.ir_version, half=name == "fp16", batch=batch, part=part)
+        for name, part in wanted
+    }
+
+
+def _verify(model: ComposedModel, graphs: Graphs, real_images: Frame | None) -> dict[str, Any]:
+    """Agreement of each whole graph, and of two parts in a row, with the model.
+
+    Kernels of a CPU round to half precision, but add in fp32.
+    """
+    chains: dict[str, tuple[onnx.ModelProto, ...]] = {}
+    for (precision, part), graph in graphs.items():
+        if part == "whole":
+            chains[precision] = (graph,)
+        else:
+            chains[f"{precision}_split"] = (*chains.get(f"{precision}_split", ()), graph)
     generated = generated_images(GENERATED_IMAGES, model.network.backbone.info.size)
     results: dict[str, Any] = {}
     for what, images in (("generated", generated), ("real", real_images)):
@@ -163,6 +162,21 @@ def _verify(
             parity.check(what, name.partition("_")[0])
             results[what if name == "fp32" else f"{what}_{name}"] = parity.to_json()
     return {"reference": f"PyTorch {torch.__version__}, fp32", "backend": "ONNX Runtime CPU", **results}
+
+
+def _calibration(model: ComposedModel) -> Calibration:
+    mixture = model.classifier.mixture
+    return Calibration(
+        temperature=mixture.temperature,
+        # With a single class there is nothing its images could be nearer to than others.
+        novelty_threshold=NOVELTY_THRESHOLD if len(model.catalogue.class_of) > 1 else None,
+        method="two temperatures on held-back training images",
+        extra={
+            "spread": mixture.spread,
+            "share": mixture.share,
+            "task_temperature": model.network.memory.temperature,
+        },
+    )
 
 
 def _tasks(model: ComposedModel) -> tuple[Task, ...]:
