@@ -22,7 +22,7 @@ from timm.utils.onnx import onnx_export
 
 from duallora_edge.files import write_json
 from duallora_edge.learner import embedded
-from duallora_edge.runtime.bundle import Bundle
+from duallora_edge.runtime.bundle import MODEL, Bundle
 
 
 def session(path: str, threads: int) -> onnxruntime.InferenceSession:
@@ -64,7 +64,7 @@ def main(bundles: tuple[Path, ...], weights: Path | None, rounds: int, threads: 
         label = f"{bundle.manifest.name} ({len(bundle.manifest.tasks)} tasks)"
         sessions[label] = session(str(bundle.model_path), threads)
         feeds[label] = {"image": frames}
-        nodes[label] = bundle.manifest.target["nodes"]["total"]
+        nodes[label] = bundle.manifest.target["nodes"][MODEL]["total"]
     times: dict[str, list[float]] = {label: [] for label in sessions}
     for round_number in range(rounds + 20):
         for label in rng.permutation(list(sessions)):
