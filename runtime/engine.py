@@ -89,8 +89,10 @@ def engine_keys(bundle: Bundle, tensorrt: TensorRT, gpu: Gpu | str) -> list[Engi
 
 
 def engine_key(bundle: Bundle, tensorrt: TensorRT, gpu: Gpu | str, graph: Path | None = None) -> EngineKey:
-    """The key of the engine of a graph (the whole one by default), for a GPU or (TensorRT-RTX) for a compute
-    capability such as ``"sm86"``."""
+    """The key of the engine of a graph, by default the whole one.
+
+    ``gpu``: the GPU it is for, or with TensorRT-RTX a compute capability such as ``"sm86"``.
+    """
     device = gpu if isinstance(gpu, Gpu) and not tensorrt.is_rtx else None
     return EngineKey(
         package=tensorrt.package,
@@ -141,12 +143,11 @@ def build_engine(
 ) -> Engine:
     """Build the engine of a bundle, in the precision its manifest names, or find it in the cache.
 
-    ``graph``: the ONNX file of the bundle, by default the whole of that precision.
-
     ``compute_capability``: None for the GPU of this machine, or one that TensorRT-RTX builds for ahead of time
     (``"sm86"``). ``workspace_mb`` (10^6 bytes): the builder's working memory, by default the manifest's; less is
     granted where the machine has less. A stored engine that was built with another explicit ``workspace_mb`` is
     replaced, with ``force`` any. ``say`` is called with lines of progress; ``cancel`` ends the build when it is set.
+    ``graph``: the ONNX file of the bundle, by default the whole of that precision.
 
     Raises `EngineError`; a build that fails or is cancelled leaves nothing, and an engine that was there stays.
     """

@@ -335,7 +335,7 @@ def split_again(folder: Path) -> Bundle:
     return Bundle.open(folder)
 
 
-def test_a_split_bundle_falls_back_to_the_whole_graph_in_fp32(trt: Imitation, bundle: Path) -> None:
+def test_a_split_bundle_with_wrong_results_is_tried_whole_in_fp32(trt: Imitation, bundle: Path) -> None:
     opened = split(bundle, "fp16")
     build_engines(opened)
     build_engine(opened.in_fp32)
