@@ -27,7 +27,7 @@ from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import INPUT, Bundle
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 
 
 @click.command()
@@ -81,7 +81,7 @@ def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(after)
 
 
-def latencies(graphs: dict[str, onnx.ModelProto], sample: Frame, rounds: int = 100) -> dict[str, float]:
+def latencies(graphs: dict[str, onnx.ModelProto], sample: Pixels, rounds: int = 100) -> dict[str, float]:
     """Median seconds of single images; graphs with a fixed batch of more get that many."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 2

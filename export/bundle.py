@@ -37,7 +37,7 @@ from duallora_edge.runtime.bundle import (
     Task,
     gpu_graphs,
 )
-from duallora_edge.runtime.preprocess import Frame, Preprocessing
+from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 
 GOLDEN_IMAGES = 8
 GENERATED_IMAGES = 64
@@ -60,7 +60,7 @@ def export_run(
     model: ComposedModel,
     target: Target,
     output: Path,
-    real_images: Frame | None,
+    real_images: Pixels | None,
     version: int | None = None,
     *,
     precision: str = "fp32",
@@ -140,7 +140,7 @@ def _graphs(model: ComposedModel, target: Target, precision: str, batch: int | N
     }
 
 
-def _verify(model: ComposedModel, graphs: Graphs, real_images: Frame | None) -> dict[str, Any]:
+def _verify(model: ComposedModel, graphs: Graphs, real_images: Pixels | None) -> dict[str, Any]:
     """Agreement of each whole graph, and of two parts in a row, with the model.
 
     Kernels of a CPU round to half precision, but add in fp32.

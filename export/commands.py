@@ -17,7 +17,7 @@ from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import MAX_BATCH
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 
 REAL_IMAGES = 256
 
@@ -128,10 +128,10 @@ def export(
     click.echo(f"Bundle: {output}  version {exported.manifest.bundle_version}, {texts} MB")
 
 
-def training_images(run: Run) -> Frame | None:
+def training_images(run: Run) -> Pixels | None:
     """Up to `REAL_IMAGES` training images, spread over the tasks, or None (said) where no source can be read."""
     names = {run.read_info(task).name for task in run.head()}
-    pixels: list[Frame] = []
+    pixels: list[Pixels] = []
     for settings in source_groups(run, names):
         if not settings:
             click.echo("Parity is not checked on real images of tasks whose source is no longer known.", err=True)

@@ -15,7 +15,7 @@ import torch
 from duallora_edge.errors import ExportError
 from duallora_edge.learner.model import ComposedModel
 from duallora_edge.runtime.bundle import INPUT, MAX_DIFFERENCE, OUTPUTS
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 
 MIN_TOP1_AGREEMENT = {"fp32": 0.999, "fp16": 0.98}
 MIN_FEATURE_COSINE = {"fp32": 0.9999, "fp16": 0.999}
@@ -82,13 +82,13 @@ def _largest(reference: Arrays, other: Arrays, name: str) -> float:
 
 
 @torch.no_grad()
-def torch_outputs(model: ComposedModel, images: Frame) -> Arrays:
+def torch_outputs(model: ComposedModel, images: Pixels) -> Arrays:
     """Outputs of the PyTorch model in fp32 on uint8 [N, S, S, 3]."""
     rows = [model(torch.from_numpy(images[i : i + BATCH].copy())) for i in range(0, len(images), BATCH)]
     return {name: torch.cat([getattr(row, name) for row in rows]).cpu().numpy() for name in OUTPUTS}
 
 
-def onnx_outputs(models: onnx.ModelProto | Sequence[onnx.ModelProto], images: Frame) -> Arrays:
+def onnx_outputs(models: onnx.ModelProto | Sequence[onnx.ModelProto], images: Pixels) -> Arrays:
     """Outputs of a graph in ONNX Runtime on the CPU, or of graphs of which each reads what the one before returns."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -110,7 +110,7 @@ def onnx_outputs(models: onnx.ModelProto | Sequence[onnx.ModelProto], images: Fr
     return {name: np.concatenate([row[name] for row in rows])[: len(images)] for name in OUTPUTS}
 
 
-def generated_images(count: int, size: int, seed: int = 0) -> Frame:
+def generated_images(count: int, size: int, seed: int = 0) -> Pixels:
     """Images uint8 [count, size, size, 3] that need no data: noise at four scales on colour gradients."""
     rng = np.random.default_rng(seed)
     axis = np.linspace(0, 1, size, dtype=np.float32)

@@ -17,13 +17,13 @@ import numpy as np
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.bundle import INPUT, MAX_DIFFERENCE, OUTPUTS, Bundle, FloatArray, Golden, Outputs
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 
 MIN_COSINE = 0.999
 # The largest batch of an engine that TensorRT builds of a graph that takes any number of images.
 ENGINE_BATCH = 16
 
-Run = Callable[[Frame], Outputs]
+Run = Callable[[Pixels], Outputs]
 
 
 class UnavailableError(Exception):
@@ -227,7 +227,7 @@ def in_groups(run: Run, batch: int | None) -> Run:
     if batch is None:
         return run
 
-    def grouped(images: Frame) -> Outputs:
+    def grouped(images: Pixels) -> Outputs:
         count = len(images)
         if count == batch:
             return run(images)
@@ -242,7 +242,7 @@ def in_groups(run: Run, batch: int | None) -> Run:
 def at_most(run: Run, batch: int) -> Run:
     """Let a model that takes at most ``batch`` images take any number, in several runs."""
 
-    def split(images: Frame) -> Outputs:
+    def split(images: Pixels) -> Outputs:
         if len(images) <= batch:
             return run(images)
         starts = range(0, len(images), batch)
@@ -283,7 +283,7 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
     shapes = bundle.manifest.output_shapes
 
-    def run(images: Frame) -> Outputs:
+    def run(images: Pixels) -> Outputs:
         try:
             arrays: list[FloatArray] = session.run(list(OUTPUTS), {INPUT: images})
         except Exception as error:  # see above: no common base class

@@ -25,7 +25,7 @@ from duallora_edge.runtime.backends import Run
 from duallora_edge.runtime.bundle import MODEL
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.memory import Memory, read_memory
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 
 LABEL = "quick local measurement, not MLPerf"
 BATCHES = (1, 2, 4, 8, 16)
@@ -114,7 +114,7 @@ def summarize(samples: npt.ArrayLike, warmup: int = 0) -> Latency:
     return Latency(len(times), warmup, mean, std, cov, p50, p90, p99, drift, tuple(notes))
 
 
-def single_stream(run: Run, images: Frame, seconds: float) -> Latency:
+def single_stream(run: Run, images: Pixels, seconds: float) -> Latency:
     """Run one batch, ``uint8 [N, S, S, 3]``, after the other for ``seconds`` and at least `MIN_RUNS` times."""
 
     def call() -> float:
@@ -125,7 +125,7 @@ def single_stream(run: Run, images: Frame, seconds: float) -> Latency:
     return summarize(_repeat(call, seconds), WARMUP_RUNS)
 
 
-def throughput(run: Run, image: Frame, seconds: float) -> tuple[Throughput, ...]:
+def throughput(run: Run, image: Pixels, seconds: float) -> tuple[Throughput, ...]:
     """Images per second at the batch sizes `BATCHES`, each for its share of ``seconds``, of an image ``[S, S, 3]``.
 
     The first batch that the device cannot run ends the series.
@@ -141,7 +141,7 @@ def throughput(run: Run, image: Frame, seconds: float) -> tuple[Throughput, ...]
     return tuple(found)
 
 
-def phases(classifier: Classifier, frame: Frame, seconds: float) -> dict[str, Latency]:
+def phases(classifier: Classifier, frame: Pixels, seconds: float) -> dict[str, Latency]:
     """Classify a frame ``uint8 [H, W, 3]`` again and again, and time the three phases and the whole call."""
 
     def call() -> tuple[float, float, float, float]:

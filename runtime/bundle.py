@@ -24,7 +24,7 @@ import numpy.typing as npt
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError
 from duallora_edge.files import read_json, sha256_file
-from duallora_edge.runtime.preprocess import Frame, Preprocessing
+from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ class Outputs:
 class Golden(Outputs):
     """Generated images, ``image: uint8 [N, S, S, 3]``, and the outputs of the model before its export."""
 
-    image: Frame
+    image: Pixels
 
 
 @dataclass(frozen=True)

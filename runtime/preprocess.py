@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from duallora_edge.errors import DataError
 
-Frame = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 89_000_000  # just under the number at which Pillow warns
 # Formats of cameras and photo collections; others (EPS, PDF, ...) reach decoders that should not see untrusted files.
@@ -45,7 +45,7 @@ class Preprocessing:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __call__(self, frame: Frame) -> Frame:
+    def __call__(self, frame: Pixels) -> Pixels:
         """Scale an RGB frame ``uint8 [H, W, 3]`` to ``uint8 [size, size, 3]``.
 
         Downscaling is antialiased (Pillow's filters), so a large camera frame and a thumbnail agree.
@@ -62,7 +62,7 @@ class Preprocessing:
         return np.asarray(image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box))
 
 
-def to_rgb(frame: npt.NDArray[Any], color: str = "rgb") -> Frame:
+def to_rgb(frame: npt.NDArray[Any], color: str = "rgb") -> Pixels:
     """Bring an array from a camera or a file to ``uint8 [H, W, 3]`` in RGB order.
 
     Accepted: ``[H, W]`` or ``[H, W, 1]`` grey, ``[H, W, 3]`` in the order ``color`` (``"rgb"`` or ``"bgr"``),
@@ -89,7 +89,7 @@ def to_rgb(frame: npt.NDArray[Any], color: str = "rgb") -> Frame:
     return frame if color == "rgb" else frame[:, :, ::-1]
 
 
-def read_image(path: Path) -> Frame:
+def read_image(path: Path) -> Pixels:
     """Read an image file as ``uint8 [H, W, 3]`` RGB, upright (EXIF orientation applied), alpha laid over white.
 
     Raises `DataError` when the file is missing, damaged, truncated, or larger than `MAX_PIXELS`.

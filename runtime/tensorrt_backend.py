@@ -28,7 +28,7 @@ from duallora_edge.runtime.backends import ENGINE_BATCH, Run, UnavailableError, 
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS, Bundle, Outputs
 from duallora_edge.runtime.engine import build_engines, engine_keys, local_target
 from duallora_edge.runtime.engine_cache import find_engine
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 from duallora_edge.runtime.tensorrt_api import TensorRT, make_logger, make_runtime
 
 CUDART = ("cuda.bindings.runtime", "cuda.cudart")  # the newer and the older name of NVIDIA's bindings
@@ -89,7 +89,7 @@ class TensorRTSession:
         self._idle: list[_Slot] = []
         self._use_graphs = True
 
-    def run(self, images: Frame) -> Outputs:
+    def run(self, images: Pixels) -> Outputs:
         """Run images ``uint8 [N, S, S, 3]``, as many as the engine takes at once.
 
         Raises `BackendError` when the GPU fails or the images do not fit.
@@ -199,7 +199,7 @@ class _Slot:
             memory = (ctypes.c_byte * size).from_address(int(pinned))
             self._host[name] = np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
-    def run(self, images: Frame) -> Outputs:
+    def run(self, images: Pixels) -> Outputs:
         """Run as many images as the slot is for. Raises `BackendError`."""
         self._host[INPUT][:] = images
         if self._graph is None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from duallora_edge.errors import DataError
-from duallora_edge.runtime.preprocess import Frame, read_image
+from duallora_edge.runtime.preprocess import Pixels, read_image
 
 _EXIF_ORIENTATION = 0x0112
 _DATASET_LOCK = Lock()  # not every dataset may be indexed from two threads (FakeData sets the global seed)
@@ -45,7 +45,7 @@ class ImageFile:
             return f"{path} missing"
         return f"{path} {facts.st_size} {facts.st_mtime_ns}"
 
-    def read(self) -> Frame:
+    def read(self) -> Pixels:
         """Decode to ``uint8 [H, W, 3]`` RGB, upright; `DataError` when that is impossible."""
         return read_image(self.path)
 
@@ -83,7 +83,7 @@ class DatasetImage:
         """Identity for the cache."""
         return f"{self.name} {self.place}"
 
-    def read(self) -> Frame:
+    def read(self) -> Pixels:
         """Decode to ``uint8 [H, W, 3]`` RGB; `DataError` when that is impossible."""
         try:
             with _DATASET_LOCK:

@@ -15,7 +15,7 @@ from duallora_edge.errors import BackendError
 from duallora_edge.runtime import backends
 from duallora_edge.runtime.backends import UnavailableError, check_golden, open_backend
 from duallora_edge.runtime.bundle import MAX_DIFFERENCE, Bundle, Golden, Outputs
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 from duallora_edge.runtime.tensorrt_api import Gpu
 
 CPU = backends.LADDER["cpu"]
@@ -33,7 +33,7 @@ def wrong(bundle: Bundle, threads: int | None) -> backends.Run:
     """A rung that starts and computes, but not the right numbers."""
     run = CPU(bundle, threads)
 
-    def shifted(images: Frame) -> Outputs:
+    def shifted(images: Pixels) -> Outputs:
         outputs = run(images)
         probabilities = np.roll(outputs.probabilities, 1, axis=1)
         return Outputs(probabilities, outputs.task_probabilities, outputs.novelty, outputs.features)
@@ -44,7 +44,7 @@ def wrong(bundle: Bundle, threads: int | None) -> backends.Run:
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 @pytest.mark.parametrize("images", [1, 5])
 def test_outputs_equal_the_reference(
-    shared_bundle: Path, numpy_outputs: Callable[[Frame], dict[str, np.ndarray]], backend: str, images: int
+    shared_bundle: Path, numpy_outputs: Callable[[Pixels], dict[str, np.ndarray]], backend: str, images: int
 ) -> None:
     opened = open_backend(Bundle.open(shared_bundle), backend, threads=1)
     frames = np.random.default_rng(images).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
@@ -181,7 +181,7 @@ def test_wrong_arguments(shared_bundle: Path, backend: str, threads: int | None)
 
 
 @pytest.mark.parametrize("images", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 16, 16, 3), np.float32)])
-def test_a_run_that_fails(shared_bundle: Path, images: Frame) -> None:
+def test_a_run_that_fails(shared_bundle: Path, images: Pixels) -> None:
     with pytest.raises(BackendError, match="The model failed on CPUExecutionProvider"):
         open_backend(Bundle.open(shared_bundle)).run(images)
 
@@ -206,7 +206,7 @@ def test_the_tolerance(precision: str, output: str, difference: float, passed: b
     arrays[output][1] += np.float32(difference) * np.array([-1, 1], np.float32)
     rows = iter(range(2))
 
-    def run(images: Frame) -> Outputs:
+    def run(images: Pixels) -> Outputs:
         row = next(rows)
         one = slice(row, row + 1)
         return Outputs(arrays["probabilities"][one], arrays["task_probabilities"][one], golden.novelty, golden.features)

@@ -26,7 +26,7 @@ from duallora_edge.runtime.benchmark import (
 from duallora_edge.runtime.benchmark_table import table
 from duallora_edge.runtime.bundle import Outputs
 from duallora_edge.runtime.memory import Reading
-from duallora_edge.runtime.preprocess import Frame
+from duallora_edge.runtime.preprocess import Pixels
 
 ESTIMATE = {
     "profile": "orin-nano-8gb",
@@ -86,7 +86,7 @@ def test_too_few_samples(samples: list[float]) -> None:
 
 
 def test_throughput_ends_at_the_first_batch_that_fails() -> None:
-    def run(images: Frame) -> Outputs:
+    def run(images: Pixels) -> Outputs:
         if len(images) > 4:
             raise BackendError("out of memory")
         zeros = np.zeros((len(images), 1), np.float32)
