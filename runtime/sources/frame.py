@@ -15,8 +15,8 @@ from duallora_edge.runtime.preprocess import Pixels
 class Frame:
     """One picture, ``pixels`` ``uint8 [H, W, 3]`` in RGB order, which nobody writes to.
 
-    ``sequence`` counts the frames of the source from 0, with those that were dropped; ``captured`` is the moment at which
-    the source handed it over, in seconds of `time.monotonic`, and ``timestamp`` the same moment as seconds since 1970.
+    ``sequence`` counts the frames of the source from 0, with those that were dropped; ``captured`` is the moment at
+    which the source handed it over, in seconds of `time.monotonic`, and ``timestamp`` the same in seconds since 1970.
     ``name`` is the file it came from, None for a stream.
 
     NumPy takes a frame as its array: ``np.asarray(frame)``.
