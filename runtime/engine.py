@@ -31,6 +31,7 @@ from duallora_edge.runtime.engine_cache import (
     Engine,
     EngineError,
     EngineKey,
+    RefusedModelError,
     disk_errors,
     engines_folder,
     evict,
@@ -298,7 +299,7 @@ def _run_worker(job: Job, limits: _Limits, say: Say) -> dict[str, Any]:
     if answer.get("errno") is not None:
         raise OSError(answer["errno"], answer["error"])
     if "error" in answer:
-        raise EngineError(
+        raise RefusedModelError(
             f"{job.package} cannot build the engine, {answer['error']}; use another backend, or export the run for "
             "another target or precision."
         )

@@ -35,6 +35,10 @@ class EngineError(BackendError):
     """An engine cannot be built, stored or read."""
 
 
+class RefusedModelError(EngineError):
+    """TensorRT cannot make an engine of this graph; it may of the one in another precision."""
+
+
 @dataclass(frozen=True)
 class EngineKey:
     """Everything an engine depends on.

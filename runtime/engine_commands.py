@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from duallora_edge.runtime.backends import GoldenCheck, UnavailableError, open_backend
+from duallora_edge.runtime.backends import Backend, GoldenCheck, UnavailableError, open_backend
 from duallora_edge.runtime.bundle import Bundle
 from duallora_edge.runtime.engine import TIMEOUT_S, build_engines
-from duallora_edge.runtime.engine_cache import Engine, EngineError
+from duallora_edge.runtime.engine_cache import Engine, EngineError, RefusedModelError
 from duallora_edge.runtime.tensorrt_backend import load_cudart
 
 
@@ -59,25 +59,30 @@ def build(
     if capability is None:
         _require_cudart()
 
-    def make(chosen: Bundle) -> list[Engine]:
-        return build_engines(
+    def make(chosen: Bundle) -> tuple[list[Engine], Backend | None]:
+        engines = build_engines(
             chosen, capability, workspace_mb, force, timeout, say=lambda text: click.echo(text, err=True)
         )
+        return engines, None if capability else open_backend(chosen, "tensorrt")
 
-    engines, check, precision = make(opened), None, opened.manifest.precision
-    if capability is None:
-        backend = open_backend(opened, "tensorrt")
-        if (backend.name, backend.precision) != ("tensorrt", precision) and precision != "fp32":
-            click.echo(f"{backend.not_used['tensorrt']}; an engine in fp32 is made", err=True)
-            exact = opened.in_fp32
-            engines, backend = make(exact), open_backend(exact, "tensorrt")
-        if backend.name != "tensorrt":
-            raise EngineError(
-                f"The engine was built, but cannot be used ({backend.not_used['tensorrt']}); '{backend.name}' will "
-                "run instead, so please report this."
-            )
-        check = backend.check
-    _show(engines, check, as_json)
+    precision, wrong = opened.manifest.precision, ""
+    try:
+        engines, backend = make(opened)
+        if backend and (backend.name, backend.precision) != ("tensorrt", precision):
+            wrong = backend.not_used["tensorrt"]
+    except RefusedModelError as error:
+        if precision == "fp32":
+            raise
+        wrong = str(error)
+    if wrong and precision != "fp32":
+        click.echo(f"{wrong}\nAn engine in fp32 is made instead.", err=True)
+        engines, backend = make(opened.in_fp32)
+    if backend and backend.name != "tensorrt":
+        raise EngineError(
+            f"The engine was built, but cannot be used ({backend.not_used['tensorrt']}); '{backend.name}' will "
+            "run instead, so please report this."
+        )
+    _show(engines, backend.check if backend else None, as_json)
 
 
 def _require_cudart() -> None:

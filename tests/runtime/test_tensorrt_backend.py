@@ -40,6 +40,7 @@ from duallora_edge.runtime.bundle import (
     Manifest,
 )
 from duallora_edge.runtime.engine import build_engine, build_engines
+from duallora_edge.runtime.engine_cache import RefusedModelError
 from duallora_edge.runtime.tensorrt_api import Gpu
 
 GPU = Gpu("Imaginary Orin", "sm87", 8, 8 * 10**9)
@@ -641,5 +642,24 @@ def test_build_turns_to_fp32(
 
     monkeypatch.setattr(engine, "_run_worker", work)
     code, out, err = call("build", half_bundle)
-    assert code == 0 and "wrong results in fp16" in err and "an engine in fp32 is made" in err
+    assert code == 0 and "wrong results in fp16" in err and "An engine in fp32 is made" in err
+    assert out.startswith("Golden check: passed in fp32")
+
+
+def test_build_turns_to_fp32_when_fp16_is_refused(
+    trt: Imitation,
+    half_bundle: Path,
+    call: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = engine._run_worker
+
+    def work(job: Any, limits: Any, say: Any) -> dict[str, Any]:
+        if job.precision == "fp16":
+            raise RefusedModelError("no kernel for half precision; use another backend.")
+        return real(job, limits, say)
+
+    monkeypatch.setattr(engine, "_run_worker", work)
+    code, out, err = call("build", half_bundle)
+    assert code == 0 and "no kernel for half precision" in err and "An engine in fp32 is made" in err
     assert out.startswith("Golden check: passed in fp32")
