@@ -52,13 +52,23 @@ class Preprocessing:
         """
         if frame.shape == (self.size, self.size, 3):
             return np.ascontiguousarray(frame)
-        height, width, _ = frame.shape
+        # The filter treats every channel alone. So grey is scaled once, and what `to_rgb` turned round is scaled as
+        # it lies in memory and turned round when it is small: the same numbers without a copy of the whole frame.
+        if frame.strides[2] == 0:
+            return np.repeat(self._scale(frame[:, :, 0])[:, :, None], 3, axis=2)
+        if frame.strides[2] < 0:
+            return np.ascontiguousarray(self._scale(frame[:, :, ::-1])[:, :, ::-1])
+        return self._scale(frame)
+
+    def _scale(self, frame: Pixels) -> Pixels:
+        """Scale ``[H, W]`` or ``[H, W, 3]``."""
+        height, width = frame.shape[:2]
         box = (0.0, 0.0, float(width), float(height))
         if self.resize == "crop":
             side = min(height, width)
             left, top = (width - side) / 2, (height - side) / 2
             box = (left, top, left + side, top + side)
-        image = Image.fromarray(np.ascontiguousarray(frame), "RGB")
+        image = Image.fromarray(np.ascontiguousarray(frame))
         return np.asarray(image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box))
 
 
@@ -67,7 +77,8 @@ def to_rgb(frame: npt.NDArray[Any], color: str = "rgb") -> Pixels:
 
     Accepted: ``[H, W]`` or ``[H, W, 1]`` grey, ``[H, W, 3]`` in the order ``color`` (``"rgb"`` or ``"bgr"``),
     ``[H, W, 4]`` with alpha last (laid over white); uint8, or uint16 over its full range (scaled to 8 bits).
-    Raises `DataError` for anything else.
+    The result may be a view of ``frame``, and for grey one that cannot be written to. Raises `DataError` for anything
+    else.
     """
     if color not in ("rgb", "bgr"):
         raise ValueError(f"color must be 'rgb' or 'bgr', not {color!r}")
@@ -82,10 +93,12 @@ def to_rgb(frame: npt.NDArray[Any], color: str = "rgb") -> Pixels:
     if frame.shape[0] * frame.shape[1] > MAX_PIXELS:
         raise DataError(f"A frame may have at most {MAX_PIXELS:,} pixels, not {frame.shape[:2]}.")
     if frame.shape[2] == 1:
-        return np.repeat(frame, 3, axis=2)
+        return np.broadcast_to(frame, (*frame.shape[:2], 3))
     if frame.shape[2] == 4:
-        alpha = frame[:, :, 3:].astype(np.uint16)
-        frame = ((frame[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        alpha, frame = frame[:, :, 3:], frame[:, :, :3]
+        if alpha.min() < 255:  # cameras fill the fourth byte and mean nothing by it
+            alpha = alpha.astype(np.uint16)
+            frame = ((frame * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return frame if color == "rgb" else frame[:, :, ::-1]
 
 

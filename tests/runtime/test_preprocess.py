@@ -71,6 +71,14 @@ def test_crop_keeps_the_centre_and_squash_keeps_everything(interpolation: str) -
     assert squashed[:, :3].max() == 0 and squashed[:, 8:10].min() == 200
 
 
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize(("channels", "color"), [(1, "rgb"), (3, "rgb"), (3, "bgr"), (4, "rgb"), (4, "bgr")])
+def test_views_are_scaled_like_copies(resize: str, channels: int, color: str) -> None:
+    frame = np.random.default_rng(channels).integers(0, 256, (45, 70, channels), dtype=np.uint8)
+    rgb = to_rgb(frame[::2, ::-1], color)
+    assert np.array_equal(Preprocessing(16, resize)(rgb), Preprocessing(16, resize)(np.array(rgb, order="C")))
+
+
 def test_downscaling_averages() -> None:
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     small = Preprocessing(8, "crop", "bilinear")(to_rgb(board))
