@@ -32,6 +32,10 @@ class BackendError(DualLoraEdgeError):
     """No inference backend can run the model as asked."""
 
 
+class SwapError(DualLoraEdgeError):
+    """A bundle cannot take the place of the one that answers."""
+
+
 class ExportError(DualLoraEdgeError):
     """The model cannot be exported for the target, or the exported graph failed its parity check."""
 

@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from duallora_edge.runtime.bundle import Bundle
-    from duallora_edge.runtime.classifier import Classifier, Prediction
+    from duallora_edge.runtime.classifier import Classifier, Health, Swap
+    from duallora_edge.runtime.prediction import Prediction
     from duallora_edge.runtime.preprocess import Preprocessing
 
-__all__ = ["Bundle", "Classifier", "Prediction", "Preprocessing"]
+__all__ = ["Bundle", "Classifier", "Health", "Prediction", "Preprocessing", "Swap"]
 
-_MODULES = {"Bundle": "bundle", "Classifier": "classifier", "Prediction": "classifier", "Preprocessing": "preprocess"}
+_MODULES = {
+    "Bundle": "bundle",
+    "Classifier": "classifier",
+    "Prediction": "prediction",
+    "Swap": "classifier",
+    "Health": "classifier",
+    "Preprocessing": "preprocess",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,85 +2,127 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from duallora_edge.errors import BackendError
+from duallora_edge.errors import BackendError, BundleError, DualLoraEdgeError, SwapError
 from duallora_edge.runtime.backends import Backend, open_backend
-from duallora_edge.runtime.bundle import Bundle, FloatArray, Outputs
-from duallora_edge.runtime.preprocess import to_rgb
+from duallora_edge.runtime.bundle import Bundle, Outputs
+from duallora_edge.runtime.model import Model
+from duallora_edge.runtime.prediction import Prediction
+from duallora_edge.runtime.preprocess import Pixels, Preprocessing, to_rgb
+from duallora_edge.runtime.sources.frame import Frame
 
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds spent on one frame; for a frame of a batch, its equal share of the batch."""
-
-    preprocess_ms: float
-    infer_ms: float
-    postprocess_ms: float
+# Answers that a new bundle gives before the old one is let go.
+PROBATION = 30
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
-    """What the model says about one frame.
+class Prepared:
+    """A frame ``rgb`` and the ``image`` ``uint8 [S, S, 3]`` that ``preprocessing`` made of it in ``milliseconds``."""
 
-    ``confidence`` is the calibrated probability of ``label``; ``task`` is the task that the frame looks like, with
-    ``task_confidence``, and need not be one that introduced the label: a known class may appear in a new domain.
-    ``is_novel`` is None for a bundle without a novelty threshold. ``probabilities``: float32 ``[C]``, in the
-    order of ``classes``.
+    rgb: Pixels
+    image: Pixels
+    preprocessing: Preprocessing
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A change of bundles, from ``old`` to ``new``.
+
+    ``state``: ``"probation"``, ``"confirmed"``, or for a ``reason`` ``"returned"`` to the old one, or ``"refused"``.
     """
 
-    label: str
-    confidence: float
-    task: str
-    task_confidence: float
-    novelty: float
-    is_novel: bool | None
-    timings: Timings
-    probabilities: FloatArray = field(repr=False)
-    classes: tuple[str, ...] = field(repr=False)
+    old: str
+    new: str
+    state: str
+    reason: str = ""
 
-    def top(self, k: int) -> list[tuple[str, float]]:
-        """The ``k`` most probable classes (fewer when there are fewer), best first, with their probabilities."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
-        order = np.argsort(-self.probabilities, kind="stable")[:k]
-        return [(self.classes[index], float(self.probabilities[index])) for index in order]
 
-    def to_json(self, top: int = 5) -> dict[str, Any]:
-        """Everything as JSON values, with the ``top`` best classes instead of all probabilities."""
-        return {
-            "label": self.label,
-            "confidence": self.confidence,
-            "task": self.task,
-            "task_confidence": self.task_confidence,
-            "novelty": self.novelty,
-            "is_novel": self.is_novel,
-            "top": [{"label": label, "confidence": confidence} for label, confidence in self.top(top)],
-            "timings": asdict(self.timings),
-        }
+@dataclass(frozen=True)
+class Health:
+    """How a classifier is doing.
+
+    ``status``: ``"ok"``, ``"probation"`` (a bundle was swapped in and the old one still stands by), ``"loading"`` (the
+    old one was dropped first; calls wait) or ``"failed"`` (there is no model; calls raise). ``answers`` counts frames,
+    ``failures`` calls that raised `BackendError`, ``swaps`` how changes of bundles ended. ``idle_s``: seconds since
+    the last answer, None before the first.
+    """
+
+    status: str
+    bundle: str
+    bundle_path: str
+    backend: str
+    precision: str
+    answers: int
+    failures: int
+    last_error: str | None
+    idle_s: float | None
+    swaps: dict[str, int]
+    last_swap: Swap | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return asdict(self)
+
+
+@dataclass
+class _Trial:
+    """The first answers of ``new``, after which ``old`` is let go; a `Bundle` where its model had to be dropped."""
+
+    swap: Swap
+    new: Model
+    old: Model | Bundle
+    budget_ms: float | None
+    answers: int
+    times_ms: list[float] = field(default_factory=list)
+
+    def over_budget(self) -> str:
+        """Why the new bundle is too slow after all its answers, or nothing."""
+        p90 = float(np.percentile(self.times_ms, 90))
+        if self.budget_ms is None or p90 <= self.budget_ms:
+            return ""
+        return f"the p90 of its first {len(self.times_ms)} answers is {p90:.1f} ms, the budget {self.budget_ms:g} ms"
 
 
 class Classifier:
-    """A bundle on a backend. Nothing in it changes after `load`, so one classifier serves several threads.
+    """A bundle on a backend. Several threads may call one classifier at once, also while a bundle is swapped in."""
 
-    Attributes: ``bundle``, ``backend`` (its name and why nothing better is used), ``classes``, ``tasks``.
-    """
-
-    def __init__(self, bundle: Bundle, backend: Backend, color: str = "rgb") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        color: str = "rgb",
+        reopen: Callable[[Bundle], Backend] = open_backend,
+    ) -> None:
+        """Serve ``bundle`` on ``backend``; ``reopen`` opens the backend of a bundle that is swapped in."""
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color must be 'rgb' or 'bgr', not {color!r}")
-        self.bundle = bundle
-        self.backend = backend
-        self.classes = bundle.manifest.classes
-        self.tasks = tuple(task.name for task in bundle.manifest.tasks)
         self._color = color
+        self._reopen = reopen
+        self._swapping = threading.Lock()  # one swap at a time
+        self._changed = threading.Condition()  # guards everything below
+        self._model = Model(bundle, backend)
+        self._calls: Counter[Model] = Counter()  # in progress
+        self._loading = False
+        self._broken: str | None = None
+        self._trial: _Trial | None = None
+        self._swap: Swap | None = None
+        self._swaps: Counter[str] = Counter()
+        self._answers = self._failures = 0
+        self._last_error: str | None = None
+        self._answered: float | None = None
 
     @classmethod
     def load(
@@ -94,50 +136,254 @@ class Classifier:
     ) -> Classifier:
         """Open and verify a bundle and start the best backend that answers its golden images correctly.
 
-        ``backend``, ``threads``, ``strict`` and ``build`` as in `open_backend`; ``color`` is the channel order of the
-        frames, ``"rgb"`` or ``"bgr"`` (OpenCV). Raises `BundleError` and `BackendError`.
+        ``backend``, ``threads``, ``strict`` and ``build`` as in `open_backend`, for this bundle and those that are
+        swapped in later; ``color`` is the channel order of arrays, ``"rgb"`` or ``"bgr"`` (OpenCV); a `Frame` of a
+        source is always RGB. Raises `BundleError` and `BackendError`.
         """
-        bundle = Bundle.open(path)
-        return cls(bundle, open_backend(bundle, backend, threads, strict, build), color)
 
-    def __call__(self, frame: npt.ArrayLike) -> Prediction:
-        """Classify one frame of any size: ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``, uint8 or uint16.
+        def reopen(bundle: Bundle) -> Backend:
+            return open_backend(bundle, backend, threads, strict, build)
+
+        bundle = Bundle.open(Path(path).resolve())  # a link may lead elsewhere by the time of a swap
+        return cls(bundle, reopen(bundle), color, reopen)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that answers."""
+        return self._model.bundle
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the model, and why nothing better is used."""
+        return self._model.backend
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of `Prediction.probabilities`."""
+        return self._model.classes
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return self._model.tasks
+
+    def __call__(self, frame: npt.ArrayLike | Frame) -> Prediction:
+        """Classify a `Frame`, or an array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``, uint8 or uint16.
 
         Raises `DataError` for anything else and `BackendError` when the device fails.
         """
         return self.batch([frame])[0]
 
-    def batch(self, frames: Sequence[npt.ArrayLike]) -> list[Prediction]:
+    def batch(self, frames: Sequence[npt.ArrayLike | Frame]) -> list[Prediction]:
         """Classify frames, which may differ in size, in one run of the model; errors as for a single frame."""
-        if len(frames) == 0:
-            return []
-        start = time.perf_counter()
-        prepare = self.bundle.manifest.preprocessing
-        images = np.stack([prepare(to_rgb(np.asarray(frame), self._color)) for frame in frames])
-        prepared = time.perf_counter()
-        outputs = self.backend.run(images)
-        inferred = time.perf_counter()
-        labels, tasks = outputs.probabilities.argmax(axis=1), outputs.task_probabilities.argmax(axis=1)
-        if not (np.isfinite(outputs.probabilities).all() and np.isfinite(outputs.novelty).all()):
-            raise BackendError(
-                f"The model returned values that are not numbers on '{self.backend.name}'; use another backend."
-            )
-        end = time.perf_counter()
-        share = 1000 / len(frames)
-        timings = Timings((prepared - start) * share, (inferred - prepared) * share, (end - inferred) * share)
-        return [self._predict(outputs, *row, timings) for row in zip(range(len(frames)), labels, tasks, strict=True)]
+        return self.answer([self.prepare(frame) for frame in frames])
 
-    def _predict(self, outputs: Outputs, row: int, label: int, task: int, timings: Timings) -> Prediction:
-        threshold = self.bundle.manifest.calibration.novelty_threshold
-        novelty = float(outputs.novelty[row])
-        return Prediction(
-            label=self.classes[label],
-            confidence=float(outputs.probabilities[row, label]),
-            task=self.tasks[task],
-            task_confidence=float(outputs.task_probabilities[row, task]),
-            novelty=novelty,
-            is_novel=None if threshold is None else novelty > threshold,
-            timings=timings,
-            probabilities=outputs.probabilities[row],
-            classes=self.classes,
-        )
+    def prepare(self, frame: npt.ArrayLike | Frame) -> Prepared:
+        """The first half of a call, for a thread of its own: bring a frame to the size of the model.
+
+        Raises `DataError` for what is no frame.
+        """
+        start = time.perf_counter()
+        rgb = frame.pixels if isinstance(frame, Frame) else to_rgb(np.asarray(frame), self._color)
+        preprocessing = self._model.bundle.manifest.preprocessing
+        image = preprocessing(rgb)
+        return Prepared(rgb, image, preprocessing, 1000 * (time.perf_counter() - start))
+
+    def answer(self, prepared: Sequence[Prepared]) -> list[Prediction]:
+        """The second half of a call: run the model on frames that `prepare` returned.
+
+        A frame that was prepared for a bundle of another image size, which is no longer there, is prepared again.
+        Raises `BackendError` when the device fails.
+        """
+        if not prepared:
+            return []
+        while True:
+            predictions: list[Prediction] = []
+            failure: BackendError | None = None
+            with self._borrow() as model:
+                try:
+                    predictions = model.predict(_images(model, prepared), [item.milliseconds for item in prepared])
+                except BackendError as error:
+                    failure = error
+                changed, returning = self._note(model, predictions, failure)
+            if failure is not None and not changed:
+                raise failure
+            # An error holds the frames in which it happened, and they hold the model, whose memory is wanted now.
+            del model, failure
+            if returning is not None:
+                self._go_back(returning)
+            if predictions:
+                return predictions
+
+    def swap(
+        self,
+        path: str | Path,
+        budget_ms: float | None = None,
+        stop_first: bool = False,
+        probation: int = PROBATION,
+    ) -> Swap:
+        """Serve the bundle at ``path`` from now on, without a pause; other threads go on calling meanwhile.
+
+        It is verified, loaded and checked against its golden images beside the old one, which answers until then and
+        stands by for the next ``probation`` answers. When the new one fails within them, or the 90th percentile of
+        their inference takes longer than ``budget_ms`` milliseconds, the old one answers again, also the frame at which
+        it happened; `health` tells. A swap during the probation of another one ends it.
+
+        ``stop_first`` is for a device that cannot hold two models: the old one is dropped first, and calls wait until
+        the new one is there, or the old one is loaded again from its folder, which must therefore still be there.
+
+        Returns when no call uses the old bundle any more. Raises `SwapError` when the new bundle is not fit to answer;
+        the old one then still does.
+        """
+        if probation < 0:
+            raise ValueError(f"probation must not be negative, not {probation}")
+        with self._swapping:
+            dropped: Bundle | None = None
+            old = str(self._model)
+            try:
+                bundle = Bundle.open(Path(path).resolve())
+                with self._changed:
+                    self._end_trial()  # two models at a time are enough
+                if stop_first:
+                    dropped = self._drop()
+                new = Model(bundle, self._reopen(bundle))
+            except BaseException as error:
+                if dropped is not None:
+                    self._go_back(dropped)
+                if not isinstance(error, (DualLoraEdgeError, OSError, MemoryError)):
+                    raise
+                reason = str(error) or type(error).__name__
+                with self._changed:
+                    self._end(Swap(old, str(path), "refused", reason))
+                goes_on = "nothing answers any more" if self._broken else f"'{old}' goes on answering"
+                raise SwapError(f"{path} cannot be swapped in, {goes_on}: {reason}") from error
+            with self._changed:
+                if dropped is None:
+                    self._changed.wait_for(lambda: not self._loading)  # while a bundle before this one is given up
+                before, swap = self._model, Swap(old, str(new), "probation")
+                self._model, self._broken, self._swap = new, None, swap
+                if probation:
+                    self._trial = _Trial(swap, new, dropped or before, budget_ms, probation)
+                else:
+                    self._end(replace(swap, state="confirmed"))
+                self._set_loading(False)
+                self._changed.wait_for(lambda: before not in self._calls)
+                return swap
+
+    def health(self) -> Health:
+        """How the classifier is doing, at once, also while a bundle is loaded."""
+        with self._changed:
+            standing = "loading" if self._loading else "probation" if self._trial else "ok"
+            return Health(
+                status="failed" if self._broken else standing,
+                bundle=str(self._model),
+                bundle_path=str(self._model.bundle.path),
+                backend=self._model.backend.name,
+                precision=self._model.backend.precision,
+                answers=self._answers,
+                failures=self._failures,
+                last_error=self._broken or self._last_error,
+                idle_s=None if self._answered is None else time.monotonic() - self._answered,
+                swaps=dict(self._swaps),
+                last_swap=self._swap,
+            )
+
+    @contextmanager
+    def _borrow(self) -> Iterator[Model]:
+        """The model that answers now; a swap does not let go of it before it is given back."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._loading)
+            if self._broken is not None:
+                raise BackendError(self._broken)
+            model = self._model
+            self._calls[model] += 1
+        try:
+            yield model
+        finally:
+            with self._changed:
+                self._calls[model] -= 1
+                if not self._calls[model]:
+                    del self._calls[model]
+                self._changed.notify_all()
+
+    def _note(
+        self, model: Model, predictions: list[Prediction], failure: BackendError | None
+    ) -> tuple[bool, Model | Bundle | None]:
+        """Count a call. Whether another model is to be asked next, and what to go back to when the probation failed."""
+        with self._changed:
+            if failure is not None:
+                self._failures += 1
+                self._last_error = str(failure)
+            self._answers += len(predictions)
+            self._answered = time.monotonic() if predictions else self._answered
+            trial = self._trial
+            if trial is None or trial.new is not model:
+                return self._model is not model, None
+            trial.times_ms += [prediction.timings.infer_ms for prediction in predictions]
+            if failure is None and len(trial.times_ms) < trial.answers:
+                return False, None
+            reason = str(failure) if failure is not None else trial.over_budget()
+            self._end_trial(reason)
+            if not reason:
+                return False, None
+            self._set_loading(True)
+            self._model = _without_backend(model)
+            return True, trial.old
+
+    def _end_trial(self, reason: str = "") -> None:
+        """End the probation, if there is one; with a ``reason``, because the new bundle failed."""
+        if self._trial is not None:
+            self._end(replace(self._trial.swap, state="returned" if reason else "confirmed", reason=reason))
+            self._trial = None
+
+    def _end(self, swap: Swap) -> None:
+        self._swap = swap
+        self._swaps[swap.state] += 1
+
+    def _set_loading(self, loading: bool) -> None:
+        self._loading = loading
+        self._changed.notify_all()
+
+    def _drop(self) -> Bundle:
+        """Let calls wait, and let go of the model when the last of them ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._loading)
+            self._set_loading(True)
+            self._changed.wait_for(lambda: not self._calls)
+            self._model = _without_backend(self._model)
+        gc.collect()  # what still holds device memory must give it back before the new bundle asks for it
+        return self._model.bundle
+
+    def _go_back(self, old: Model | Bundle) -> None:
+        """Serve ``old`` again, which is loaded from its folder where it had to be dropped."""
+        broken = None
+        model = old if isinstance(old, Model) else self._model
+        if isinstance(old, Bundle):
+            with self._changed:
+                self._changed.wait_for(lambda: not self._calls)
+            gc.collect()
+            try:
+                again = Bundle.open(old.path)
+                if again.manifest != old.manifest:
+                    raise BundleError(f"{old.path} holds another bundle by now; keep the old one beside the new one.")
+                model = Model(again, self._reopen(again))
+            except (DualLoraEdgeError, OSError, MemoryError) as error:
+                broken = f"There is no model to answer: the new one failed, and the old one cannot be loaded: {error}"
+        with self._changed:
+            self._model, self._broken = model, broken
+            self._set_loading(False)
+
+
+def _images(model: Model, prepared: Sequence[Prepared]) -> Pixels:
+    """``uint8 [N, S, S, 3]`` for a model; what was prepared for one of another image size is prepared again."""
+    wanted = model.bundle.manifest.preprocessing
+    return np.stack([item.image if item.preprocessing == wanted else wanted(item.rgb) for item in prepared])
+
+
+def _without_backend(model: Model) -> Model:
+    """What can be told about a model, without what it holds."""
+
+    def run(images: Pixels) -> Outputs:
+        raise BackendError("The model was dropped for another one; call again.")
+
+    return Model(model.bundle, replace(model.backend, run=run))

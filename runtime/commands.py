@@ -15,7 +15,8 @@ from duallora_edge.files import write_json
 from duallora_edge.runtime.backends import BACKENDS
 from duallora_edge.runtime.benchmark import check_budgets, run_benchmark
 from duallora_edge.runtime.benchmark_table import table
-from duallora_edge.runtime.classifier import Classifier, Prediction
+from duallora_edge.runtime.classifier import Classifier
+from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.preprocess import read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
