@@ -48,12 +48,17 @@ class Memory:
 def read_memory(proc: Path = PROC) -> Memory:
     """Read every method once; ``proc`` is the process file system. Takes up to a second where nvidia-smi exists."""
     return Memory(
-        pss=_kilobytes(proc / "self/smaps_rollup", "Pss"),
+        pss=read_pss(proc),
         rss=_kilobytes(proc / "self/status", "VmRSS"),
         peak_rss=_kilobytes(proc / "self/status", "VmHWM"),
         available=_kilobytes(proc / "meminfo", "MemAvailable"),
         device=_device(proc),
     )
+
+
+def read_pss(proc: Path = PROC) -> Reading:
+    """The proportional set size of this process alone, at once."""
+    return _kilobytes(proc / "self/smaps_rollup", "Pss")
 
 
 def available_drop(before: Memory, after: Memory) -> Reading:

@@ -1,0 +1,153 @@
+"""Frames of a source, classified one after the other, while the next ones are captured and prepared.
+
+Three threads: the source captures, one prepares, and the one that asks for answers runs the model. Each hands over one
+frame at a time. Of a live source a newer frame replaces one that still waits, so that an answer is never older than
+the work of the three takes; of files every frame is answered.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from duallora_edge.errors import BackendError
+from duallora_edge.runtime.classifier import Classifier, Prepared
+from duallora_edge.runtime.prediction import Prediction
+from duallora_edge.runtime.sources.frame import Frame
+from duallora_edge.runtime.sources.source import EndOfStream, Source
+
+# Failures of the device in a row after which there is no hope that the next frame fares better.
+MAX_FAILURES = 10
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the picture, ``left``, ``top``, ``width`` and ``height`` as shares of it from 0 to 1."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def __post_init__(self) -> None:
+        inside = 0 <= self.left < 1 and 0 <= self.top < 1 and self.width > 0 and self.height > 0
+        # A little over the edge is rounding, as in 0.7 + 0.3.
+        if not (inside and self.left + self.width <= 1 + 1e-9 and self.top + self.height <= 1 + 1e-9):
+            raise ValueError("a region must lie in the picture: left, top, width and height as shares from 0 to 1")
+
+    def __call__(self, frame: Frame) -> Frame:
+        """The frame with this part of its pixels alone, at least one."""
+        height, width = frame.pixels.shape[:2]
+        top, left = min(int(self.top * height), height - 1), min(int(self.left * width), width - 1)
+        bottom, right = round((self.top + self.height) * height), round((self.left + self.width) * width)
+        return replace(frame, pixels=frame.pixels[top : max(bottom, top + 1), left : max(right, left + 1)])
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A frame and what the model says about it.
+
+    ``instant`` is the prediction of this frame alone, ``prediction`` the same after smoothing, where there is one.
+    ``age_ms``: milliseconds from the capture of the frame to the answer.
+    """
+
+    frame: Frame
+    prediction: Prediction
+    instant: Prediction
+    age_ms: float
+
+
+class Pipeline:
+    """``for answer in Pipeline(source, classifier)`` until the source ends or `close` is called from any thread."""
+
+    def __init__(
+        self,
+        source: Source,
+        classifier: Classifier,
+        every: int = 1,
+        region: Region | None = None,
+        smoothing: Callable[[Prediction, float], Prediction] | None = None,
+    ) -> None:
+        """Answer each ``every``-th frame, of it the ``region``; ``smoothing`` gets a prediction and its moment."""
+        if every < 1:
+            raise ValueError(f"every must be at least 1, not {every}")
+        self.source = source
+        self.classifier = classifier
+        self.dropped = 0  # prepared, but replaced by a newer frame before the model was free
+        self._every = every
+        self._region = region
+        self._smoothing = smoothing
+        self._prepared: queue.Queue[tuple[Frame, Prepared] | Exception] = queue.Queue(1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._prepare, name="duallora-edge prepare", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Answer]:
+        """The answers, in the order of the frames.
+
+        Raises `SourceError` when the source broke, and `BackendError` when the device failed on `MAX_FAILURES` frames
+        in a row; a frame on which it fails alone has no answer.
+        """
+        failures = 0
+        while not self._stop.is_set():
+            try:
+                item = self._prepared.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if isinstance(item, EndOfStream):
+                return
+            if isinstance(item, Exception):
+                raise item
+            frame, prepared = item
+            try:
+                (instant,) = self.classifier.answer([prepared])
+            except BackendError:
+                failures += 1
+                if failures == MAX_FAILURES:
+                    raise
+                continue
+            failures = 0
+            prediction = self._smoothing(instant, frame.captured) if self._smoothing else instant
+            yield Answer(frame, prediction, instant, 1000 * (time.monotonic() - frame.captured))
+
+    def close(self) -> None:
+        """End the answers and close the source. Does nothing the second time."""
+        self._stop.set()
+        self.source.close()
+        self._thread.join()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self) -> None:
+        due = 0
+        try:
+            while not self._stop.is_set():
+                frame = self.source.read()
+                if frame is None or frame.sequence < due:
+                    continue
+                due = frame.sequence + self._every
+                part = self._region(frame) if self._region else frame
+                self._hand_over((frame, self.classifier.prepare(part)), self.source.live)
+        except Exception as error:  # the end of the stream too; it is the iteration that tells
+            self._hand_over(error, False)
+
+    def _hand_over(self, item: tuple[Frame, Prepared] | Exception, replaces: bool) -> None:
+        if replaces:
+            with suppress(queue.Empty):
+                self._prepared.get_nowait()
+                self.dropped += 1
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                return self._prepared.put(item, timeout=_POLL_S)
