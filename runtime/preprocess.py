@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -102,22 +102,24 @@ def to_rgb(frame: npt.NDArray[Any], color: str = "rgb") -> Pixels:
     return frame if color == "rgb" else frame[:, :, ::-1]
 
 
-def read_image(path: Path) -> Pixels:
-    """Read an image file as ``uint8 [H, W, 3]`` RGB, upright (EXIF orientation applied), alpha laid over white.
+def read_image(image: Path | BinaryIO) -> Pixels:
+    """Read an image file, by its path or open, as ``uint8 [H, W, 3]`` RGB.
 
-    Raises `DataError` when the file is missing, damaged, truncated, or larger than `MAX_PIXELS`.
+    It is upright (EXIF orientation applied), with alpha laid over white. Raises `DataError` when the file is missing,
+    damaged, truncated, or larger than `MAX_PIXELS`.
     """
+    name = image if isinstance(image, Path) else "The image"
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down.")
-            return to_rgb(_to_array(ImageOps.exif_transpose(image)))
+        with Image.open(image, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(f"{name} has more than {MAX_PIXELS:,} pixels; scale it down.")
+            return to_rgb(_to_array(ImageOps.exif_transpose(picture)))
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist.") from error
+        raise DataError(f"{name} does not exist.") from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise DataError(f"{path} cannot be read as an image ({error}); replace or delete it.") from error
+        raise DataError(f"{name} cannot be read as an image ({error}); replace or delete it.") from error
 
 
 def _to_array(image: Image.Image) -> npt.NDArray[Any]:

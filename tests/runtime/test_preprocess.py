@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ def test_read_image_of_every_mode(tmp_path: Path, mode: str, value: object, expe
     Image.new(mode, (3, 2), value).save(file)  # type: ignore[arg-type]
     image = read_image(file)
     assert image.shape == (2, 3, 3) and tuple(image[0, 0].tolist()) == expected
+
+
+def test_an_open_file_is_read_like_a_path(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    assert np.array_equal(read_image(io.BytesIO(content)), read_image(tmp_path / "image.png"))
+    with pytest.raises(DataError, match=r"^The image cannot be read as an image"):
+        read_image(io.BytesIO(content[:40]))
 
 
 def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
