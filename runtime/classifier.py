@@ -6,8 +6,7 @@ import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -200,12 +199,14 @@ class Classifier:
         while True:
             predictions: list[Prediction] = []
             failure: BackendError | None = None
-            with self._borrow() as model:
-                try:
-                    predictions = model.predict(_images(model, prepared), [item.milliseconds for item in prepared])
-                except BackendError as error:
-                    failure = error
-                changed, returning = self._note(model, predictions, failure)
+            model = self._borrow()
+            try:
+                predictions = model.predict(_images(model, prepared), [item.milliseconds for item in prepared])
+            except BackendError as error:
+                failure = error
+            finally:
+                self._give_back(model)
+            changed, returning = self._note(model, predictions, failure)
             if failure is not None and not changed:
                 raise failure
             # An error holds the frames in which it happened, and they hold the model, whose memory is wanted now.
@@ -288,22 +289,21 @@ class Classifier:
                 last_swap=self._swap,
             )
 
-    @contextmanager
-    def _borrow(self) -> Iterator[Model]:
+    def _borrow(self) -> Model:
         """The model that answers now; a swap does not let go of it before it is given back."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._loading)
+            if self._loading:
+                self._changed.wait_for(lambda: not self._loading)
             if self._broken is not None:
                 raise BackendError(self._broken)
-            model = self._model
-            self._calls[model] += 1
-        try:
-            yield model
-        finally:
-            with self._changed:
-                self._calls[model] -= 1
-                if not self._calls[model]:
-                    del self._calls[model]
+            self._calls[self._model] += 1
+            return self._model
+
+    def _give_back(self, model: Model) -> None:
+        with self._changed:
+            self._calls[model] -= 1
+            if not self._calls[model]:
+                del self._calls[model]
                 self._changed.notify_all()
 
     def _note(
@@ -377,7 +377,8 @@ class Classifier:
 def _images(model: Model, prepared: Sequence[Prepared]) -> Pixels:
     """``uint8 [N, S, S, 3]`` for a model; what was prepared for one of another image size is prepared again."""
     wanted = model.bundle.manifest.preprocessing
-    return np.stack([item.image if item.preprocessing == wanted else wanted(item.rgb) for item in prepared])
+    images = [item.image if item.preprocessing == wanted else wanted(item.rgb) for item in prepared]
+    return images[0][None] if len(images) == 1 else np.stack(images)  # one image need not be copied
 
 
 def _without_backend(model: Model) -> Model:

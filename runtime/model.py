@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-
-import numpy as np
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends import Backend
@@ -35,10 +34,6 @@ class Model:
         outputs = self.backend.run(images)
         inferred = time.perf_counter()
         labels, tasks = outputs.probabilities.argmax(axis=1), outputs.task_probabilities.argmax(axis=1)
-        if not (np.isfinite(outputs.probabilities).all() and np.isfinite(outputs.novelty).all()):
-            raise BackendError(
-                f"The model returned values that are not numbers on '{self.backend.name}'; use another backend."
-            )
         end = time.perf_counter()
         share = 1000 / len(images)
         rest = ((inferred - start) * share, (end - inferred) * share)
@@ -48,10 +43,14 @@ class Model:
     def _predict(self, outputs: Outputs, row: int, label: int, task: int, timings: Timings) -> Prediction:
         manifest = self.bundle.manifest
         threshold = manifest.calibration.novelty_threshold
-        novelty = float(outputs.novelty[row])
+        confidence, novelty = float(outputs.probabilities[row, label]), float(outputs.novelty[row])
+        if not (math.isfinite(confidence) and math.isfinite(novelty)):  # argmax takes a NaN for the largest
+            raise BackendError(
+                f"The model returned values that are not numbers on '{self.backend.name}'; use another backend."
+            )
         return Prediction(
             label=self.classes[label],
-            confidence=float(outputs.probabilities[row, label]),
+            confidence=confidence,
             task=self.tasks[task],
             task_confidence=float(outputs.task_probabilities[row, task]),
             novelty=novelty,
