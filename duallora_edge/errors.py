@@ -46,3 +46,11 @@ class ProfileError(DualLoraEdgeError):
 
 class BudgetError(DualLoraEdgeError):
     """A measured latency or memory exceeds the budget that was asked for."""
+
+
+class SourceError(DualLoraEdgeError):
+    """A camera, stream or video cannot be opened or read as asked."""
+
+
+class ReportError(DualLoraEdgeError):
+    """A report of a benchmark is missing, damaged or of an unknown schema."""

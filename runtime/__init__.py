@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from duallora_edge.runtime.classifier import Classifier, Health, Swap
     from duallora_edge.runtime.prediction import Prediction
     from duallora_edge.runtime.preprocess import Preprocessing
+    from duallora_edge.runtime.sources import Frame, Source, open_source
 
-__all__ = ["Bundle", "Classifier", "Health", "Prediction", "Preprocessing", "Swap"]
+__all__ = ["Bundle", "Classifier", "Frame", "Health", "Prediction", "Preprocessing", "Source", "Swap", "open_source"]
 
 _MODULES = {
     "Bundle": "bundle",
@@ -20,6 +21,9 @@ _MODULES = {
     "Swap": "classifier",
     "Health": "classifier",
     "Preprocessing": "preprocess",
+    "Frame": "sources",
+    "Source": "sources",
+    "open_source": "sources",
 }
 
 

@@ -1,0 +1,232 @@
+"""From what a user types to a source."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from duallora_edge.device_profiles.reader import did_you_mean
+from duallora_edge.errors import SourceError
+from duallora_edge.runtime.preprocess import MAX_PIXELS
+from duallora_edge.runtime.sources.capture import Opener, mask
+from duallora_edge.runtime.sources.files import SUFFIXES, Arrays, Images, OneImage
+from duallora_edge.runtime.sources.policy import Policy
+from duallora_edge.runtime.sources.source import Source
+
+FORMS = (
+    "/dev/video0, v4l2:///dev/video0, csi://0, gst://PIPELINE, rtsp://..., http://..., "
+    "a video file, an image, a folder of images, or - for raw frames on standard input"
+)
+SCHEMES = ("v4l2", "csi", "gst", "rtsp", "rtsps", "http", "https")
+MAX_SIDE = 16384
+CSI_SIZE = (1280, 720)
+_SIDES = {"width": (1, MAX_SIDE), "height": (1, MAX_SIDE)}
+_CSI = {**_SIDES, "fps": (1, 1000), "flip": (0, 7)}
+_V4L2 = {**_SIDES, "fps": (1, 1000), "fourcc": None}
+
+
+def open_source(
+    uri: str | Path | Iterable[Any],
+    *,
+    size: tuple[int, int] | None = None,
+    color: str = "rgb",
+    live: bool | None = None,
+    rate: float | None = None,
+    loop: bool = False,
+    buffer: int = 1,
+    stall: float = 5.0,
+    max_backoff: float = 30.0,
+    wait: bool = False,
+) -> Source:
+    """Open a camera, stream, video, folder, or anything that gives arrays, as a source of RGB frames.
+
+    ``uri`` is one of
+
+    - ``/dev/video0`` or ``v4l2:///dev/video0?width=1280&height=720&fps=30&fourcc=MJPG``: a V4L2 camera
+    - ``csi://0?width=1280&height=720&fps=30&flip=0``: a CSI camera of a Jetson, with the number of the sensor
+    - ``gst://PIPELINE?width=640&height=480``: a GStreamer pipeline that ends in raw video of that size
+    - ``rtsp://``, ``rtsps://``, ``http://``, ``https://``: a video stream
+    - a video file, an image, or a folder (its images, and those below, sorted by path)
+    - ``-``: raw frames ``uint8 [H, W, 3]`` (or ``[H, W]``, see ``color``) on standard input
+    - an iterable of arrays: uint8 or uint16, ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``
+
+    Cameras and streams are live: when the reader is slow, the oldest of ``buffer`` frames that wait is dropped. One
+    that is lost, or gives no frame for ``stall`` seconds, is opened again, after 0.5 s and then after pauses that
+    double up to ``max_backoff`` seconds; reads only time out meanwhile. Of all else every frame is delivered, read
+    ahead by ``buffer`` frames. ``live`` overrides that: frames of a file are dropped as those of a camera are, and
+    of a camera or stream none is dropped, and its end is the end.
+
+    ``size`` is (width, height), needed for ``-`` and for ``gst://`` without width and height. ``color`` is the order
+    of the channels of ``-`` (``"rgb"``, ``"bgr"``, ``"gray"``) and of an iterable (``"rgb"``, ``"bgr"``). ``rate``
+    hands over so many frames a second as a camera would, and ``loop`` starts over at the end; both are not for cameras
+    and streams. ``wait`` keeps trying when a camera or stream cannot be opened, instead of raising.
+
+    A picture that is damaged or no frame is counted and left out. Raises `SourceError` when the source cannot be
+    opened as asked, `ValueError` for a number out of its range.
+    """
+    if buffer < 1:
+        raise ValueError(f"buffer must be at least 1 frame, not {buffer}")
+    for name, value in (("stall", stall), ("max_backoff", max_backoff), ("rate", rate)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a number above 0, not {value}")
+    if size is not None:
+        _check_size(size)
+    opener, description, stream = _route(uri, size, color, stall)
+    if stream and (rate is not None or loop):
+        raise SourceError(f"{mask(description)} sets its own pace and has no start; leave out rate and loop.")
+    if loop and (isinstance(uri, Iterator) or (isinstance(uri, str) and uri == "-")):
+        raise SourceError("What can be read only once cannot loop; give a list, a folder or a video.")
+    live = stream if live is None else live
+    return Source(opener, description, Policy(live, stream and live, buffer, rate, loop, stall, max_backoff, wait))
+
+
+def _route(
+    uri: str | Path | Iterable[Any], size: tuple[int, int] | None, color: str, stall: float
+) -> tuple[Opener, str, bool]:
+    """How to open ``uri``, how to call it, and whether it is a camera or stream."""
+    text = str(uri) if isinstance(uri, (str, Path)) else ""
+    if text == "-":
+        return (*_standard_input(size, color), False)
+    if not isinstance(uri, (str, Path)):
+        _leave_out("size", size is not None, "cameras, pipelines and raw frames")
+        return (*_arrays(uri, color), False)
+    _leave_out("color", color != "rgb", "raw frames and arrays")
+    scheme, separator, rest = text.partition("://")
+    if text.startswith("/dev/"):
+        scheme, separator, rest = "v4l2", "://", text
+    scheme = scheme.lower()
+    if scheme == "v4l2":
+        return _v4l2(rest, size), text, True
+    if scheme == "csi":
+        return _csi(rest, size), text, True
+    if scheme == "gst":
+        return _gstreamer(rest, size), text, True
+    _leave_out("size", size is not None, "cameras, pipelines and raw frames")
+    if not separator:
+        return (*_path(Path(text).expanduser()), False)
+    if scheme not in SCHEMES:
+        raise SourceError(f"'{scheme}://' is no source.{did_you_mean(scheme, SCHEMES)} A source is {FORMS}.")
+    from duallora_edge.runtime.sources.video import Stream
+
+    return lambda stop: Stream(text, stall), text, True
+
+
+def _leave_out(name: str, given: bool, users: str) -> None:
+    if given:
+        raise SourceError(f"{name} is only for {users}; leave it out.")
+
+
+def _arrays(arrays: object, color: str) -> tuple[Opener, str]:
+    if not isinstance(arrays, Iterable) or isinstance(arrays, (bytes, bytearray)):
+        raise SourceError(f"A {type(arrays).__name__} is no source; give an iterable of arrays, or {FORMS}.")
+    if isinstance(arrays, np.ndarray) and arrays.ndim != 4:
+        raise SourceError(f"An array of shape {arrays.shape} is no sequence of frames; put a single frame into a list.")
+    if color not in ("rgb", "bgr"):
+        raise SourceError(f"color must be 'rgb' or 'bgr' for arrays, not {color!r}; leave it out for grey ones.")
+    return lambda stop: Arrays(arrays, color), f"frames from {type(arrays).__name__}"
+
+
+def _standard_input(size: tuple[int, int] | None, color: str) -> tuple[Opener, str]:
+    from duallora_edge.runtime.sources.raw import CHANNELS, RawFrames
+
+    if size is None:
+        raise SourceError("Raw frames on standard input need a size; give width and height.")
+    if color not in CHANNELS:
+        raise SourceError(f"color must be one of {', '.join(CHANNELS)}, not {color!r}.")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise SourceError("Standard input is a terminal; pipe raw frames into it.")
+    return lambda stop: RawFrames(sys.stdin.fileno(), size, color, stop), f"standard input, {size[0]}x{size[1]} {color}"
+
+
+def _path(path: Path) -> tuple[Opener, str]:
+    if path.is_dir():
+        return lambda stop: Images(path), str(path)
+    if not path.exists():
+        folder = path.parent
+        there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f" Did you mean '{folder / near[0]}'?" if near else ""
+        raise SourceError(f"'{mask(str(path))}' does not exist.{hint} A source is {FORMS}.")
+    if path.suffix.lower() in SUFFIXES:
+        return lambda stop: OneImage(path), str(path)
+    from duallora_edge.runtime.sources.video import Video
+
+    return lambda stop: Video(path), str(path)
+
+
+def _v4l2(rest: str, size: tuple[int, int] | None) -> Opener:
+    device, _, query = rest.partition("?")
+    device = f"/dev/video{device}" if device.isdecimal() else device
+    if not device.startswith("/dev/"):
+        raise SourceError(f"'{device}' is no camera; write v4l2:///dev/video0 or v4l2://0.")
+    options = _options(query, _V4L2)
+    if size is not None:
+        options = {"width": size[0], "height": size[1], **options}
+    from duallora_edge.runtime.sources.video import Camera
+
+    return lambda stop: Camera(device, options)
+
+
+def _csi(rest: str, size: tuple[int, int] | None) -> Opener:
+    sensor, _, query = rest.partition("?")
+    if not sensor.isdecimal():
+        raise SourceError(f"'{sensor}' is no number of a sensor; write csi://0 for the first camera.")
+    options = _options(query, _CSI)
+    width, height = size or CSI_SIZE
+    size = options.get("width", width), options.get("height", height)
+    _check_size(size)
+    from duallora_edge.runtime.sources.gstreamer import Pipeline, csi_pipeline
+
+    pipeline = csi_pipeline(int(sensor), size, options.get("fps", 30), options.get("flip", 0))
+    return lambda stop: Pipeline(pipeline, size, stop)
+
+
+def _gstreamer(rest: str, size: tuple[int, int] | None) -> Opener:
+    # A pipeline may hold '?' itself, so only a query at the end that can be nothing else is taken for one.
+    match = re.fullmatch(r"(.*)\?((?:(?:width|height)=\d+&?)+)", rest, re.DOTALL)
+    pipeline, query = match.groups() if match else (rest, "")
+    options = _options(query, _SIDES)
+    width, height = size or (0, 0)
+    size = options.get("width", width), options.get("height", height)
+    if 0 in size or not pipeline.strip():
+        raise SourceError("gst:// needs a pipeline and the size of its frames: gst://PIPELINE?width=640&height=480.")
+    _check_size(size)
+    from duallora_edge.runtime.sources.gstreamer import Pipeline, launch_arguments
+
+    launch_arguments(pipeline, size, 1)  # a pipeline that cannot be read is known before it is tried
+    return lambda stop: Pipeline(pipeline, size, stop)
+
+
+def _options(query: str, allowed: dict[str, Any]) -> dict[str, Any]:
+    """The options after '?'; ``allowed`` gives the range of each, None for four characters."""
+    options: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name not in allowed:
+            hint = did_you_mean(name, allowed)
+            raise SourceError(f"'{name}' is no option of this source.{hint} There are: {', '.join(allowed)}.")
+        if allowed[name] is None:
+            if not re.fullmatch(r"[ -~]{4}", text):
+                raise SourceError(f"{name} must be four characters such as MJPG, not '{text}'.")
+            options[name] = text
+            continue
+        low, high = allowed[name]
+        if not re.fullmatch(r"[0-9]{1,5}", text) or not low <= int(text) <= high:
+            raise SourceError(f"{name} must be a number from {low} to {high}, not '{text}'.")
+        options[name] = int(text)
+    return options
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    width, height = size
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE and width * height <= MAX_PIXELS):
+        raise SourceError(
+            f"A size must be 1..{MAX_SIDE} wide and high and have at most {MAX_PIXELS:,} pixels, not {width}x{height}."
+        )

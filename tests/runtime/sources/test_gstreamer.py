@@ -1,0 +1,180 @@
+"""Pipelines: their text, and with gst-launch-1.0 what happens to their frames and their process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from duallora_edge.errors import SourceError
+from duallora_edge.runtime.sources import gstreamer, open_source
+
+Until = Callable[[Callable[[], object]], None]
+
+needs_gstreamer = pytest.mark.skipif(shutil.which(gstreamer.PROGRAM) is None, reason="gst-launch-1.0 is not installed")
+LIVE = "videotestsrc is-live=true ! video/x-raw,framerate=30/1"
+STALLS = f"{LIVE} ! queue ! valve drop=true"
+
+
+def children(parent: int | None = None) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[1] == str(parent or os.getpid()) and fields[0] != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def test_the_pipeline_of_a_csi_camera() -> None:
+    assert gstreamer.csi_pipeline(1, (1920, 1080), 60, 2) == (
+        "nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM),width=1920,height=1080,framerate=60/1 "
+        "! nvvidconv flip-method=2 ! video/x-raw,format=BGRx"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "words"),
+    [
+        ("videotestsrc", ["videotestsrc"]),
+        ("a b=c ! d", ["a", "b=c", "!", "d"]),
+        (
+            "filesrc location='/my files/a; rm b' ! decodebin",
+            ["filesrc", "location=/my files/a; rm b", "!", "decodebin"],
+        ),
+    ],
+)
+def test_the_arguments_of_the_program(pipeline: str, words: list[str]) -> None:
+    tail = ["!", "videoconvert", "!", "video/x-raw,format=RGB,width=64,height=48", "!", "fdsink", "fd=7"]
+    assert gstreamer.launch_arguments(pipeline, (64, 48), 7) == ["-q", *words, *tail]
+
+
+def test_quotes_that_do_not_match() -> None:
+    with pytest.raises(SourceError, match=r"cannot be read \(No closing quotation\)"):
+        open_source("gst://filesrc location='a?width=4&height=4")
+
+
+def test_without_gstreamer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SourceError, match="apt install gstreamer"):
+        open_source("csi://0")
+
+
+@needs_gstreamer
+@pytest.mark.parametrize("width", [64, 61, 62, 63])
+def test_rows_of_every_width_stay_straight(width: int) -> None:
+    """GStreamer pads rows to four bytes; the bars of a test card would lean if that were not known."""
+    pipeline = f"videotestsrc num-buffers=3 pattern=smpte ! videoscale method=nearest-neighbour?width={width}&height=35"
+    with open_source(f"gst://{pipeline}", live=False) as source:
+        frames = list(source)
+    assert [frame.pixels.shape for frame in frames] == [(35, width, 3)] * 3
+    bars = frames[0].pixels[:20]  # the upper part of the test card: bars from top to bottom
+    assert np.abs(bars[:, 2].astype(int) - bars[0, 2]).max() <= 1
+    assert np.ptp(bars[0].astype(int), axis=0).min() > 150
+    assert np.abs(bars[0].astype(int) - bars[19]).max() <= 1
+
+
+@needs_gstreamer
+def test_colours_are_in_rgb_order() -> None:
+    with open_source("gst://videotestsrc num-buffers=1 pattern=red", size=(33, 17), live=False) as source:
+        (frame,) = source
+    assert frame.pixels.reshape(-1, 3).min(0).tolist() == [255, 0, 0]
+
+
+@needs_gstreamer
+def test_messages_of_the_driver_do_not_get_between_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the camera stack of a Jetson prints to standard output; more than a pipe holds must not stop it either."""
+    program = tmp_path / "gst-launch-1.0"
+    program.write_text(
+        '#!/bin/sh\nyes "GST_ARGUS: noise" | head -c 300000\nyes noise | head -c 300000 >&2\n'
+        f'exec {shutil.which(gstreamer.PROGRAM)} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with open_source("gst://videotestsrc num-buffers=2 pattern=red?width=8&height=8", live=False) as source:
+        assert [frame.pixels.mean() for frame in source] == [85, 85]
+
+
+@needs_gstreamer
+def test_a_process_that_is_killed_is_started_again(until: Until) -> None:
+    with open_source(f"gst://{LIVE}?width=64&height=48") as source:
+        assert source.live and next(iter(source)).pixels.shape == (48, 64, 3)
+        (child,) = children()
+        os.kill(child, signal.SIGKILL)
+        until(lambda: source.read(timeout=0.05) is None or source.stats.reconnects == 1)
+        until(lambda: source.read(timeout=0.05) is not None and source.stats.reconnects == 1)
+        assert source.stats.last_error == (
+            "The GStreamer pipeline was killed by signal 9; check it with gst-launch-1.0."
+        )
+        assert children() != [child]
+    assert children() == []
+
+
+@needs_gstreamer
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    [
+        ("nosuchelement", 'no element "nosuchelement"'),
+        ("filesrc location=/nonexistent ! decodebin", "Resource not found"),
+        ("videotestsrc num-buffers=0", "sends nothing more"),
+    ],
+)
+def test_a_pipeline_that_does_not_work_tells_why(pipeline: str, reason: str) -> None:
+    with pytest.raises(SourceError, match=reason):
+        open_source(f"gst://{pipeline}?width=64&height=48")
+    assert children() == []
+
+
+@needs_gstreamer
+def test_a_pipeline_that_sends_nothing_is_ended_on_close() -> None:
+    with open_source(f"gst://{STALLS}?width=64&height=48", wait=True) as source:
+        assert source.read(timeout=0.3) is None
+        assert len(children()) == 1
+    assert children() == []
+
+
+@needs_gstreamer
+@pytest.mark.parametrize("pipeline", [LIVE, STALLS])
+def test_the_process_dies_with_its_parent(pipeline: str, until: Until) -> None:
+    program = (
+        "import time; from duallora_edge.runtime import open_source; "
+        f"source = open_source('gst://{pipeline}?width=64&height=48', wait=True); print(flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        until(lambda: children(parent.pid))
+        (child,) = children(parent.pid)
+        parent.kill()
+    until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split())
+
+
+@needs_gstreamer
+def test_many_pipelines_leave_nothing_behind(until: Until) -> None:
+    def threads() -> int:
+        return sum(thread.name.startswith("duallora-edge") for thread in threading.enumerate())
+
+    def files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def once() -> None:
+        with open_source(f"gst://{LIVE}?width=16&height=16") as source:
+            source.read()
+
+    once()
+    until(lambda: threads() == 0)
+    before = files()
+    for _ in range(20):
+        once()
+    until(lambda: threads() == 0 and not children() and files() <= before)
