@@ -24,7 +24,8 @@ COMMANDS = {
     "export": ("duallora_edge.export.commands:export", "train", "Write a verified bundle for a device."),
     "build": ("duallora_edge.runtime.engine_commands:build", "tensorrt", "TensorRT engine for this device, checked."),
     "predict": ("duallora_edge.runtime.commands:predict", "cpu", "Classify images with a bundle."),
-    "benchmark": ("duallora_edge.runtime.commands:benchmark", "cpu", "Latency and memory of a bundle here."),
+    "run": ("duallora_edge.runtime.run_command:run", "cpu", "Classify a camera, stream or file: JSON lines out."),
+    "benchmark": ("duallora_edge.runtime.benchmark_command:benchmark", "cpu", "Latency and memory of a bundle here."),
     "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "The known devices, and this one."),
     "doctor": ("duallora_edge.runtime.doctor:doctor", "cpu", "What this machine can really run, and what is wrong."),
 }

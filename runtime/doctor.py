@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -24,6 +22,7 @@ from duallora_edge.device_profiles.detection import Detected, detect
 from duallora_edge.device_profiles.profile import GIB, jetpacks
 from duallora_edge.files import cache_folder
 from duallora_edge.runtime import probes
+from duallora_edge.runtime.device_state import run_tool
 from duallora_edge.runtime.memory import read_memory
 from duallora_edge.runtime.probes import NOT_INSTALLED, Answer, ask
 
@@ -191,25 +190,11 @@ def _machine(root: Path, detected: Detected) -> tuple[dict[str, str], list[str]]
 
 
 def _tool(root: Path, name: str, option: str) -> list[str]:
-    """What a program of Jetson Linux prints, [] where it does not exist. It is not run with more rights than ours."""
-    program = shutil.which(name, path=os.pathsep.join(str(root / folder) for folder in ("usr/sbin", "usr/bin")))
-    if program is None:
-        return []
-    try:
-        done = subprocess.run(
-            [program, option],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=TOOL_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return [f"unknown: {name} {option} failed ({type(error).__name__})"]
-    lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
-    if done.returncode:
-        return [f"unknown: {name} {option} ended with code {done.returncode} ({(lines or ['it may need root'])[0]})"]
-    return lines
+    """What a program of Jetson Linux prints, [] where it does not exist."""
+    answer = run_tool(root, name, option, TOOL_TIMEOUT_S)
+    if answer.value is None:
+        return [] if answer.reason == NOT_INSTALLED else [f"unknown: {answer.reason}"]
+    return answer.value
 
 
 def _advise(detected: Detected, packages: Mapping[str, Answer], cuda: Answer) -> list[str]:

@@ -1,30 +1,39 @@
-"""Statistics against slow definitions, failures of a batch, budgets, and the table."""
+"""Scenarios, warm-up, failures of a batch, the report, budgets, estimates, and the output as text and Markdown."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from duallora_edge.device_profiles.catalog import packaged
 from duallora_edge.errors import BackendError, BudgetError
-from duallora_edge.runtime.benchmark import (
+from duallora_edge.runtime import benchmark_scenarios
+from duallora_edge.runtime.backends import Backend, GoldenCheck
+from duallora_edge.runtime.benchmark import Device, Report, check_budgets, run_benchmark
+from duallora_edge.runtime.benchmark_estimate import EstimateCheck, check_estimates
+from duallora_edge.runtime.benchmark_scenarios import (
     BATCHES,
+    MIN_BATCHES,
     MIN_RUNS,
-    Report,
-    check_budgets,
-    run_benchmark,
-    summarize,
+    WARMUP_RUNS,
+    Stream,
+    offline,
+    repeat,
+    stream,
     throughput,
 )
-from duallora_edge.runtime.benchmark_table import table
+from duallora_edge.runtime.benchmark_statistics import Latency, summarize
+from duallora_edge.runtime.benchmark_table import markdown, table
 from duallora_edge.runtime.bundle import Outputs
+from duallora_edge.runtime.device_state import Clock, DeviceState, Finding, read_state
+from duallora_edge.runtime.device_watch import Series, Watch
 from duallora_edge.runtime.memory import Reading
 from duallora_edge.runtime.preprocess import Pixels
 
@@ -35,80 +44,102 @@ ESTIMATE = {
     "latency_ms": 1.6,
     "note": "estimate, not measured",
 }
+IMAGE = np.zeros((8, 8, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def report(shared_bundle: Path) -> Report:
     found = run_benchmark(shared_bundle, threads=1, seconds=0.02, frame=(64, 48))
-    return dataclasses.replace(found, estimates=(ESTIMATE,))
+    estimate = EstimateCheck((ESTIMATE,), None, None, "it is of another device")
+    return dataclasses.replace(found, estimate=estimate)
 
 
-def percentile(samples: list[float], share: float) -> float:
-    """Linear interpolation between the two nearest ranks, by hand."""
-    ordered = sorted(samples)
-    position = share * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+def limited_to(images: int) -> Callable[[Pixels], Outputs]:
+    """A model that runs out of memory with more than so many images."""
 
+    def run(batch: Pixels) -> Outputs:
+        if len(batch) > images:
+            raise BackendError("out of memory")
+        zeros = np.zeros((len(batch), 1), np.float32)
+        return Outputs(zeros, zeros, zeros[:, 0], zeros)
 
-@given(st.lists(st.floats(0.01, 1e4), min_size=2, max_size=50))
-def test_statistics_equal_their_definitions(samples: list[float]) -> None:
-    found = summarize(samples, warmup=3)
-    assert found.mean == pytest.approx(statistics.fmean(samples))
-    assert found.std == pytest.approx(statistics.stdev(samples), rel=1e-6, abs=1e-9)
-    assert found.cov == pytest.approx(found.std / found.mean)
-    for value, share in ((found.p50, 0.5), (found.p90, 0.9), (found.p99, 0.99)):
-        assert value == pytest.approx(percentile(samples, share))
-    half = len(samples) // 2
-    assert found.drift == pytest.approx(statistics.median(samples[half:]) / statistics.median(samples[:half]) - 1)
-    assert (found.n, found.warmup) == (len(samples), 3)
-
-
-@pytest.mark.parametrize(
-    ("samples", "words"),
-    [
-        ([1.0, 1.01] * 500, []),
-        ([1.0, 1.01] * 499, ["p99 of 998 runs"]),
-        ([1.0, 2.0] * 500, ["vary by"]),
-        ([1.0] * 500 + [1.08] * 500, ["second half"]),
-    ],
-)
-def test_notes_say_why_a_number_deserves_less_trust(samples: list[float], words: list[str]) -> None:
-    notes = summarize(samples).notes
-    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True))
-
-
-@pytest.mark.parametrize("samples", [[], [1.0], [[1.0, 2.0]]])
-def test_too_few_samples(samples: list[float]) -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        summarize(samples)
+    return run
 
 
 def test_throughput_ends_at_the_first_batch_that_fails() -> None:
-    def run(images: Pixels) -> Outputs:
-        if len(images) > 4:
-            raise BackendError("out of memory")
-        zeros = np.zeros((len(images), 1), np.float32)
-        return Outputs(zeros, zeros, zeros[:, 0], zeros)
-
-    found = throughput(run, np.zeros((8, 8, 3), np.uint8), seconds=0.01)
+    found = throughput(limited_to(4), IMAGE, seconds=0.01)
     assert [row.batch for row in found] == [1, 2, 4, 8]
     assert found[-1].images_per_second is None and found[-1].reason == "out of memory"
-    assert all(row.images_per_second and row.n >= MIN_RUNS for row in found[:-1])
+    assert all(row.images_per_second and row.n >= MIN_BATCHES for row in found[:-1])
+
+
+def test_offline_measures_the_best_batch_anew() -> None:
+    found = offline(limited_to(16), IMAGE, 0.01, Watch())
+    assert found.batch == max(found.sweep, key=lambda row: row.images_per_second or 0).batch
+    assert found.images_per_second == pytest.approx(1000 * found.batch / found.latency.mean)
+    with pytest.raises(BackendError, match="cannot run a single image \\(out of memory\\)"):
+        offline(limited_to(0), IMAGE, 0.0, Watch())
+
+
+def test_a_stream_that_the_device_cannot_run() -> None:
+    assert stream(limited_to(4), IMAGE, 8, 0.0, Watch()) == Stream(8, None, None, "out of memory")
+
+
+def test_energy_is_power_times_time() -> None:
+    class Known(Watch):
+        def power(self, start: float, end: float) -> Any:
+            return benchmark_scenarios.Power(10.0, "VDD_IN", 3)
+
+    found = stream(limited_to(8), IMAGE, 8, 0.01, Known())
+    assert found.latency is not None and found.energy is not None and found.energy.millijoules is not None
+    # 10 W for the mean time of a query of 8, and the little that passes between queries.
+    assert found.energy.millijoules >= 10 * found.latency.mean / 8
+    assert stream(limited_to(1), IMAGE, 1, 0.0, Watch()).energy == benchmark_scenarios.Energy(
+        None, None, "no power monitor of the whole can be read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("times", "warmup", "settled"),
+    [
+        ([[9.0, 8, 7, 6, 5]] + [[1.0]] * 60, 14, True),  # settles once ten runs in a row agree by their medians
+        ([[2.0**run] for run in range(300)], WARMUP_RUNS, False),
+        ([[1.0]] * 60, 10, True),
+    ],
+)
+def test_warm_up_lasts_until_the_times_settle(times: list[list[float]], warmup: int, settled: bool) -> None:
+    values: Iterator[float] = iter([time for part in times for time in part])
+    runs = repeat(lambda: (next(values),), 0.0)
+    assert (runs.warmup <= warmup, runs.settled) == (True, settled)
+    assert runs.times.shape == (MIN_RUNS, 1) and runs.start <= runs.end
+
+
+def test_warm_up_of_a_slow_model_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_scenarios, "WARMUP_S", 0.0)
+    assert repeat(lambda: (1.0,), 0.0, 5).warmup == 2
 
 
 def test_a_report_is_complete(report: Report) -> None:
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert "not MLPerf" in document["label"]
+    assert document["schema"] == 1 and "not MLPerf" in document["label"]
     assert document["bundle"]["name"] == "colours" and document["bundle"]["input"] == ["N", 16, 16, 3]
     assert document["backend"]["golden_check"]["images"] == 4 and document["backend"]["threads"] == 1
-    assert {"python", "numpy", "onnxruntime"} <= set(document["machine"]["versions"])
+    assert {"kernel", "python", "numpy", "onnxruntime"} <= set(document["machine"]["versions"])
     assert document["machine"]["usable_cores"] >= 1
     assert set(document["phases"]) == {"preprocess", "infer", "postprocess", "end_to_end"}
-    assert [row["batch"] for row in document["throughput"]] == list(BATCHES)
+    assert [row["batch"] for row in document["offline"]["sweep"]] == list(BATCHES)
     assert list(document["memory"]) == ["before_load", "after_load", "after_runs", "after_batches"]
-    assert document["single_stream"]["n"] >= MIN_RUNS and document["load_ms"] > 0
+    assert document["single_stream"]["latency"]["n"] >= MIN_RUNS and document["load_ms"] > 0
+    assert document["multi_stream"]["images"] == 8 and document["multi_stream"]["latency"]["n"] >= MIN_BATCHES
+    assert set(document["device"]) == {"before", "after", "during", "warnings"}
+
+
+def test_only_the_scenarios_that_were_asked_for(shared_bundle: Path) -> None:
+    found = run_benchmark(shared_bundle, threads=1, seconds=0.0, frame=(8, 8), scenarios=["offline"])
+    assert found.single_stream is None and found.multi_stream is None and found.offline is not None
+    found = run_benchmark(shared_bundle, threads=1, seconds=0.0, frame=(8, 8), scenarios=["single-stream"])
+    assert found.single_stream is not None and found.offline is None and "after_batches" not in found.memory
+    assert "offline" not in table(found).lower() and "single stream" in table(found)
 
 
 def test_the_phases_add_up(report: Report) -> None:
@@ -119,16 +150,64 @@ def test_the_phases_add_up(report: Report) -> None:
 def test_the_table(report: Report) -> None:
     text = table(report)
     assert "colours, version 3: 4 classes, 2 tasks, 16 px" in text
-    assert "frame 64x48: end to end" in text and "not MLPerf" in text and "p99 of" in text
+    assert "frame 64x48: end to end" in text and "not MLPerf" in text
+    assert re.search(r"single stream \(one image\) +p90, ms +[\d.]+ +[\d.]+ to [\d.]+ +[\d,]+ +24,576 ", text)
     assert "stored at export for orin-nano-8gb, super mode, fp16: 1.6 ms; estimate, not measured" in text
-    assert max(map(len, text.splitlines())) < 160
+    assert max(map(len, text.splitlines())) < 220
+
+
+def test_a_percentile_of_too_few_runs_is_not_shown(report: Report) -> None:
+    few, many = summarize(np.arange(1, 41.0)), summarize(np.arange(1, 30_001.0))
+
+    def line(latency: Latency) -> str:
+        changed = dataclasses.replace(report, single_stream=Stream(1, latency, None))
+        return next(text for text in table(changed).splitlines() if text.startswith("  model, one image"))
+
+    assert re.search(r"20.500 \(14.000-27.000\)\* +36.100 \(32.000-40.000\)\* +n/a", line(few))
+    assert line(many).count("*") == 1 and "n/a" not in line(many)  # only the p99 lacks what MLPerf asks for
+    multi = Stream(8, few, None)
+    assert "a p99 takes 368 queries; here --duration" in table(dataclasses.replace(report, multi_stream=multi))
+    failed = Stream(8, None, None, "out of memory")
+    assert "multi-stream failed: out of memory" in table(dataclasses.replace(report, multi_stream=failed))
+
+
+def test_markdown_has_the_same_blocks(report: Report) -> None:
+    page = markdown(report)
+    assert page.startswith("# Benchmark of colours: quick local measurement, not MLPerf\n")
+    for title in ("Bundle and machine", "Scenarios", "Latency, ms", "Memory, MB", "Device", "Estimate"):
+        assert f"\n## {title}" in page
+    for table_rows in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table_rows.splitlines()}) == 1
+
+
+def test_the_device_is_shown(report: Report) -> None:
+    during = {
+        "power_w": {"VDD_IN": Series(5.0, 6.5, 8.0, 12)},
+        "clock_mhz": {"gpu": Series(306.0, 900.0, 1020.0, 12)},
+        "temperature_c": {"tj": Series(45.0, 48.0, 51.5, 12)},
+    }
+    state = dataclasses.replace(
+        report.device.before,
+        clocks=Finding("devfreq", {"gpu": Clock(306, 306, 1020)}),
+        temperatures=Finding("zones", {"tj": 45.5, "cpu": 44.0}),
+        throttle_counts=Finding("counters", {"heat, core": 2.0}),
+    )
+    text = table(dataclasses.replace(report, device=Device(state, state, during, ("throttled: heat",))))
+    for words in (
+        r"throttled: heat",
+        r"gpu clock, MHz \(limits\) +306 \(306-1020\) +306 / 900 / 1020 +306 \(306-1020\)",
+        r"hottest sensor, C \(tj\) +45.5 +45.0 / 48.0 / 51.5 +45.5",
+        r"power, W \(VDD_IN\) +5.00 / 6.50 / 8.00",
+        r"throttle events \(heat, core\) +2 +2",
+    ):
+        assert re.search(words, text), words
 
 
 @pytest.mark.parametrize(
     "estimate", [{"latency_ms": "\x1b[31m", "note": "\x1b[2J"}, {"latency_ms": 10**400}, {"x": []}]
 )
 def test_a_strange_estimate_does_no_harm(report: Report, estimate: dict[str, object]) -> None:
-    text = table(dataclasses.replace(report, estimates=(estimate,)))
+    text = table(dataclasses.replace(report, estimate=EstimateCheck((estimate,), None, None, "no")))
     assert "no latency" in text and "\x1b" not in text
 
 
@@ -139,8 +218,57 @@ def test_estimates_come_from_the_manifest(
     make_bundle: Callable[..., Path], stored: object, expected: tuple[object, ...]
 ) -> None:
     found = run_benchmark(make_bundle(target={"estimates": stored}), seconds=0.0, frame=(8, 8))
-    assert found.estimates == expected
+    assert found.estimate.estimates == expected
     assert ("stored at export" in table(found)) is bool(expected)
+
+
+def state_with(tmp_path: Path, gpu_mhz: float | None) -> DeviceState:
+    clocks = None if gpu_mhz is None else {"gpu": Clock(306, 306, gpu_mhz)}
+    return dataclasses.replace(read_state(tmp_path), clocks=Finding("devfreq", clocks))
+
+
+@pytest.mark.parametrize(
+    ("target", "gpu_mhz", "backend", "change", "ratio", "words"),
+    [
+        ({}, 1020, "tensorrt", {}, 2.0, None),
+        ({}, 1019.9, "cuda", {}, 2.0, None),
+        ({}, 624.75, "tensorrt", {}, None, "no estimate for tensorrt in fp16, normal mode"),
+        ({}, 408, "tensorrt", {}, None, "no estimate is for the GPU clock that is set here"),
+        ({}, None, "tensorrt", {}, None, "no estimate is for the GPU clock"),
+        ({}, 1020, "cpu", {}, None, "no estimate for cpu in fp16"),
+        ({"profile": "agx-orin-64gb"}, 1020, "tensorrt", {}, None, "of another device: this machine is orin-nano-8gb"),
+        ({"estimates": 3}, 1020, "tensorrt", {}, None, "holds no estimate"),
+        ({}, 1020, "tensorrt", {"latency_ms": float("inf")}, None, "no estimate for tensorrt"),
+        ({}, 1020, "tensorrt", {"latency_ms": "1"}, None, "no estimate for tensorrt"),
+        ({}, 1020, "tensorrt", {"precision": "fp32"}, None, "no estimate for tensorrt in fp16"),
+    ],
+)
+def test_a_measurement_is_compared_with_an_estimate_of_the_same_device_only(
+    tmp_path: Path,
+    target: Mapping[str, Any],
+    gpu_mhz: float | None,
+    backend: str,
+    change: Mapping[str, Any],
+    ratio: float | None,
+    words: str | None,
+) -> None:
+    stored = {"profile": "orin-nano-8gb", "estimates": [{**ESTIMATE, **change}], **target}
+    single = Stream(1, summarize([3.2] * 40), None)
+    ran = Backend(backend, limited_to(1), GoldenCheck(1, 1.0, 0.0, 1.0), {}, "fp16")
+    found = check_estimates(stored, "orin-nano-8gb", state_with(tmp_path, gpu_mhz), ran, single)
+    assert found.ratio == (None if ratio is None else pytest.approx(ratio))
+    assert (found.reason is None) == (words is None) and (words or "") in (found.reason or "")
+    if ratio is not None:
+        missing = check_estimates(stored, "orin-nano-8gb", state_with(tmp_path, gpu_mhz), ran, None)
+        assert missing.reason == "the single stream was not measured"
+
+
+def test_a_graphics_card_has_one_mode(tmp_path: Path) -> None:
+    assert list(packaged("rtx-sm86").modes) == ["normal"]
+    stored = {"profile": "rtx-sm86", "estimates": [{**ESTIMATE, "mode": "normal"}]}
+    ran = Backend("tensorrt", limited_to(1), GoldenCheck(1, 1.0, 0.0, 1.0), {}, "fp16")
+    single = Stream(1, summarize([0.8] * 40), None)
+    assert check_estimates(stored, "rtx-sm86", read_state(tmp_path), ran, single).ratio == pytest.approx(0.5)
 
 
 def test_budgets(report: Report) -> None:
@@ -151,3 +279,5 @@ def test_budgets(report: Report) -> None:
     memory = {"after_runs": dataclasses.replace(report.memory["after_runs"], pss=Reading("pss", None, "no file"))}
     with pytest.raises(BudgetError, match="cannot be checked, because no file"):
         check_budgets(dataclasses.replace(report, memory=memory), None, 1e6)
+    with pytest.raises(BudgetError, match="the single stream was not measured"):
+        check_budgets(dataclasses.replace(report, single_stream=None), 1.0, None)

@@ -1,4 +1,4 @@
-"""``predict`` and ``benchmark`` as a user meets them: output, exit code, one sentence an error."""
+"""``predict`` as a user meets it: output, exit code, one sentence an error."""
 
 from __future__ import annotations
 
@@ -77,37 +77,6 @@ def test_predict_refuses_what_it_cannot_use(
     assert run(capsys, "predict", bundle, photos, "--backend", "npu")[0] == 2
 
 
-def benchmark(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    return run(capsys, "benchmark", *arguments, "--duration", 0, "--frame", "32x24", "--threads", 1)
-
-
-def test_benchmark_writes_table_and_report(
-    capsys: pytest.CaptureFixture[str], shared_bundle: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "report.json"
-    code, out, _ = benchmark(capsys, shared_bundle, "--json", file, "--budget-ms", 1e6, "--budget-mb", 1e6)
-    assert code == 0 and out.splitlines()[-1] == f"Report: {file}"
-    assert json.loads(file.read_text())["frame"] == [32, 24]
-    code, out, _ = benchmark(capsys, shared_bundle, "--json", "-")
-    assert code == 0 and json.loads(out)["single_stream"]["n"] == 20
-
-
-def test_a_budget_fails_after_the_report_is_out(
-    capsys: pytest.CaptureFixture[str], shared_bundle: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "report.json"
-    code, out, err = benchmark(capsys, shared_bundle, "--json", file, "--budget-ms", 0)
-    assert code == 1 and file.exists() and "single stream" in out
-    assert err.startswith("Error: Over budget: p90 is ") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("size", ["1280", "0x10", "10x", "99999x1", "axb"])
-def test_a_frame_size_that_is_none(capsys: pytest.CaptureFixture[str], shared_bundle: Path, size: str) -> None:
-    code, _, err = run(capsys, "benchmark", shared_bundle, "--frame", size)
-    assert code == 2 and "1280x720" in err
-
-
-@pytest.mark.parametrize("command", ["predict", "benchmark"])
-def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    code, out, _ = run(capsys, command, "--help")
-    assert code == 0 and f"Example:\n    duallora-edge {command} bundle" in out
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "predict", "--help")
+    assert code == 0 and "Example:\n    duallora-edge predict bundle" in out
