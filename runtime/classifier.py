@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from duallora_edge.errors import BackendError, BundleError, DualLoraEdgeError, SwapError
 from duallora_edge.runtime.backends import Backend, open_backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
+from duallora_edge.runtime.memory import give_back_memory
 from duallora_edge.runtime.model import Model
 from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing, to_rgb
@@ -254,22 +254,29 @@ class Classifier:
                 if not isinstance(error, (DualLoraEdgeError, OSError, MemoryError)):
                     raise
                 reason = str(error) or type(error).__name__
+                give_back_memory()
                 with self._changed:
                     self._end(Swap(old, str(path), "refused", reason))
                 goes_on = "nothing answers any more" if self._broken else f"'{old}' goes on answering"
                 raise SwapError(f"{path} cannot be swapped in, {goes_on}: {reason}") from error
-            with self._changed:
-                if dropped is None:
-                    self._changed.wait_for(lambda: not self._loading)  # while a bundle before this one is given up
-                before, swap = self._model, Swap(old, str(new), "probation")
-                self._model, self._broken, self._swap = new, None, swap
-                if probation:
-                    self._trial = _Trial(swap, new, dropped or before, budget_ms, probation)
-                else:
-                    self._end(replace(swap, state="confirmed"))
-                self._set_loading(False)
-                self._changed.wait_for(lambda: before not in self._calls)
-                return swap
+            swap = self._serve(Swap(old, str(new), "probation"), new, dropped, budget_ms, probation)
+            give_back_memory()
+            return swap
+
+    def _serve(self, swap: Swap, new: Model, dropped: Bundle | None, budget_ms: float | None, probation: int) -> Swap:
+        """Let ``new`` answer from now on, and wait for the calls that still use the old one."""
+        with self._changed:
+            if dropped is None:
+                self._changed.wait_for(lambda: not self._loading)  # while a bundle before this one is given up
+            before = self._model
+            self._model, self._broken, self._swap = new, None, swap
+            if probation:
+                self._trial = _Trial(swap, new, dropped or before, budget_ms, probation)
+            else:
+                self._end(replace(swap, state="confirmed"))
+            self._set_loading(False)
+            self._changed.wait_for(lambda: before not in self._calls)
+            return swap
 
     def health(self) -> Health:
         """How the classifier is doing, at once, also while a bundle is loaded."""
@@ -335,6 +342,8 @@ class Classifier:
         if self._trial is not None:
             self._end(replace(self._trial.swap, state="returned" if reason else "confirmed", reason=reason))
             self._trial = None
+            # Not in this thread, for which a camera waits.
+            threading.Thread(target=give_back_memory, name="duallora-edge memory", daemon=True).start()
 
     def _end(self, swap: Swap) -> None:
         self._swap = swap
@@ -351,7 +360,7 @@ class Classifier:
             self._set_loading(True)
             self._changed.wait_for(lambda: not self._calls)
             self._model = _without_backend(self._model)
-        gc.collect()  # what still holds device memory must give it back before the new bundle asks for it
+        give_back_memory()  # before the new bundle asks for it
         return self._model.bundle
 
     def _go_back(self, old: Model | Bundle) -> None:
@@ -361,7 +370,7 @@ class Classifier:
         if isinstance(old, Bundle):
             with self._changed:
                 self._changed.wait_for(lambda: not self._calls)
-            gc.collect()
+            give_back_memory()
             try:
                 again = Bundle.open(old.path)
                 if again.manifest != old.manifest:

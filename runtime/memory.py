@@ -6,10 +6,13 @@ PSS shares them out; the drop of MemAvailable sees everything, but also what oth
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,17 @@ def read_memory(proc: Path = PROC) -> Memory:
 def read_pss(proc: Path = PROC) -> Reading:
     """The proportional set size of this process alone, at once."""
     return _kilobytes(proc / "self/smaps_rollup", "Pss")
+
+
+def give_back_memory() -> None:
+    """Return what was freed to the system; takes some milliseconds.
+
+    The C library keeps what a model that was let go leaves behind, in a pool for each thread that allocated it: without
+    this, a process that swapped 40 models of 25 MB held four times as much as one that swapped none.
+    """
+    gc.collect()
+    with suppress(AttributeError, OSError):  # only glibc can
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_drop(before: Memory, after: Memory) -> Reading:

@@ -44,7 +44,8 @@ class Model:
         manifest = self.bundle.manifest
         threshold = manifest.calibration.novelty_threshold
         confidence, novelty = float(outputs.probabilities[row, label]), float(outputs.novelty[row])
-        if not (math.isfinite(confidence) and math.isfinite(novelty)):  # argmax takes a NaN for the largest
+        task_confidence = float(outputs.task_probabilities[row, task])
+        if not math.isfinite(confidence + task_confidence + novelty):  # argmax takes a NaN for the largest
             raise BackendError(
                 f"The model returned values that are not numbers on '{self.backend.name}'; use another backend."
             )
@@ -52,7 +53,7 @@ class Model:
             label=self.classes[label],
             confidence=confidence,
             task=self.tasks[task],
-            task_confidence=float(outputs.task_probabilities[row, task]),
+            task_confidence=task_confidence,
             novelty=novelty,
             is_novel=None if threshold is None else novelty > threshold,
             timings=timings,

@@ -116,6 +116,10 @@ class Pipeline:
             prediction = self._smoothing(instant, frame.captured) if self._smoothing else instant
             yield Answer(frame, prediction, instant, 1000 * (time.monotonic() - frame.captured))
 
+    def stop(self) -> None:
+        """End the answers after the one in progress; a signal handler may call it."""
+        self._stop.set()
+
     def close(self) -> None:
         """End the answers and close the source. Does nothing the second time."""
         self._stop.set()
