@@ -8,22 +8,48 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from duallora_edge.runtime.bundle import Bundle
     from duallora_edge.runtime.classifier import Classifier, Health, Swap
+    from duallora_edge.runtime.monitor import Monitor
+    from duallora_edge.runtime.pipeline import Answer, Pipeline, Region
     from duallora_edge.runtime.prediction import Prediction
-    from duallora_edge.runtime.preprocess import Preprocessing
+    from duallora_edge.runtime.preprocess import Preprocessing, read_image
+    from duallora_edge.runtime.smoothing import ExponentialSmoothing
     from duallora_edge.runtime.sources import Frame, Source, open_source
 
-__all__ = ["Bundle", "Classifier", "Frame", "Health", "Prediction", "Preprocessing", "Source", "Swap", "open_source"]
+__all__ = [
+    "Answer",
+    "Bundle",
+    "Classifier",
+    "ExponentialSmoothing",
+    "Frame",
+    "Health",
+    "Monitor",
+    "Pipeline",
+    "Prediction",
+    "Preprocessing",
+    "Region",
+    "Source",
+    "Swap",
+    "open_source",
+    "read_image",
+]
 
+# Imported when it is asked for, so that importing the package stays quick.
 _MODULES = {
+    "Answer": "pipeline",
     "Bundle": "bundle",
     "Classifier": "classifier",
-    "Prediction": "prediction",
-    "Swap": "classifier",
-    "Health": "classifier",
-    "Preprocessing": "preprocess",
+    "ExponentialSmoothing": "smoothing",
     "Frame": "sources",
+    "Health": "classifier",
+    "Monitor": "monitor",
+    "Pipeline": "pipeline",
+    "Prediction": "prediction",
+    "Preprocessing": "preprocess",
+    "Region": "pipeline",
     "Source": "sources",
+    "Swap": "classifier",
     "open_source": "sources",
+    "read_image": "preprocess",
 }
 
 

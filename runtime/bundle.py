@@ -213,6 +213,9 @@ class Bundle:
     path: Path
     manifest: Manifest
 
+    def __str__(self) -> str:
+        return f"{self.manifest.name}, version {self.manifest.bundle_version}"
+
     @property
     def model_path(self) -> Path:
         """The ONNX file in fp32."""

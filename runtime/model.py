@@ -23,7 +23,7 @@ class Model:
         self.tasks = tuple(task.name for task in bundle.manifest.tasks)
 
     def __str__(self) -> str:
-        return f"{self.bundle.manifest.name}, version {self.bundle.manifest.bundle_version}"
+        return str(self.bundle)
 
     def predict(self, images: Pixels, preprocess_ms: Sequence[float]) -> list[Prediction]:
         """Run ``uint8 [N, S, S, 3]`` images, which took ``preprocess_ms`` (N values) to prepare.

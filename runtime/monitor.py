@@ -79,6 +79,14 @@ class Monitor:
             "classifier": classifier.to_json(),
         }
 
+    def is_working(self) -> bool:
+        """False when only a new start can help: there is no model, or frames come and no answers.
+
+        A source that is lost is none of it, for it is opened again and again.
+        """
+        health = self.health()
+        return health["ok"] or (health["classifier"]["status"] != "failed" and not health["source"]["connected"])
+
     def metrics(self) -> str:
         """Everything in the text format of Prometheus (version 0.0.4)."""
         classifier, source = self._pipeline.classifier.health(), self._pipeline.source.stats

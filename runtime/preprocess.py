@@ -6,12 +6,13 @@ Normalisation is not here: it is folded into the exported graph, which takes uin
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from duallora_edge.errors import DataError
 
@@ -19,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 89_000_000  # just under the number at which Pillow warns
 # Formats of cameras and photo collections; others (EPS, PDF, ...) reach decoders that should not see untrusted files.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -110,16 +111,27 @@ def read_image(image: Path | BinaryIO) -> Pixels:
     """
     name = image if isinstance(image, Path) else "The image"
     try:
-        with Image.open(image, formats=FORMATS) as picture:
+        with Image.open(image, formats=_formats()) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(f"{name} has more than {MAX_PIXELS:,} pixels; scale it down.")
-            return to_rgb(_to_array(ImageOps.exif_transpose(picture)))
+            ImageOps.exif_transpose(picture, in_place=True)
+            return to_rgb(_to_array(picture))
     except DataError:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{name} does not exist.") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(_formats())
+        raise DataError(f"{name} cannot be read as an image (it is none of {known}); replace or delete it.") from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise DataError(f"{name} cannot be read as an image ({error}); replace or delete it.") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with; one that it was not would be an error for every file."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_array(image: Image.Image) -> npt.NDArray[Any]:

@@ -58,7 +58,7 @@ def _positive(context: click.Context, parameter: click.Parameter, value: float |
 @click.option("--size", callback=frame_size, metavar="WxH", help="Size of raw frames and pipelines, or of a camera.")
 @click.option("--color", type=click.Choice(["rgb", "bgr", "gray"]), default="rgb", help="Order of raw frames.")
 @click.option("--rate", type=float, callback=_positive, help="Frames a second of files and folders, as of a camera.")
-@click.option("--live", is_flag=True, help="Treat files as a camera: drop frames that come too fast.")
+@click.option("--live/--no-live", default=None, help="Drop frames that come too fast. Default: of cameras and streams.")
 @click.option("--loop", is_flag=True, help="Start files and folders over at their end.")
 @click.option("--wait", is_flag=True, help="Keep trying when a camera or stream is not there at the start.")
 @click.option("--every", type=click.IntRange(min=1), default=1, metavar="N", help="Classify every N-th frame only.")
@@ -81,7 +81,7 @@ def run(
     size: tuple[int, int] | None,
     color: str,
     rate: float | None,
-    live: bool,
+    live: bool | None,
     loop: bool,
     wait: bool,
     every: int,
@@ -119,7 +119,7 @@ def run(
         classifier = Classifier.load(bundle, backend, threads, strict)
         click.echo(f"backend: {classifier.backend}", err=True)
         opened = stack.enter_context(
-            open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live or None)
+            open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
         )
         smoothing = ExponentialSmoothing(smooth) if smooth else None
         pipeline = stack.enter_context(Pipeline(opened, classifier, every, roi, smoothing))
@@ -131,7 +131,7 @@ def run(
             click.echo(f"{'page' if show else 'health and metrics'}: {server.url}", err=True)
         if watch:
             stack.enter_context(BundleWatcher(classifier, watch, _say, budget_ms, stop_first))
-        stack.enter_context(watchdog(lambda: bool(monitor.health()["ok"])))
+        stack.enter_context(watchdog(monitor.is_working))
         stack.enter_context(_stopped_by_signals(pipeline))
         notify("READY=1")
         _print_answers(pipeline, monitor, min_confidence, top, frames)

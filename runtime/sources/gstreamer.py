@@ -43,7 +43,7 @@ def csi_pipeline(sensor: int, size: tuple[int, int], fps: int, flip: int) -> str
 
 
 def launch_arguments(pipeline: str, size: tuple[int, int], fd: int) -> list[str]:
-    """The arguments of gst-launch-1.0 that make it write RGB frames of ``size`` (width, height) to ``fd``.
+    """The arguments of gst-launch-1.0 that make it write RGB frames, scaled to ``size`` (width, height), to ``fd``.
 
     Raises `SourceError` when the quotes of the pipeline do not match.
     """
@@ -52,7 +52,7 @@ def launch_arguments(pipeline: str, size: tuple[int, int], fd: int) -> list[str]
     except ValueError as error:
         raise SourceError(f"The pipeline '{mask(pipeline)}' cannot be read ({error}); correct it.") from error
     caps = f"video/x-raw,format=RGB,width={size[0]},height={size[1]}"
-    return ["-q", *words, "!", "videoconvert", "!", caps, "!", "fdsink", f"fd={fd}"]
+    return ["-q", *words, "!", "videoconvert", "!", "videoscale", "!", caps, "!", "fdsink", f"fd={fd}"]
 
 
 class Pipeline(Capture):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from duallora_edge.errors import SourceError
 from duallora_edge.runtime.preprocess import Pixels, to_rgb
 from duallora_edge.runtime.sources.capture import Capture, Picture
 
@@ -38,7 +39,8 @@ def fill(fd: int, buffer: Pixels, stop: threading.Event, idle: Callable[[], None
 class RawFrames(Capture):
     """Frames ``uint8 [H, W, C]`` one after the other, without any header.
 
-    ``size`` is (width, height), ``color`` a key of `CHANNELS`. The descriptor stays open.
+    ``size`` is (width, height), ``color`` a key of `CHANNELS`. The descriptor stays open. Raises `SourceError` when
+    the input ends before the first frame does.
     """
 
     def __init__(self, fd: int, size: tuple[int, int], color: str, stop: threading.Event) -> None:
@@ -46,12 +48,19 @@ class RawFrames(Capture):
         self._fd, self._stop = fd, stop
         self._shape = (height, width, CHANNELS[color])
         self._color = "rgb" if color == "gray" else color
+        self._empty = True  # not one frame so far
 
     def read(self) -> Picture | None:
         buffer = np.empty(int(np.prod(self._shape)), np.uint8)
         count = fill(self._fd, buffer, self._stop)
         if count == buffer.size:
+            self._empty = False
             return Picture(to_rgb(buffer.reshape(self._shape), self._color))
+        if self._empty and not self._stop.is_set():
+            raise SourceError(
+                f"Not one whole frame came: {count:,} of {buffer.size:,} bytes; check the program that writes them, "
+                "and the size."
+            )
         if count and not self._stop.is_set():
             self.note = f"the last frame was left out: {count:,} of its {buffer.size:,} bytes came"
         return None

@@ -113,7 +113,8 @@ class Source:
     def close(self) -> None:
         """End the source; a read that waits raises `EndOfStream`. Does nothing the second time.
 
-        Takes less than a second: a library that does not return is left to itself.
+        Any thread may call it, and so may a signal handler. Takes less than a second: a library that does not return
+        is left to itself.
         """
         self._closing.set()
         with self._condition:

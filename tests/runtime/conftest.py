@@ -72,7 +72,7 @@ def seal(folder: Path) -> None:
     write_json(folder / MANIFEST, document)
 
 
-def _write_bundle(folder: Path, novelty_threshold: float | None, target: dict[str, Any]) -> Path:
+def write_bundle(folder: Path, novelty_threshold: float | None, target: dict[str, Any]) -> Path:
     folder.mkdir()
     write_model(folder / MODEL)
     flat = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [0, 0, 0]], dtype=np.uint8)
@@ -99,7 +99,7 @@ def make_bundle(tmp_path: Path) -> Callable[..., Path]:
     """Write a bundle: ``make_bundle(name, novelty_threshold=..., target=...)`` returns its folder."""
 
     def make(name: str = "bundle", novelty_threshold: float | None = 0.5, target: dict[str, Any] | None = None) -> Path:
-        return _write_bundle(tmp_path / name, novelty_threshold, target or {})
+        return write_bundle(tmp_path / name, novelty_threshold, target or {})
 
     return make
 
@@ -113,7 +113,7 @@ def bundle(make_bundle: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a bundle that nobody changes."""
-    return _write_bundle(tmp_path_factory.mktemp("shared") / "bundle", 0.5, {})
+    return write_bundle(tmp_path_factory.mktemp("shared") / "bundle", 0.5, {})
 
 
 @pytest.fixture(name="seal")

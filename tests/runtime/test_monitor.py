@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,14 +64,33 @@ def test_counts(make_bundle: Callable[..., Path]) -> None:
     assert found["duallora_edge_memory_pss_bytes"] > 1e6
 
 
-@pytest.mark.parametrize(("live", "silence", "ok"), [(True, 0.0, False), (True, 60.0, True), (False, 0.0, True)])
+@pytest.mark.parametrize(
+    ("live", "silence", "connected", "ok", "working"),
+    [
+        (True, 0.0, True, False, False),
+        (True, 0.0, False, False, True),
+        (True, 60.0, True, True, True),
+        (False, 0.0, True, True, True),
+    ],
+)
 def test_a_camera_without_answers_is_not_healthy(
-    shared_bundle: Path, monkeypatch: pytest.MonkeyPatch, live: bool, silence: float, ok: bool
+    shared_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    live: bool,
+    silence: float,
+    connected: bool,
+    ok: bool,
+    working: bool,
 ) -> None:
     monkeypatch.setattr(monitor, "SILENCE_S", silence)
     classifier = Classifier.load(shared_bundle, "cpu", 1)
-    with Pipeline(open_source([FRAME], live=live), classifier) as pipeline:
-        assert Monitor(pipeline).health()["ok"] is ok
+    endless = open_source([FRAME], live=live, loop=connected, rate=50)
+    with Pipeline(endless, classifier) as pipeline:
+        deadline = time.monotonic() + 10
+        while endless.stats.connected != connected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        watching = Monitor(pipeline)
+        assert (watching.health()["ok"], watching.is_working()) == (ok, working)
 
 
 def test_a_histogram() -> None:

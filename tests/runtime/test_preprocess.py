@@ -105,6 +105,22 @@ def test_settings_that_do_not_exist(values: dict[str, object]) -> None:
         Preprocessing(**{"size": 16, **values})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000"])
+def test_formats(tmp_path: Path, kind: str) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    file = tmp_path / "image"
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(file, format=kind)
+    image = read_image(file)
+    assert image.shape == (30, 40, 3) and abs(image.astype(int) - (200, 100, 50)).max() < 10
+
+
+def test_what_is_no_image_at_all() -> None:
+    with pytest.raises(DataError, match=r"^The image cannot be read as an image \(it is none of JPEG, PNG.*\)"):
+        read_image(io.BytesIO(b"%PDF-1.4 no image"))
+
+
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"x" * 50])
 def test_a_damaged_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "image.png").write_bytes(content)

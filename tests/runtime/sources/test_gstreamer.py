@@ -56,8 +56,8 @@ def test_the_pipeline_of_a_csi_camera() -> None:
     ],
 )
 def test_the_arguments_of_the_program(pipeline: str, words: list[str]) -> None:
-    tail = ["!", "videoconvert", "!", "video/x-raw,format=RGB,width=64,height=48", "!", "fdsink", "fd=7"]
-    assert gstreamer.launch_arguments(pipeline, (64, 48), 7) == ["-q", *words, *tail]
+    tail = "! videoconvert ! videoscale ! video/x-raw,format=RGB,width=64,height=48 ! fdsink fd=7"
+    assert gstreamer.launch_arguments(pipeline, (64, 48), 7) == ["-q", *words, *tail.split()]
 
 
 def test_quotes_that_do_not_match() -> None:

@@ -56,6 +56,17 @@ def test_frames_arrive_as_they_were_written(pipe: io.FileIO, color: str, channel
     np.testing.assert_array_equal(received, expected[color])
 
 
+@pytest.mark.parametrize("size", [0, 50])
+def test_not_one_frame_is_an_error(pipe: io.FileIO, size: int) -> None:
+    pipe.write(bytes(size))
+    pipe.close()
+    with (
+        open_source("-", size=(WIDTH, HEIGHT)) as source,
+        pytest.raises(SourceError, match=rf"Not one whole frame came: {size} of 105 bytes; check the program"),
+    ):
+        list(source)
+
+
 def test_an_incomplete_last_frame_is_told(pipe: io.FileIO) -> None:
     pipe.write(bytes(WIDTH * HEIGHT * 3 + 50))
     pipe.close()
