@@ -23,12 +23,12 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from socketserver import TCPServer
-from types import TracebackType
 from typing import Any
 
 from PIL import Image
 
 from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.runtime.closing import Closing
 from duallora_edge.runtime.monitor import Monitor
 from duallora_edge.runtime.pipeline import Answer
 from duallora_edge.runtime.sources.frame import Frame
@@ -64,7 +64,7 @@ class ServerError(DualLoraEdgeError):
     """Nothing can be served at the address that was asked for."""
 
 
-class LiveServer:
+class LiveServer(Closing):
     """Serves what a monitor knows, from threads of its own, until `close`.
 
     ``/`` is a page, ``/frame.jpg`` the latest picture, ``/stream.mjpg`` all of them as they come, ``/state.json`` the
@@ -103,14 +103,6 @@ class LiveServer:
             self._server.shutdown()
             self._thread.join()
             self._server.end()
-
-    def __enter__(self) -> LiveServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _explained(error: OSError | UnicodeError, host: str, port: int) -> ServerError:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import TracebackType
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.classifier import Classifier, Prepared
+from duallora_edge.runtime.closing import Closing
 from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.sources.frame import Frame
 from duallora_edge.runtime.sources.source import EndOfStream, Source
@@ -63,7 +63,7 @@ class Answer:
     age_ms: float
 
 
-class Pipeline:
+class Pipeline(Closing):
     """``for answer in Pipeline(source, classifier)`` until the source ends or `close` is called from any thread."""
 
     def __init__(
@@ -125,14 +125,6 @@ class Pipeline:
         self._stop.set()
         self.source.close()
         self._thread.join()
-
-    def __enter__(self) -> Pipeline:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _prepare(self) -> None:
         due = 0

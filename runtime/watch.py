@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from duallora_edge.errors import BundleError, SwapError
 from duallora_edge.files import read_json
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.classifier import Classifier
+from duallora_edge.runtime.closing import Closing
 
 INTERVAL_S = 2.0
 
@@ -34,7 +34,7 @@ def newest_bundle(folder: Path) -> Path | None:
     return max(found)[-1] if found else None
 
 
-class BundleWatcher:
+class BundleWatcher(Closing):
     """Swaps in the newest bundle of a folder whenever it changes, in a thread of its own.
 
     A bundle counts as changed when any of its files did, and is tried once it was the same at two looks: one that is
@@ -69,14 +69,6 @@ class BundleWatcher:
         """Look no more; a swap in progress is ended first."""
         self._closing.set()
         self._thread.join()
-
-    def __enter__(self) -> BundleWatcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _served(self) -> str | None:
         """The signature of the newest bundle if it is the one that answers."""

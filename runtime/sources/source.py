@@ -8,9 +8,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from types import TracebackType
 
 from duallora_edge.errors import DataError, DualLoraEdgeError, SourceError
+from duallora_edge.runtime.closing import Closing
 from duallora_edge.runtime.probes import first_line
 from duallora_edge.runtime.sources.capture import Opener, Picture, mask
 from duallora_edge.runtime.sources.frame import Frame
@@ -40,7 +40,7 @@ class _Session:
         self.due = 0.0  # when the next frame may be handed over
 
 
-class Source:
+class Source(Closing):
     """Frames of one camera, stream, video, folder or sequence; made by `open_source`.
 
     ``for frame in source`` gives all frames until the end; `read` one of them. May be used from several threads.
@@ -126,14 +126,6 @@ class Source:
             self._condition.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_S)
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _count(self, **more: int) -> None:
         old = self._statistics
