@@ -144,7 +144,9 @@ class Classifier:
             return open_backend(bundle, backend, threads, strict, build)
 
         bundle = Bundle.open(Path(path).resolve())  # a link may lead elsewhere by the time of a swap
-        return cls(bundle, reopen(bundle), color, reopen)
+        classifier = cls(bundle, reopen(bundle), color, reopen)
+        give_back_memory()  # reading a model takes twice its size
+        return classifier
 
     @property
     def bundle(self) -> Bundle:
