@@ -91,6 +91,7 @@ class Encoded:
         self._own = parts[ranks.number()]
         self.counts = [sum(map(len, part)) for part in parts]
         self._first = sum(self.counts[: ranks.number()])  # the image that the first row of the tokens is of
+        self._shared = ranks.count() == 1
         own = self.counts[ranks.number()]
         summaries, tokens = [], []
         keep = ranks.agreed(size * ranks.on_this_machine() < MAX_CACHE_SHARE * _available_memory())
@@ -113,8 +114,8 @@ class Encoded:
 
     def share_tokens(self) -> None:
         """Give every rank the tokens of all images, for batches from anywhere, where they are kept."""
-        if self.tokens is not None and len(self.tokens) < len(self):
-            self.tokens, self._first = ranks.gather(self.tokens, self.counts), 0
+        if self.tokens is not None and not self._shared:
+            self.tokens, self._first, self._shared = ranks.gather(self.tokens, self.counts), 0, True
 
     @torch.no_grad()
     def _encode(self, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,10 @@ class _Terminated(BaseException):
     """SIGTERM: `torchrun` ends its processes with it when one of them died. No handler of errors may hold it up."""
 
 
+# Of these the first rank that has one tells the user. It is the cause: the others notice when that rank ends.
+_TOLD_ONCE = (DualLoraEdgeError, OSError, _Terminated)
+
+
 class _Group:
     """The ranks of this training: where they meet, and a channel for waits in which one rank works alone.
 
@@ -69,7 +73,7 @@ class _Group:
         self.heard: Exception | None = None  # the last error that another rank had
 
     def is_told(self) -> bool:
-        """Whether another rank has told the user why this training ended; from now on one has."""
+        """Whether another rank has told the user why this training ended; else this one is about to."""
         try:
             return int(self.store.add("told", 1)) > 1
         except RuntimeError:  # the store went down with the process that kept it
@@ -108,7 +112,7 @@ def on_this_machine() -> int:
 def joined() -> Iterator[None]:
     """Meet the other ranks where `torchrun` started several, and leave them at the end.
 
-    Raises `RunError` when another rank is lost, `SystemExit` when another rank tells the user of the error.
+    Raises `LostRankError` when another rank is lost, `SystemExit` where another rank tells the user what is wrong.
     """
     global _group
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
@@ -124,9 +128,7 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         # This process ends now, which the others notice; it shall still be able to say why.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        told = _group.is_told() if _group else False
-        lost = isinstance(error, (LostRankError, _Terminated))
-        if (told and lost) or (_group and error is _group.heard):
+        if _group and (error is _group.heard or (isinstance(error, _TOLD_ONCE) and _group.is_told())):
             raise SystemExit(1) from error
         if isinstance(error, _Terminated):
             raise LostRankError from error
@@ -258,7 +260,7 @@ def _from_rank(value: T, rank: int) -> T:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Something that needs the other ranks. Raises `RunError` when one of them is lost."""
+    """Something that needs the other ranks. Raises `LostRankError` when one of them is lost."""
     try:
         yield
     except RuntimeError as error:  # of gloo ("Connection closed by peer", "Timed out"), NCCL and the store alike

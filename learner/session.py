@@ -104,7 +104,8 @@ def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> 
     """List, check and decode the images that a configuration names, at the input size of the backbone."""
     if not config.data:
         raise ConfigError("Name the images with --data DIR.")
-    stream = open_stream(
+    open_source = partial(
+        open_stream,
         config.data,
         classes_per_task=config.classes_per_task,
         class_order=config.class_order,
@@ -115,6 +116,7 @@ def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> 
         seed=config.seed,
         data_root=Path(config.data_root) if config.data_root else None,
     )
+    stream = ranks.in_turn(open_source)
     listener.say(stream.describe())
     preprocessing = Preprocessing(info.size, config.resize, info.interpolation)
     on_progress = partial(listener.progress, "decode")
