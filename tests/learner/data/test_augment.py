@@ -97,8 +97,7 @@ def test_against_slow_versions() -> None:
 
 
 def test_rows_of_a_batch_look_as_in_the_whole() -> None:
-    images = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
-    augment = Augment("light", horizontal_flip=True)
+    images, augment = batch(), Augment("light", horizontal_flip=True)
     whole = augment(images, torch.Generator().manual_seed(3))
     part = augment(images[2:5], torch.Generator().manual_seed(3), rows=slice(2, 5), total=6)
     assert torch.equal(part, whole[2:5])
