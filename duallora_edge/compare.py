@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import onnx
 import onnxruntime
 import yaml
 
-from duallora_edge.errors import ConfigError
+from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.export.graph import build_model
 from duallora_edge.files import read_json, write_atomic, write_json
 from duallora_edge.learner.commands import TerminalListener, folder_bytes
@@ -120,8 +122,9 @@ def compare(
     """Learn one stream with several methods and seeds; write one table and one picture.
 
     Same images, backbone, ranks, optimiser and classifier for all unless a method says otherwise. Results that are
-    already in --out are not computed again, so the same command continues where it was stopped, and several calls
-    with different --methods fill one table.
+    already in --out are not computed again, so the same command continues where it was stopped. The table has all
+    results that are there: several calls with different --methods or --seeds fill it, one after the other or at once.
+    Milliseconds are measured for the methods of the call alone.
 
     \b
     Example:
@@ -135,23 +138,55 @@ def compare(
     numbers = _seeds(seeds)
     out.mkdir(parents=True, exist_ok=True)
     caches: dict[tuple[int | None, int | None], PrefixCache] = {}
-    results: dict[str, list[Result]] = {variant.label: [] for variant in variants}
+    found: dict[str, dict[int, Result]] = {variant.label: {} for variant in variants}
     for seed in numbers:
         for variant in variants:
-            config = load_config(None, {**variant.settings, "seed": seed}, base)
-            if shuffle and seed:
-                config = _shuffled(config, seed)
+            config = _config(variant, seed, base, shuffle)
             cache = caches.setdefault((config.prefix_blocks, config.summaries), PrefixCache())
-            results[variant.label].append(_result(variant, config, out, cache))
+            found[variant.label][seed] = _result(variant, config, out, cache)
     latencies = _latencies(out, variants, numbers[0], latency_rounds) if latency_rounds else {}
     name = Path(stream).name
-    table = markdown(
-        name, results, latencies, keeps_images={v.label for v in variants if METHODS[v.settings["method"]].keeps_images}
-    )
-    write_atomic(out / "comparison.md", table)
-    write_atomic(out / "comparison.png", comparison_png(name, results))
+    with _one_at_a_time(out):  # else a call that read fewer results might write last
+        _add_others(found, out, base, shuffle)
+        results = {label: [by_seed[seed] for seed in sorted(by_seed)] for label, by_seed in found.items()}
+        keeps = {label for label in results if METHODS[Variant.parse(label).settings["method"]].keeps_images}
+        table = markdown(name, results, latencies, keeps)
+        write_atomic(out / "comparison.md", table)
+        write_atomic(out / "comparison.png", comparison_png(name, results))
     click.echo(table)
     click.echo(f"Table: {out / 'comparison.md'}  picture: {out / 'comparison.png'}")
+
+
+@contextmanager
+def _one_at_a_time(out: Path) -> Iterator[None]:
+    """Wait until no other call writes the table in ``out``; the lock is gone with its process (flock)."""
+    with (out / ".lock").open("a", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _add_others(found: dict[str, dict[int, Result]], out: Path, base: TrainConfig, shuffle: bool) -> None:
+    """Add the results that other calls left in ``out``. Raises `ConfigError` when one was made with other settings."""
+    for path in sorted(out.glob("*.json")):
+        label, seed, result = _read(path)
+        if label is not None and seed not in found.get(label, {}):
+            _check_settings(path.with_suffix(""), _config(Variant.parse(label), seed, base, shuffle))
+            found.setdefault(label, {})[seed] = result
+
+
+def _read(path: Path) -> tuple[str | None, int, Result]:
+    """The variant, seed and content of a stored result. Raises `RunError` when it is something else."""
+    try:
+        value = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is unreadable ({error}); delete it and compare again.") from error
+    return value.pop("variant", None), value.pop("seed", 0), Result.from_json(value)
+
+
+def _config(variant: Variant, seed: int, base: TrainConfig, shuffle: bool) -> TrainConfig:
+    """The configuration of a variant and seed."""
+    config = load_config(None, {**variant.settings, "seed": seed}, base)
+    return _shuffled(config, seed) if shuffle and seed else config
 
 
 def _seeds(text: str) -> list[int]:
@@ -177,7 +212,7 @@ def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache
     stored = out / f"{path.name}.json"
     if stored.is_file():
         _check_settings(path, config)
-        return Result.from_json(read_json(stored))
+        return _read(stored)[2]
     watch = Stopwatch()
     watch.say(f"\n== {variant.label}, seed {config.seed}")
     given = [key for key, value in config.to_json().items() if value != getattr(TrainConfig(), key)]
@@ -193,7 +228,7 @@ def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache
         stored_bytes=folder_bytes(path / "tasks") / len(infos),
         seconds=seconds,
     )
-    write_json(stored, result.to_json())
+    write_json(stored, {"variant": variant.label, "seed": config.seed, **result.to_json()})
     return result
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from duallora_edge.errors import RunError
 from duallora_edge.files import cache_folder
+from duallora_edge.learner import ranks
 from duallora_edge.learner.config import load_config, read_yaml
 from duallora_edge.learner.evaluation import measured_rows, report
 from duallora_edge.learner.methods import METHODS
@@ -138,11 +139,13 @@ def train(run_path: Path, config_path: Path | None, as_json: bool, **flags: Any)
     """
     if flags["task_order"] is not None:
         flags["task_order"] = tuple(name.strip() for name in flags["task_order"].split(","))
-    config = load_config(config_path, flags)
-    given = [*(key for key, value in flags.items() if value is not None), *config_keys(config_path)]
-    metrics = train_run(run_path, config, given, TerminalListener())
-    show_metrics(metrics, as_json)
-    click.echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)
+    with ranks.joined():
+        config = ranks.first(lambda: load_config(config_path, flags))
+        given = [*(key for key, value in flags.items() if value is not None), *config_keys(config_path)]
+        metrics = train_run(run_path, config, given, TerminalListener() if ranks.is_first() else Listener())
+        if ranks.is_first():
+            show_metrics(metrics, as_json)
+            click.echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)
 
 
 @click.command()

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from duallora_edge.learner import ranks
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
 
@@ -65,6 +66,9 @@ class Encoded:
 
     ``labels`` int64 [N] are indices into ``classes``; summaries ``phi`` float32 [N, summary_dim] are kept; tokens are
     kept as float16 while they fit into a share of the free memory, else recomputed for every batch.
+
+    With several ranks each encodes a run of whole batches, so that every image is in the batch that it is in with one;
+    ``counts`` are the images of each. The summaries are known to all, the tokens when `share_tokens` was called.
     """
 
     def __init__(
@@ -83,20 +87,35 @@ class Encoded:
         side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
         size = count * ((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2
         self.tokens: Tensor | None = None
+        parts = ranks.parts(_batches(count))
+        self._own = parts[ranks.number()]
+        self.counts = [sum(map(len, part)) for part in parts]
+        self._first = sum(self.counts[: ranks.number()])  # the image that the first row of the tokens is of
+        self._shared = ranks.count() == 1
+        own = self.counts[ranks.number()]
         summaries, tokens = [], []
-        keep = size < MAX_CACHE_SHARE * _available_memory()
-        for batch in _batches(count):
+        keep = ranks.agreed(size * ranks.on_this_machine() < MAX_CACHE_SHARE * _available_memory())
+        for batch in self._own:
             batch_tokens, phi = self._encode(batch)
             summaries.append(phi)
             if keep:
                 tokens.append(batch_tokens)
-            on_batch(int(batch[-1]) + 1, count)
-        self.phi = torch.cat(summaries) if summaries else torch.zeros(0, backbone.summary_dim)
+            on_batch(int(batch[-1]) + 1 - self._first, own)
+        self.phi = ranks.gather(
+            torch.cat(summaries) if summaries else torch.zeros(0, backbone.summary_dim), self.counts
+        )
         if tokens:
             self.tokens = torch.cat(tokens)
+        elif keep and count:
+            self.tokens = torch.zeros(0, dtype=torch.float16)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def share_tokens(self) -> None:
+        """Give every rank the tokens of all images, for batches from anywhere, where they are kept."""
+        if self.tokens is not None and not self._shared:
+            self.tokens, self._first, self._shared = ranks.gather(self.tokens, self.counts), 0, True
 
     @torch.no_grad()
     def _encode(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,12 +135,12 @@ class Encoded:
         if transform is not None:
             pixels = torch.from_numpy(self.pixels[indices.numpy()]).to(self.backbone.device)
             return self.backbone.prefix(transform(pixels))[0].half().float()
-        tokens = self._encode(indices)[0] if self.tokens is None else self.tokens[indices]
+        tokens = self._encode(indices)[0] if self.tokens is None else self.tokens[indices - self._first]
         return tokens.to(self.backbone.device).float()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(indices, tokens, phi) of all images in order."""
-        for indices in _batches(len(self)):
+        """(indices, tokens, phi) of all images in order; of this rank's where there are several."""
+        for indices in self._own:
             yield indices, self.batch(indices), self.phi[indices].to(self.backbone.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from duallora_edge.errors import RunError
 from duallora_edge.files import read_json, write_json
+from duallora_edge.learner import ranks
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.encode import BATCH, Encoded, PrefixCache
@@ -81,10 +83,10 @@ def evaluate_run(run: Run, tests: Tests, *, reuse: bool, on_row: Callable[[int, 
     With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
     state that is measured now.
     """
-    head = run.head()
+    head = ranks.first(run.head)
     if not head:
         raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
-    known = measured_rows(run) if reuse else {}
+    known = ranks.first(partial(measured_rows, run)) if reuse else {}
     records = run.records(head)
     rows: dict[str, Row] = {}
     for k in range(1, len(head) + 1):
@@ -94,11 +96,15 @@ def evaluate_run(run: Run, tests: Tests, *, reuse: bool, on_row: Callable[[int, 
         else:
             rows[state] = tests.row(records[:k])
             on_row(k, rows[state])
-    (run.path / "reports").mkdir(exist_ok=True)
-    write_json(run.path / "reports" / "rows.json", {key: [c.to_json() for c in row] for key, row in rows.items()})
+    ranks.first(partial(_write_rows, run, rows))
     return Metrics(
         tuple(TaskClasses(record.info.name, record.info.classes) for record in records), tuple(rows.values())
     )
+
+
+def _write_rows(run: Run, rows: Mapping[str, Row]) -> None:
+    (run.path / "reports").mkdir(exist_ok=True)
+    write_json(run.path / "reports" / "rows.json", {key: [c.to_json() for c in row] for key, row in rows.items()})
 
 
 def report(run: Run, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duallora_edge.learner import ranks
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Collect, Rows
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.calibration import TEMPERATURES, best_temperature
@@ -129,6 +130,17 @@ def add_moments(totals: Moments, rows: Sequence[Rows]) -> Moments:
     return [(q + a, v + b) for (q, v), (a, b) in zip(totals, new, strict=True)] if totals else new
 
 
+def over_ranks(moments: Moments, backbone: Backbone) -> Moments:
+    """The sums of moments over the ranks, float64, in one all-reduce; a rank may have none."""
+    if ranks.count() == 1:
+        return moments
+    totals = torch.zeros(len(backbone.suffix), 2, backbone.dim, backbone.dim, dtype=torch.float64)
+    for total, pair in zip(totals, moments, strict=False):
+        total.copy_(torch.stack(pair))
+    ranks.add(totals)
+    return [(q, v) for q, v in totals]
+
+
 @dataclass(frozen=True)
 class Before:
     """The task's training images in the network before training: second moments, and features f [n, d]."""
@@ -152,7 +164,8 @@ def look(lesson: Lesson, blocks: Sequence[AdaptedBlock], collect: Collect) -> Be
             f, rows = run_suffix(lesson.backbone, blocks, tokens, collect=collect)
         moments = add_moments(moments, rows)
         features.append(f.float().cpu())
-    return Before(moments, torch.cat(features))
+    known = torch.cat(features) if features else torch.zeros(0, lesson.backbone.dim)
+    return Before(over_ranks(moments, lesson.backbone), ranks.gather(known, lesson.train.counts))
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,7 @@ def train_adapters(
     not need and later classes may; with ``kl_weight`` w it is (1 - w) CE + w KL(softmax(before) ||
     softmax(f)) instead, as in arXiv 2311.02428. ``head`` is where the head starts, zero by default.
     """
+    downs = ranks.same(downs)
     adapters: list[Adapter] = []
     for block, down in zip(blocks, downs, strict=True):
         q_down, v_down = (torch.cat([own, down.residual]).float().to(block.weight) for own in (down.q, down.v))
@@ -227,13 +241,15 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     """Adam with a cosine rate over shuffled epochs; ``loss_of`` takes image numbers [B] and tokens [B, L, d].
 
     The order of the images depends on seed, task and epoch alone, and checkpoints hold the whole state, so that an
-    interrupted training ends in the same bytes.
+    interrupted training ends in the same bytes. Several ranks take neighbouring images of each batch, and weigh their
+    mean losses by how many, so that the sum of the gradients is that of the batch.
     """
     config, train, backbone = lesson.config, lesson.train, lesson.backbone
     epoch_steps = math.ceil(len(train) / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     start = _restore(lesson.checkpoint, optimizer, parameters)
+    train.share_tokens()
     augment = Augment(config.augment, horizontal_flip=config.flip)
     order, generator = torch.empty(0, dtype=torch.long), torch.Generator()
     for step in range(start, total):
@@ -241,17 +257,21 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
         if position == 0 or step == start:
             order = torch.randperm(len(train), generator=generator.manual_seed(mix(config.seed, lesson.number, epoch)))
         batch = order[position * config.batch_size :][: config.batch_size]
-        view = None
+        rows = ranks.own_rows(len(batch))
+        own, view = batch[rows], None
         if config.augment != "none" or config.flip:
             seed = mix(config.seed, lesson.number, step, 1)
-            view = partial(augment, generator=torch.Generator().manual_seed(seed))
-        tokens = train.batch(batch, view)
-        with products(config.precision, backbone.device):
-            loss = loss_of(batch, tokens)
+            generator_of_views = torch.Generator().manual_seed(seed)
+            view = partial(augment, generator=generator_of_views, rows=rows, total=len(batch))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if len(own):
+            tokens = train.batch(own, view)
+            with products(config.precision, backbone.device):
+                loss = loss_of(own, tokens)
+            (loss * (len(own) / len(batch))).backward()
+        ranks.add_gradients(parameters)
         optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0:
             _save(lesson.checkpoint, step + 1, optimizer, parameters)
@@ -264,6 +284,8 @@ def mix(*numbers: int) -> int:
 
 
 def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
+    if not ranks.is_first():
+        return
     tensors = {}
     for index, parameter in enumerate(parameters):
         tensors[f"{index}.value"] = parameter.detach().cpu()
@@ -273,7 +295,7 @@ def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parame
 
 
 def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> int:
-    saved = checkpoint.load()
+    saved = ranks.first(checkpoint.load)
     if saved is None:
         return 0
     step, tensors = saved
@@ -307,7 +329,10 @@ def collect_features(
         if rows:
             moments = add_moments(moments, rows)
     size = network.backbone.dim + network.backbone.summary_dim
-    return torch.cat(features) if features else torch.zeros(0, size), moments
+    known = torch.cat(features) if features else torch.zeros(0, size)
+    if collect != "none":
+        moments = over_ranks(moments, network.backbone)
+    return ranks.gather(known, encoded.counts), moments
 
 
 def dynamic_memory(statistics: Sequence[ClassStatistics], nll: Sequence[Tensor], device: torch.device) -> DynamicMemory:

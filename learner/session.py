@@ -7,12 +7,14 @@ import json
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from duallora_edge.errors import ConfigError, DataError, RunError
+from duallora_edge.learner import ranks
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask, open_stream, prepare
@@ -52,6 +54,14 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("No CUDA device is available; leave out --device or use --device cpu.")
+    if device.type == "cuda" and ranks.count() > 1:
+        if ":" in name:
+            raise ConfigError(f"Several processes cannot share {name}; use --device cuda, which gives each its own.")
+        if ranks.on_this_machine() > torch.cuda.device_count():
+            raise ConfigError(
+                f"{ranks.on_this_machine()} processes need as many CUDA devices, this machine has "
+                f"{torch.cuda.device_count()}; use --nproc-per-node {torch.cuda.device_count()} or --device cpu."
+            )
     return device
 
 
@@ -94,7 +104,8 @@ def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> 
     """List, check and decode the images that a configuration names, at the input size of the backbone."""
     if not config.data:
         raise ConfigError("Name the images with --data DIR.")
-    stream = open_stream(
+    open_source = partial(
+        open_stream,
         config.data,
         classes_per_task=config.classes_per_task,
         class_order=config.class_order,
@@ -105,9 +116,11 @@ def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> 
         seed=config.seed,
         data_root=Path(config.data_root) if config.data_root else None,
     )
+    stream = ranks.in_turn(open_source)
     listener.say(stream.describe())
     preprocessing = Preprocessing(info.size, config.resize, info.interpolation)
-    prepared = prepare(stream, preprocessing, on_progress=lambda done, total: listener.progress("decode", done, total))
+    on_progress = partial(listener.progress, "decode")
+    prepared = ranks.in_turn(lambda: prepare(stream, preprocessing, on_progress=on_progress))
     if config.develop:
         listener.say("Measuring on a fifth of the training images; the test images are left alone")
         return prepared.for_development(config.seed)
@@ -122,28 +135,30 @@ def train_run(
     ``given`` names the settings that the user set; the others come from the run. Without data the images of the
     last call are used. Interrupted at any moment, the same call continues. ``cache`` shares what the frozen prefix
     makes of the images with other runs. Returns the metrics of the run.
+
+    Several ranks (`ranks.joined`) learn it together; the folder of the run must be one that all of them see.
     """
-    run = open_run(path, config, given) if Run.exists(path) else None
+    run = ranks.first(lambda: open_run(path, config, given) if Run.exists(path) else None)
     if not config.data:
         if run is None:
             raise ConfigError("Name the images to learn from with --data DIR.")
-        config = replace(config, **_last_source(run))
+        config = replace(config, **ranks.first(partial(_last_source, run)))
     device = pick_device(config.device)
     if run is None:
-        backbone = new_backbone(config, listener)
-        config = replace(config, precision=pick_precision(config.precision, device))
+        backbone = ranks.in_turn(partial(new_backbone, config, listener))
+        config = replace(config, precision=ranks.same(pick_precision(config.precision, device)))
     else:
-        backbone = run.backbone(config.weights)
+        backbone = ranks.in_turn(partial(run.backbone, config.weights))
         config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
     stream = read_images(config, backbone.info, listener)
     listener.say(stream.health.table())
     if METHODS[config.method].single_task:
         stream = stream.merged()
     # Only now, so that images that cannot be used do not leave an empty run behind.
-    run = run or Run.create(path, config, backbone.info)
-    with run.locked():
-        known = _check_known(run, stream)
-        run.remember_source([task.name for task in stream.tasks], config)
+    run = run or ranks.first(partial(Run.create, path, config, backbone.info))
+    with ranks.held_by_first(run.locked()):
+        known = ranks.first(partial(_check_known, run, stream))
+        ranks.first(partial(run.remember_source, [task.name for task in stream.tasks], config))
         backbone.to(device)
         tests = Tests(backbone, config.precision, cache)
         add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
@@ -157,7 +172,7 @@ def train_run(
             metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row)
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")
-        report(run, metrics)
+        ranks.first(partial(report, run, metrics))
     return metrics
 
 
@@ -180,7 +195,7 @@ def _learn(
     listener: Listener,
     cache: PrefixCache | None,
 ) -> None:
-    past = run.records()
+    past = run.records(ranks.first(run.head))
     if past and past[-1].info.method != config.method:
         raise RunError(f"The run {run.path} was trained with {past[-1].info.method}; use a new --run.")
     number = len(past) + 1
@@ -193,7 +208,8 @@ def _learn(
     checkpoint = run.checkpoint(_training_key(run, task, config))
     started = time.monotonic()
     record = learn_task(backbone, past, task, config, checkpoint, listener.progress, cache)
-    run.commit(record)
+    record = ranks.same(record)
+    ranks.first(partial(run.commit, record))
     listener.learned(task.name, time.monotonic() - started)
     residual = "" if record.info.residual == "none" else f", residual {record.info.residual}"
     listener.say(f"  learned in {time.monotonic() - started:.0f} s{residual}")
@@ -232,8 +248,8 @@ def add_tests(
 
     A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
     """
-    infos = {info.name: info for info in map(run.read_info, run.head()) if info.name not in skip}
-    for settings in source_groups(run, infos):
+    infos = {info.name: info for info in map(run.read_info, ranks.first(run.head)) if info.name not in skip}
+    for settings in ranks.first(partial(source_groups, run, infos)):
         if data is not None:
             settings["data"] = data
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +61,7 @@ def test_table() -> None:
     other = Result(0.8, 0.95, 0.02, 0.01, 0.0, 0.03, 0.99, 36_864, 2e6, 90)
     table = markdown("site", {"dual_lora": [RESULT, other], "joint": [JOINT]}, {"dual_lora": 6.25}, {"joint"})
     rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert rows[1].endswith("| 1.0 | – |")
     assert rows[0].startswith("| `dual_lora` | 85.0 ± 7.1 | 95.0 ± 0.0 | 2.0 ± 0.0 |")
     assert rows[0].endswith("| 1.5 ± 0.0 | 6.2 |")
     assert rows[1].startswith("| `joint`¹ | 92.0 | – | – | – | – | 2.0 | – |")
@@ -94,6 +97,28 @@ def test_command(call: Callable[..., tuple[int, str, str]], image_stream: Path, 
     code, _, errors = call(*arguments, "--out", out, "--size", "32", *QUICK, quick)
     assert code == 1
     assert "size" in errors
+
+
+def test_calls_at_once_fill_one_table(image_stream: Path, tmp_path: Path, quick: Path) -> None:
+    """Each with a seed or method of its own; whichever ends last, the table has all."""
+    out = tmp_path / "out"
+    jobs = [("frozen", "0"), ("frozen", "1"), ("frozen:classifier=mean_f", "0")]
+    words = [sys.executable, "-m", "duallora_edge", "compare", "--stream", str(image_stream), "--out", str(out)]
+    processes = [
+        subprocess.Popen(
+            [*words, "--config", str(quick), "--latency-rounds", "0", "--methods", methods, "--seeds", seeds],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for methods, seeds in jobs
+    ]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    table = (out / "comparison.md").read_text()
+    assert "2 seeds" in table and "| `frozen` |" in table and "| `frozen:classifier=mean_f` |" in table
+    assert " ± " in next(line for line in table.splitlines() if line.startswith("| `frozen` |"))
 
 
 @pytest.mark.parametrize(

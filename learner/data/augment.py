@@ -28,13 +28,17 @@ class Augment:
         self.level = level
         self.horizontal_flip = horizontal_flip
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, generator: torch.Generator, rows: slice = slice(None), total: int | None = None
+    ) -> torch.Tensor:
         """New images ``uint8 [B, S, S, 3]`` from ``uint8 [B, S, S, 3]``, on the same device.
 
         All randomness is drawn at once from ``generator``, on the generator's device: with a CPU generator the
-        draws are the same wherever the images are. Image i uses row i of the draws.
+        draws are the same wherever the images are. Image i uses row i of the draws; images that are only the
+        ``rows`` of a batch of ``total`` look as they do in the whole batch.
         """
-        draws = torch.rand(len(images), 8, generator=generator, device=generator.device).to(images.device)
+        count = len(images) if total is None else total
+        draws = torch.rand(count, 8, generator=generator, device=generator.device)[rows].to(images.device)
         mirror = self.horizontal_flip & (draws[:, 0] < 0.5)
         if self.level == "none":
             return torch.where(mirror[:, None, None, None], images.flip(2), images)

@@ -97,7 +97,8 @@ def markdown(
     for label, rows in results.items():
         cells = [f"`{label}`" + ("¹" if label in keeps_images else "")]
         cells += [_cell([getattr(row, key) for row in rows], factor, digits) for key, _, factor, digits in COLUMNS]
-        cells += [f"{latencies[label]:.1f}"] if label in latencies else []
+        if latencies:
+            cells.append(f"{latencies[label]:.1f}" if label in latencies else "–")
         lines.append("| " + " | ".join(cells) + " |")
     seeds = max(map(len, results.values()), default=0)
     return f"**{name}**, {seeds} seed{'s' if seeds != 1 else ''}\n\n" + "\n".join(lines) + f"\n\n{LEGEND}\n"

@@ -94,3 +94,10 @@ def test_against_slow_versions() -> None:
     for index in range(4):
         view = slow_resample(images[index].permute(1, 2, 0).numpy(), maps[index].numpy())
         np.testing.assert_allclose(result[index], slow_jitter(view, draws[index, 4:].numpy()), atol=1e-3)
+
+
+def test_rows_of_a_batch_look_as_in_the_whole() -> None:
+    images, augment = batch(), Augment("light", horizontal_flip=True)
+    whole = augment(images, torch.Generator().manual_seed(3))
+    part = augment(images[2:5], torch.Generator().manual_seed(3), rows=slice(2, 5), total=6)
+    assert torch.equal(part, whole[2:5])
