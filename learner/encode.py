@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
+from duallora_edge.learner.profile import phase
 
 BATCH = 64
 MAX_CACHE_SHARE = 0.4
@@ -101,11 +102,12 @@ class Encoded:
     @torch.no_grad()
     def _encode(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens float16 and phi float32 of some images as they are, on the CPU."""
-        pixels = self.pixels[indices.numpy()]
-        if self.cache is not None:
-            return self.cache(self.backbone, pixels)
-        tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device))
-        return tokens.half().cpu(), phi.cpu()
+        with phase("frozen prefix"):
+            pixels = self.pixels[indices.numpy()]
+            if self.cache is not None:
+                return self.cache(self.backbone, pixels)
+            tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device))
+            return tokens.half().cpu(), phi.cpu()
 
     @torch.no_grad()
     def batch(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -114,8 +116,9 @@ class Encoded:
         They are rounded to float16 also where they are recomputed, so that free memory does not change results.
         """
         if transform is not None:
-            pixels = torch.from_numpy(self.pixels[indices.numpy()]).to(self.backbone.device)
-            return self.backbone.prefix(transform(pixels))[0].half().float()
+            with phase("frozen prefix"):
+                pixels = torch.from_numpy(self.pixels[indices.numpy()]).to(self.backbone.device)
+                return self.backbone.prefix(transform(pixels))[0].half().float()
         tokens = self._encode(indices)[0] if self.tokens is None else self.tokens[indices]
         return tokens.to(self.backbone.device).float()
 

@@ -16,6 +16,7 @@ from duallora_edge.learner.encode import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.profile import timed
 from duallora_edge.learner.recipe import collect_features
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.report.page import About, write_report
@@ -39,6 +40,7 @@ class Tests:
             test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
         self._encoded[task.name] = Encoded(self.backbone, test, classes, cache=self.cache)
 
+    @timed("evaluation")
     def row(self, tasks: Sequence[TaskRecord]) -> Row:
         """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
         model = compose(self.backbone, tasks)
@@ -101,6 +103,7 @@ def evaluate_run(run: Run, tests: Tests, *, reuse: bool, on_row: Callable[[int, 
     )
 
 
+@timed("evaluation")
 def report(run: Run, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
     """Write the report of a run into its folder ``reports``; returns the path of report.html."""
     return write_report(

@@ -22,6 +22,7 @@ from duallora_edge.learner.data.augment import Augment
 from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.gaussian import ClassStatistics
 from duallora_edge.learner.model import DynamicMemory, Network, run_suffix
+from duallora_edge.learner.profile import phase, timed
 from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord, empty_adapter
 from duallora_edge.learner.subspace import empty_basis, second_moment
 
@@ -95,6 +96,7 @@ class Identity:
     accuracy: float
 
 
+@timed("statistics")
 def task_identity(memory: Sequence[ClassStatistics], phi: Tensor) -> Identity:
     """Measure the identity of the newest task on summaries ``phi`` of its images."""
     model = DynamicMemory(memory, 1.0, torch.device("cpu"))
@@ -123,6 +125,7 @@ def untrained(backbone: Backbone) -> tuple[BlockRecord, ...]:
     return tuple(BlockRecord(empty, empty, none, none) for _ in backbone.suffix)
 
 
+@timed("bases")
 def add_moments(totals: Moments, rows: Sequence[Rows]) -> Moments:
     """Running second moments with one more batch of rows."""
     new = [(second_moment(r.q).cpu(), second_moment(r.v).cpu()) for r in rows]
@@ -148,7 +151,7 @@ def look(lesson: Lesson, blocks: Sequence[AdaptedBlock], collect: Collect) -> Be
     moments: Moments = []
     features = []
     for _, tokens, _ in lesson.train.batches():
-        with products(lesson.config.precision, lesson.backbone.device):
+        with phase("suffix forward"), products(lesson.config.precision, lesson.backbone.device):
             f, rows = run_suffix(lesson.backbone, blocks, tokens, collect=collect)
         moments = add_moments(moments, rows)
         features.append(f.float().cpu())
@@ -246,13 +249,15 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
             seed = mix(config.seed, lesson.number, step, 1)
             view = partial(augment, generator=torch.Generator().manual_seed(seed))
         tokens = train.batch(batch, view)
-        with products(config.precision, backbone.device):
+        with phase("suffix forward"), products(config.precision, backbone.device):
             loss = loss_of(batch, tokens)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        with phase("suffix backward"):
+            loss.backward()
+        with phase("optimiser"):
+            optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0:
             _save(lesson.checkpoint, step + 1, optimizer, parameters)
         lesson.progress("train", step + 1, total)
@@ -263,6 +268,7 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+@timed("checkpoint")
 def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
     tensors = {}
     for index, parameter in enumerate(parameters):

@@ -20,6 +20,7 @@ from duallora_edge.learner.encode import PrefixCache
 from duallora_edge.learner.evaluation import Tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
 from duallora_edge.learner.metrics import Metrics, Row
+from duallora_edge.learner.profile import phase, start_task, timed
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime.preprocess import Preprocessing
 
@@ -90,6 +91,7 @@ def open_run(path: Path, config: TrainConfig, given: Sequence[str]) -> Run:
     return run
 
 
+@timed("decode")
 def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> PreparedStream:
     """List, check and decode the images that a configuration names, at the input size of the backbone."""
     if not config.data:
@@ -152,6 +154,7 @@ def train_run(
             if task.name in known:
                 listener.say(f"Task {task.name} is already learned")
                 continue
+            start_task(task.name)
             _learn(run, backbone, task, config, listener, cache)
             tests.add(task, task.classes)
             metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row)
@@ -193,7 +196,8 @@ def _learn(
     checkpoint = run.checkpoint(_training_key(run, task, config))
     started = time.monotonic()
     record = learn_task(backbone, past, task, config, checkpoint, listener.progress, cache)
-    run.commit(record)
+    with phase("checkpoint"):
+        run.commit(record)
     listener.learned(task.name, time.monotonic() - started)
     residual = "" if record.info.residual == "none" else f", residual {record.info.residual}"
     listener.say(f"  learned in {time.monotonic() - started:.0f} s{residual}")
