@@ -8,9 +8,9 @@ value projections of every block, since timm has no others; with timm's attentio
 a CPU may prefer. Ours learns from cached prefix tokens, or runs the prefix in every step as augmentation needs it.
 
 Every round runs a few steps of each, in a random order, so that all see the same state of the machine. Ratios are of
-medians, their spread the 5th to 95th percentile of bootstrap resamples of rounds. Memory is the peak of a process of
-its own that trains in one way only, less that process's peak before the first step. Then: the time of a step, and of
-a whole task, after 0, 9 and 49 learned tasks, and the share of each phase of a whole task.
+medians, their spread the 5th to 95th percentile of bootstrap resamples of rounds. Memory is the peak (VmHWM) of a
+process of its own that trains in one way only, less that of one that only makes the backbone. Then: the time of a step,
+and of a whole task, after 0, 9 and 49 learned tasks, and the share of each phase of a whole task.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.encode import Encoded
-from duallora_edge.learner.methods import METHODS, learn_task
+from duallora_edge.learner.methods import learn_task
+from duallora_edge.learner.methods.dual_lora import DualLora
 from duallora_edge.learner.profile import profiling
 from duallora_edge.learner.recipe import Before, Downs, Lesson, look, products, train_adapters
 from duallora_edge.learner.record import TaskRecord
@@ -90,14 +91,13 @@ def ours(
     train = Encoded(backbone, task.train, task.classes)
     held = Encoded(backbone, task.validation, task.classes)
     lesson = Lesson(backbone, past, task, train, held, config, NoCheckpoint(), lambda *_: None)
-    method = METHODS["dual_lora"]
-    downs: list[Downs]
+    method = DualLora()
     if past:  # the rank is what counts for the time, not the directions
         before = Before([], torch.zeros(images, backbone.dim))
         downs = [Downs(b.orthogonal.q_down, b.orthogonal.v_down, b.residual.q_down) for b in past[0].blocks]
     else:
         before = look(lesson, method.training_blocks(lesson), "class")
-        downs = [method.downs(lesson, "isolated", i, q, v) for i, (q, v) in enumerate(before.moments)]  # type: ignore[attr-defined]
+        downs = [method.downs(lesson, "isolated", i, q, v) for i, (q, v) in enumerate(before.moments)]
     if not cached:
         train.tokens = None
     blocks = method.training_blocks(lesson)
@@ -149,6 +149,7 @@ SUBJECTS: dict[str, Callable[..., Burst]] = {
     "PEFT LoRA, plain attention": partial(peer, lora=True, fused=False),
     "full fine-tuning": partial(peer, lora=False, fused=True),
 }
+PEERS = tuple(SUBJECTS)[2:]
 
 
 def peak_mb() -> float:
@@ -157,15 +158,27 @@ def peak_mb() -> float:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e6
 
 
-def memory_of(subject: str, threads: int, arguments: tuple[Any, ...], results: Any) -> None:
-    """Send by how many MB some steps raise the peak memory of this process."""
+def memory_of(subject: str | None, threads: int, arguments: tuple[Any, ...], results: Any) -> None:
+    """Send the peak memory of this process, in MB, after some steps; without a subject, of the backbone alone."""
     torch.set_num_threads(threads)
-    burst = SUBJECTS[subject](*arguments)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from what is in use
-    before = peak_mb()
-    for _ in range(3):
-        burst()
-    results.put(peak_mb() - before)
+    if subject is None:
+        make_backbone(*arguments[:3])
+    else:
+        burst = SUBJECTS[subject](*arguments)
+        for _ in range(3):
+            burst()
+    results.put(peak_mb())
+
+
+def measured_memory(subject: str | None, threads: int, arguments: tuple[Any, ...]) -> float:
+    """What `memory_of` sends from a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=memory_of, args=(subject, threads, arguments, results))
+    process.start()
+    megabytes: float = results.get()
+    process.join()
+    return megabytes
 
 
 def interleaved(bursts: dict[str, Burst], rounds: int, rng: np.random.Generator) -> dict[str, list[float]]:
@@ -251,32 +264,23 @@ def main(
     arguments = (name, size, weights, config, images)
     bursts = {subject: make(*arguments) for subject, make in SUBJECTS.items()}
     times = interleaved(bursts, rounds, rng)
-    context = multiprocessing.get_context("spawn")
-    rows = []
-    for subject in SUBJECTS:
-        results = context.Queue()
-        process = context.Process(target=memory_of, args=(subject, threads, arguments, results))
-        process.start()
-        megabytes = results.get()
-        process.join()
-        rows.append(
-            {
-                "subject": subject,
-                "images_per_s": STEPS * batch_size / float(np.median(times[subject])),
-                "step_memory_mb": megabytes,
-                **{
-                    f"times {other}": ratio(times[other], times[subject], rng)
-                    for other in ("PEFT LoRA", "PEFT LoRA, plain attention", "full fine-tuning")
-                },
-            }
-        )
+    base = measured_memory(None, threads, arguments)
+    rows = [
+        {
+            "subject": subject,
+            "images_per_s": STEPS * batch_size / float(np.median(times[subject])),
+            "memory_mb": measured_memory(subject, threads, arguments) - base,
+            **{f"times {other}": ratio(times[other], times[subject], rng) for other in PEERS},
+        }
+        for subject in SUBJECTS
+    ]
     click.echo(
         f"{name}, {size} px, {precision}, batch {batch_size}, {threads} threads, {rounds} rounds of {STEPS} steps"
     )
     click.echo(f"{'':<28} {'images/s':>9} {'memory':>9}  as fast as PEFT LoRA, with plain attention, full fine-tuning")
     for row in rows:
         ratios = "  ".join("{:.2f} ({:.2f} to {:.2f})".format(*v) for k, v in row.items() if k.startswith("times"))
-        click.echo(f"{row['subject']:<28} {row['images_per_s']:>9.1f} {row['step_memory_mb']:>6.0f} MB  {ratios}")
+        click.echo(f"{row['subject']:<28} {row['images_per_s']:>9.1f} {row['memory_mb']:>6.0f} MB  {ratios}")
     report: dict[str, Any] = {
         "backbone": name, "size": size, "precision": precision, "batch_size": batch_size, "threads": threads,
         "rounds": rounds, "rows": rows,
