@@ -124,6 +124,7 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--seed", type=int, help="[0]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the training's products. [auto]")
+@click.option("--memory-budget", help="Stay within this much memory, such as 2GB: of the process, or on CUDA.")
 @click.option("--profile", "profiled", is_flag=True, help="Tell where the time goes (reports/profile.json).")
 @as_json
 def train(run_path: Path, config_path: Path | None, profiled: bool, as_json: bool, **flags: Any) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from duallora_edge.files import cache_folder
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
+from duallora_edge.learner.data.cache import release
 from duallora_edge.learner.profile import phase
 
 BATCH = 64
@@ -65,7 +70,9 @@ class Encoded:
     """Labelled images behind the frozen prefix.
 
     ``labels`` int64 [N] are indices into ``classes``; summaries ``phi`` float32 [N, summary_dim] are kept; tokens are
-    kept as float16 while they fit into a share of the free memory, else recomputed for every batch.
+    kept as float16 while they fit into a share of the free memory, else recomputed for every batch. With
+    ``cache_bytes`` that many bytes of them are kept in memory, the others in a file that vanishes with the process.
+    ``batch_size`` images go through the network at once.
     """
 
     def __init__(
@@ -75,35 +82,66 @@ class Encoded:
         classes: Sequence[str],
         on_batch: Callable[[int, int], None] = lambda done, total: None,
         cache: PrefixCache | None = None,
+        *,
+        batch_size: int = BATCH,
+        cache_bytes: int | None = None,
     ) -> None:
-        self.cache = cache
+        self.cache, self.batch_size = cache, batch_size
         self.backbone, self.pixels = backbone, images.pixels
         index = {name: number for number, name in enumerate(classes)}
         self.labels = torch.tensor([index[name] for name in images.labels], dtype=torch.long)
         count = len(images)
-        side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
-        size = count * ((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2
+        row = token_bytes(backbone)
         self.tokens: Tensor | None = None
-        summaries, tokens = [], []
-        keep = size < MAX_CACHE_SHARE * _available_memory()
-        for batch in _batches(count):
-            batch_tokens, phi = self._encode(batch)
-            summaries.append(phi)
-            if keep:
-                tokens.append(batch_tokens)
+        self._file: IO[bytes] | None = None
+        if cache_bytes is not None or count * row < MAX_CACHE_SHARE * _available_memory():
+            kept = count if cache_bytes is None else min(count, cache_bytes // row)
+            self.tokens = torch.empty(kept, row // (2 * backbone.dim), backbone.dim, dtype=torch.float16)
+            if kept < count:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)  # noqa: SIM115 - as long as this object
+        self.phi = torch.empty(count, backbone.summary_dim)
+        for batch in self._batches():
+            tokens, self.phi[batch] = self._encode(batch)
+            if self.tokens is not None:
+                self._keep(batch, tokens)
             on_batch(int(batch[-1]) + 1, count)
-        self.phi = torch.cat(summaries) if summaries else torch.zeros(0, backbone.summary_dim)
-        if tokens:
-            self.tokens = torch.cat(tokens)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def _keep(self, indices: Tensor, tokens: Tensor) -> None:
+        """Store the tokens of the next images: in memory while there is room, then at the end of the file."""
+        assert self.tokens is not None
+        room = max(len(self.tokens) - int(indices[0]), 0)
+        self.tokens[indices[:room]] = tokens[:room]
+        if self._file is not None and room < len(tokens):
+            self._file.write(tokens[room:].numpy().data)
+
+    def _kept(self, indices: Tensor, memory: Tensor) -> Tensor:
+        """Stored tokens float16 [B, L, d]. Rows of the file are read, not mapped: mapped they would count as memory."""
+        if self._file is None:
+            return memory[indices]
+        tokens = torch.empty(len(indices), *memory.shape[1:], dtype=torch.float16)
+        row = memory[:1].nbytes if len(memory) else tokens[:1].nbytes
+        for image, index in zip(tokens, indices.tolist(), strict=True):
+            if index < len(memory):
+                image.copy_(memory[index])
+            else:
+                os.preadv(self._file.fileno(), [image.numpy().data], (index - len(memory)) * row)
+        return tokens
+
+    def _pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
+        """Copies of frames uint8 [B, S, S, 3]; the file that they are mapped from does not stay in memory."""
+        pixels = self.pixels[indices.numpy()]
+        release(self.pixels)
+        return pixels
 
     @torch.no_grad()
     def _encode(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens float16 and phi float32 of some images as they are, on the CPU."""
         with phase("frozen prefix"):
-            pixels = self.pixels[indices.numpy()]
+            pixels = self._pixels(indices)
             if self.cache is not None:
                 return self.cache(self.backbone, pixels)
             tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device))
@@ -117,20 +155,29 @@ class Encoded:
         """
         if transform is not None:
             with phase("frozen prefix"):
-                pixels = torch.from_numpy(self.pixels[indices.numpy()]).to(self.backbone.device)
-                return self.backbone.prefix(transform(pixels))[0].half().float()
-        tokens = self._encode(indices)[0] if self.tokens is None else self.tokens[indices]
+                views = transform(torch.from_numpy(self._pixels(indices)).to(self.backbone.device))
+                parts = [self.backbone.prefix(part)[0].half().float() for part in views.split(self.batch_size)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.tokens is None:
+            tokens = torch.cat([self._encode(part)[0] for part in indices.split(self.batch_size)])
+        else:
+            tokens = self._kept(indices, self.tokens)
         return tokens.to(self.backbone.device).float()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(indices, tokens, phi) of all images in order."""
-        for indices in _batches(len(self)):
+        for indices in self._batches():
             yield indices, self.batch(indices), self.phi[indices].to(self.backbone.device)
 
+    def _batches(self) -> Sequence[Tensor]:
+        """The numbers of all images in batches; none without images, where `Tensor.split` would give an empty one."""
+        return torch.arange(len(self)).split(self.batch_size) if len(self) else ()
 
-def _batches(count: int) -> Sequence[Tensor]:
-    """The numbers 0..count-1 in batches; none for 0, where `Tensor.split` would give an empty one."""
-    return torch.arange(count).split(BATCH) if count else ()
+
+def token_bytes(backbone: Backbone) -> int:
+    """Bytes of the stored tokens of one image, float16 [L, d]."""
+    side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
+    return int(((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2)
 
 
 def _available_memory() -> int:

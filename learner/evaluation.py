@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,18 @@ Progress = Callable[[int, int], None]
 class Tests:
     """Test images of tasks, encoded once by the frozen prefix and answered by every state."""
 
-    def __init__(self, backbone: Backbone, precision: str, cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        precision: str,
+        cache: PrefixCache | None = None,
+        *,
+        batch_size: int = BATCH,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """``batch_size`` and ``cache_bytes`` (of each task) as for `Encoded`."""
         self.backbone, self.precision, self.cache = backbone, precision, cache
+        self._encode = partial(Encoded, backbone, batch_size=batch_size, cache_bytes=cache_bytes)
         self._encoded: dict[str, Encoded] = {}
 
     def add(self, task: PreparedTask, classes: Sequence[str]) -> None:
@@ -38,7 +49,7 @@ class Tests:
         keep = [i for i, label in enumerate(test.labels) if label in set(classes)]
         if len(keep) < len(test):
             test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
-        self._encoded[task.name] = Encoded(self.backbone, test, classes, cache=self.cache)
+        self._encoded[task.name] = self._encode(test, classes, cache=self.cache)
 
     @timed("evaluation")
     def row(self, tasks: Sequence[TaskRecord]) -> Row:

@@ -199,7 +199,7 @@ def train_adapters(
         block.adapter = adapter
 
     def loss(batch: Tensor, tokens: Tensor) -> Tensor:
-        f = run_suffix(backbone, blocks, tokens)[0].float()
+        f = run_suffix(backbone, blocks, tokens, recompute=lesson.config.recompute)[0].float()
         value = F.cross_entropy(linear(f, trained), labels[batch].to(device))
         target = before[batch].to(device)
         if kl_weight:
@@ -232,13 +232,14 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     The order of the images depends on seed, task and epoch alone, and checkpoints hold the whole state, so that an
     interrupted training ends in the same bytes.
     """
-    config, train, backbone = lesson.config, lesson.train, lesson.backbone
+    config, train = lesson.config, lesson.train
     epoch_steps = math.ceil(len(train) / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     start = _restore(lesson.checkpoint, optimizer, parameters)
     augment = Augment(config.augment, horizontal_flip=config.flip)
     order, generator = torch.empty(0, dtype=torch.long), torch.Generator()
+    micro = config.micro_batch or config.batch_size
     for step in range(start, total):
         epoch, position = divmod(step, epoch_steps)
         if position == 0 or step == start:
@@ -249,18 +250,46 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
             seed = mix(config.seed, lesson.number, step, 1)
             view = partial(augment, generator=torch.Generator().manual_seed(seed))
         tokens = train.batch(batch, view)
-        with phase("suffix forward"), products(config.precision, backbone.device):
-            loss = loss_of(batch, tokens)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
-        optimizer.zero_grad(set_to_none=True)
-        with phase("suffix backward"):
-            loss.backward()
+        micro = accumulate(lesson, optimizer, loss_of, batch, tokens, micro)
         with phase("optimiser"):
             optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0:
             _save(lesson.checkpoint, step + 1, optimizer, parameters)
         lesson.progress("train", step + 1, total)
+
+
+def accumulate(
+    lesson: Lesson,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    batch: Tensor,
+    tokens: Tensor,
+    micro: int,
+) -> int:
+    """The gradients of the mean loss of a batch, in parts of ``micro`` images; returns the size of the parts.
+
+    The parts are weighed by their sizes, so that the sum is the gradient of the whole batch up to rounding. Where CUDA
+    has too little memory for a part, all is done again in halves; raises when one image is too much.
+    """
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            for part, part_tokens in zip(batch.split(micro), tokens.split(micro), strict=True):
+                with phase("suffix forward"), products(lesson.config.precision, lesson.backbone.device):
+                    loss = loss_of(part, part_tokens)
+                if len(part) < len(batch):
+                    loss = loss * (len(part) / len(batch))
+                with phase("suffix backward"):
+                    loss.backward()
+            return micro
+        except torch.cuda.OutOfMemoryError:
+            micro = min(micro, len(batch)) // 2
+            if not micro:
+                raise
+        # Outside of the handler, whose traceback still holds what did not fit.
+        torch.cuda.empty_cache()
 
 
 def mix(*numbers: int) -> int:

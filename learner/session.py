@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from duallora_edge.errors import ConfigError, DataError, RunError
+from duallora_edge.learner import memory
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask, open_stream, prepare
@@ -131,6 +132,7 @@ def train_run(
             raise ConfigError("Name the images to learn from with --data DIR.")
         config = replace(config, **_last_source(run))
     device = pick_device(config.device)
+    free_precision = config.precision == "auto"
     if run is None:
         backbone = new_backbone(config, listener)
         config = replace(config, precision=pick_precision(config.precision, device))
@@ -141,13 +143,21 @@ def train_run(
     listener.say(stream.health.table())
     if METHODS[config.method].single_task:
         stream = stream.merged()
+    learned = len(run.head()) if run else 0
+    plan = memory.fit(config, backbone.to(device), stream, path, learned, free_precision=free_precision and not run)
+    if plan:
+        config = plan.apply(config)
+        listener.say(plan.describe(config.batch_size))
     # Only now, so that images that cannot be used do not leave an empty run behind.
     run = run or Run.create(path, config, backbone.info)
     with run.locked():
         known = _check_known(run, stream)
         run.remember_source([task.name for task in stream.tasks], config)
+        if plan:
+            memory.remember(plan, config.batch_size, path)
         backbone.to(device)
-        tests = Tests(backbone, config.precision, cache)
+        test_bytes = None if config.cache_bytes is None else 0  # read once a state
+        tests = Tests(backbone, config.precision, cache, batch_size=config.forward_batch, cache_bytes=test_bytes)
         add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
         metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row) if known else None
         for task in stream.tasks:
@@ -205,7 +215,8 @@ def _learn(
 
 def _training_key(run: Run, task: PreparedTask, config: TrainConfig) -> str:
     """Identifies one training exactly: a checkpoint of another configuration, state or task is not continued."""
-    settings = {key: value for key, value in config.to_json().items() if key not in SOURCE and key != "weights"}
+    without = (*SOURCE, "weights", "memory_budget", "cache_bytes")  # what changes no result
+    settings = {key: value for key, value in config.to_json().items() if key not in without}
     text = json.dumps([settings, run.digest(), task.name, task.digest, list(task.classes)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
