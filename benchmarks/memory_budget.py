@@ -78,6 +78,7 @@ def in_process(function: Any, *arguments: Any) -> Any:
 @click.option("--backbone", default="vit_tiny_patch16_224", show_default=True)
 @click.option("--weights", required=True, type=click.Path(path_type=Path, exists=True), help="Of the backbone.")
 @click.option("--size", default=224, show_default=True, type=int)
+@click.option("--summaries", type=int, help="Frozen blocks that memory and classifier read.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 @click.option("--images", default=2000, show_default=True, type=click.IntRange(40), help="Of a task.")
@@ -86,7 +87,7 @@ def in_process(function: Any, *arguments: Any) -> Any:
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    budgets: str, backbone: str, weights: Path, size: int, precision: str, batch_size: int, images: int, tasks: int,
+    budgets: str, backbone: str, weights: Path, size: int, summaries: int | None, precision: str, batch_size: int, images: int, tasks: int,
     steps: int, threads: int, json_path: Path | None,
 ) -> None:  # fmt: skip
     rows = []
@@ -94,7 +95,7 @@ def main(
         folder = Path(name)
         write_images(folder / "images", tasks, images, size)
         settings: dict[str, Any] = {
-            "data": str(folder / "images"), "backbone": backbone, "weights": str(weights), "size": size,
+            "data": str(folder / "images"), "backbone": backbone, "weights": str(weights), "size": size, "summaries": summaries,
             "precision": precision, "batch_size": batch_size, "epochs": 0, "min_steps": steps, "device": "cpu",
         }  # fmt: skip
         in_process(decode, TrainConfig(**settings))
