@@ -87,7 +87,8 @@ def in_process(function: Any, *arguments: Any) -> Any:
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    budgets: str, backbone: str, weights: Path, size: int, summaries: int | None, precision: str, batch_size: int, images: int, tasks: int,
+    budgets: str, backbone: str, weights: Path, size: int, summaries: int | None, precision: str, batch_size: int,
+    images: int, tasks: int,
     steps: int, threads: int, json_path: Path | None,
 ) -> None:  # fmt: skip
     rows = []
@@ -95,8 +96,8 @@ def main(
         folder = Path(name)
         write_images(folder / "images", tasks, images, size)
         settings: dict[str, Any] = {
-            "data": str(folder / "images"), "backbone": backbone, "weights": str(weights), "size": size, "summaries": summaries,
-            "precision": precision, "batch_size": batch_size, "epochs": 0, "min_steps": steps, "device": "cpu",
+            "data": str(folder / "images"), "backbone": backbone, "weights": str(weights), "size": size,
+            "summaries": summaries, "precision": precision, "batch_size": batch_size, "epochs": 0, "min_steps": steps, "device": "cpu",
         }  # fmt: skip
         in_process(decode, TrainConfig(**settings))
         reference = None
