@@ -97,7 +97,8 @@ def main(
         write_images(folder / "images", tasks, images, size)
         settings: dict[str, Any] = {
             "data": str(folder / "images"), "backbone": backbone, "weights": str(weights), "size": size,
-            "summaries": summaries, "precision": precision, "batch_size": batch_size, "epochs": 0, "min_steps": steps, "device": "cpu",
+            "summaries": summaries, "precision": precision, "batch_size": batch_size,
+            "epochs": 0, "min_steps": steps, "device": "cpu",
         }  # fmt: skip
         in_process(decode, TrainConfig(**settings))
         reference = None
