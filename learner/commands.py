@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from duallora_edge.errors import RunError
-from duallora_edge.files import cache_folder
+from duallora_edge.files import cache_folder, write_json
 from duallora_edge.learner import ranks
 from duallora_edge.learner.config import load_config, read_yaml
 from duallora_edge.learner.evaluation import measured_rows, report
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.metrics import Metrics, Row, TaskClasses, pool
+from duallora_edge.learner.profile import profiling
 from duallora_edge.learner.report.definitions import DEFINITIONS
 from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import Listener, measure_run, train_run
+from duallora_edge.learner.session import Listener, measure_run, pick_device, train_run
 
 METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "."
 STAGES = {"decode": "reading images", "encode": "frozen prefix", "train": "training"}
@@ -124,8 +125,10 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--seed", type=int, help="[0]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the training's products. [auto]")
+@click.option("--memory-budget", help="Stay within this much memory, such as 2GB: of the process, or on CUDA.")
+@click.option("--profile", "profiled", is_flag=True, help="Tell where the time goes (reports/profile.json).")
 @as_json
-def train(run_path: Path, config_path: Path | None, as_json: bool, **flags: Any) -> None:
+def train(run_path: Path, config_path: Path | None, profiled: bool, as_json: bool, **flags: Any) -> None:
     """Learn the next task(s) of a run.
 
     The images may be laid out as DIR/<class>/*, DIR/{train,val,test}/<class>/*, DIR/<task>/{train,test}/<class>/*
@@ -142,7 +145,14 @@ def train(run_path: Path, config_path: Path | None, as_json: bool, **flags: Any)
     with ranks.joined():
         config = ranks.first(lambda: load_config(config_path, flags))
         given = [*(key for key, value in flags.items() if value is not None), *config_keys(config_path)]
-        metrics = train_run(run_path, config, given, TerminalListener() if ranks.is_first() else Listener())
+        listener = TerminalListener() if ranks.is_first() else Listener()
+        if profiled and ranks.is_first():
+            with profiling(pick_device(config.device)) as profile:
+                metrics = train_run(run_path, config, given, listener)
+            write_json(run_path / "reports" / "profile.json", profile.to_json())
+            listener.say(profile.table())
+        else:
+            metrics = train_run(run_path, config, given, listener)
         if ranks.is_first():
             show_metrics(metrics, as_json)
             click.echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)

@@ -18,7 +18,10 @@ MAX_YAML_BYTES = 1 << 20
 # Settings that say where images come from; stored beside each task so that evaluations find its test images.
 SOURCE = ("data", "classes_per_task", "class_order", "task_order", "task_name", "data_root", "test_fraction")
 # Settings that later calls of the same run may change; all others define the run.
-PER_CALL = (*SOURCE, "weights", "device", "augment", "flip")
+PER_CALL = (
+    *SOURCE, "weights", "device", "augment", "flip", "memory_budget", "micro_batch", "forward_batch", "recompute",
+    "cache_bytes",
+)  # fmt: skip
 
 # Values are quoted in messages; a few lines of YAML references can stand for millions of items.
 _SHORT = reprlib.Repr()
@@ -76,6 +79,13 @@ class TrainConfig:
     precision: str = "auto"
     checkpoint_steps: int = 100
 
+    # Its memory: what a budget chooses, or what is given without one. Batches are in images.
+    memory_budget: str | None = None
+    micro_batch: int | None = None
+    forward_batch: int = 64
+    recompute: bool = False
+    cache_bytes: int | None = None
+
     def __post_init__(self) -> None:
         problems = [text for ok, text in self._checks() if not ok]
         if problems:
@@ -114,6 +124,9 @@ class TrainConfig:
             between("batch_size", 1, 65_536),
             between("seed", 0, 2**63 - 1),
             between("checkpoint_steps", 1, 1_000_000),
+            between("micro_batch", 1, 65_536),
+            between("forward_batch", 1, 65_536),
+            between("cache_bytes", 0, 2**63 - 1),
             between("classes_per_task", 1, 1_000_000),
             between("size", 8, 4096),
             between("prefix_blocks", -1000, 1000),

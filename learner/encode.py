@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from duallora_edge.files import cache_folder
 from duallora_edge.learner import ranks
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
+from duallora_edge.learner.data.cache import release
+from duallora_edge.learner.profile import phase
 
 BATCH = 64
 MAX_CACHE_SHARE = 0.4
@@ -65,7 +71,9 @@ class Encoded:
     """Labelled images behind the frozen prefix.
 
     ``labels`` int64 [N] are indices into ``classes``; summaries ``phi`` float32 [N, summary_dim] are kept; tokens are
-    kept as float16 while they fit into a share of the free memory, else recomputed for every batch.
+    kept as float16 while they fit into a share of the free memory, else recomputed for every batch. With
+    ``cache_bytes`` that many bytes of them are kept in memory, the others in a file that vanishes with the process.
+    ``batch_size`` images go through the network at once.
 
     With several ranks each encodes a run of whole batches, so that every image is in the batch that it is in with one;
     ``counts`` are the images of each. The summaries are known to all, the tokens when `share_tokens` was called.
@@ -78,36 +86,39 @@ class Encoded:
         classes: Sequence[str],
         on_batch: Callable[[int, int], None] = lambda done, total: None,
         cache: PrefixCache | None = None,
+        *,
+        batch_size: int = BATCH,
+        cache_bytes: int | None = None,
     ) -> None:
-        self.cache = cache
+        self.cache, self.batch_size = cache, batch_size
         self.backbone, self.pixels = backbone, images.pixels
         index = {name: number for number, name in enumerate(classes)}
         self.labels = torch.tensor([index[name] for name in images.labels], dtype=torch.long)
         count = len(images)
-        side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
-        size = count * ((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2
+        row = token_bytes(backbone)
         self.tokens: Tensor | None = None
-        parts = ranks.parts(_batches(count))
+        self._file: IO[bytes] | None = None
+        parts = ranks.parts(self._batches())
         self._own = parts[ranks.number()]
         self.counts = [sum(map(len, part)) for part in parts]
         self._first = sum(self.counts[: ranks.number()])  # the image that the first row of the tokens is of
         self._shared = ranks.count() == 1
         own = self.counts[ranks.number()]
-        summaries, tokens = [], []
-        keep = ranks.agreed(size * ranks.on_this_machine() < MAX_CACHE_SHARE * _available_memory())
+        fits = ranks.agreed(count * row * ranks.on_this_machine() < MAX_CACHE_SHARE * _available_memory())
+        if cache_bytes is not None or fits:
+            kept = own if cache_bytes is None else min(own, cache_bytes // row)
+            self.tokens = torch.empty(kept, row // (2 * backbone.dim), backbone.dim, dtype=torch.float16)
+            if kept < own:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)  # noqa: SIM115 - as long as this object
+        summaries = torch.empty(own, backbone.summary_dim)
         for batch in self._own:
-            batch_tokens, phi = self._encode(batch)
-            summaries.append(phi)
-            if keep:
-                tokens.append(batch_tokens)
-            on_batch(int(batch[-1]) + 1 - self._first, own)
-        self.phi = ranks.gather(
-            torch.cat(summaries) if summaries else torch.zeros(0, backbone.summary_dim), self.counts
-        )
-        if tokens:
-            self.tokens = torch.cat(tokens)
-        elif keep and count:
-            self.tokens = torch.zeros(0, dtype=torch.float16)
+            rows = batch - self._first
+            tokens, summaries[rows] = self._encode(batch)
+            if self.tokens is not None:
+                self._keep(rows, tokens)
+            on_batch(int(rows[-1]) + 1, own)
+        self.phi = ranks.gather(summaries, self.counts)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,14 +128,42 @@ class Encoded:
         if self.tokens is not None and not self._shared:
             self.tokens, self._first, self._shared = ranks.gather(self.tokens, self.counts), 0, True
 
+    def _keep(self, rows: Tensor, tokens: Tensor) -> None:
+        """Store the tokens of the next images: in memory while there is room, then at the end of the file."""
+        assert self.tokens is not None
+        room = max(len(self.tokens) - int(rows[0]), 0)
+        self.tokens[rows[:room]] = tokens[:room]
+        if self._file is not None and room < len(tokens):
+            self._file.write(tokens[room:].numpy().data)
+
+    def _kept(self, indices: Tensor, memory: Tensor) -> Tensor:
+        """Stored tokens float16 [B, L, d]. Rows of the file are read, not mapped: mapped they would count as memory."""
+        if self._file is None:
+            return memory[indices]
+        tokens = torch.empty(len(indices), *memory.shape[1:], dtype=torch.float16)
+        row = memory[:1].nbytes if len(memory) else tokens[:1].nbytes
+        for image, index in zip(tokens, indices.tolist(), strict=True):
+            if index < len(memory):
+                image.copy_(memory[index])
+            else:
+                os.preadv(self._file.fileno(), [image.numpy().data], (index - len(memory)) * row)
+        return tokens
+
+    def _pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
+        """Copies of frames uint8 [B, S, S, 3]; the file that they are mapped from does not stay in memory."""
+        pixels = self.pixels[indices.numpy()]
+        release(self.pixels)
+        return pixels
+
     @torch.no_grad()
     def _encode(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens float16 and phi float32 of some images as they are, on the CPU."""
-        pixels = self.pixels[indices.numpy()]
-        if self.cache is not None:
-            return self.cache(self.backbone, pixels)
-        tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device))
-        return tokens.half().cpu(), phi.cpu()
+        with phase("frozen prefix"):
+            pixels = self._pixels(indices)
+            if self.cache is not None:
+                return self.cache(self.backbone, pixels)
+            tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device))
+            return tokens.half().cpu(), phi.cpu()
 
     @torch.no_grad()
     def batch(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -133,9 +172,14 @@ class Encoded:
         They are rounded to float16 also where they are recomputed, so that free memory does not change results.
         """
         if transform is not None:
-            pixels = torch.from_numpy(self.pixels[indices.numpy()]).to(self.backbone.device)
-            return self.backbone.prefix(transform(pixels))[0].half().float()
-        tokens = self._encode(indices)[0] if self.tokens is None else self.tokens[indices - self._first]
+            with phase("frozen prefix"):
+                views = transform(torch.from_numpy(self._pixels(indices)).to(self.backbone.device))
+                parts = [self.backbone.prefix(part)[0].half().float() for part in views.split(self.batch_size)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.tokens is None:
+            tokens = torch.cat([self._encode(part)[0] for part in indices.split(self.batch_size)])
+        else:
+            tokens = self._kept(indices - self._first, self.tokens)
         return tokens.to(self.backbone.device).float()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -143,10 +187,15 @@ class Encoded:
         for indices in self._own:
             yield indices, self.batch(indices), self.phi[indices].to(self.backbone.device)
 
+    def _batches(self) -> Sequence[Tensor]:
+        """The numbers of all images in batches; none without images, where `Tensor.split` would give an empty one."""
+        return torch.arange(len(self)).split(self.batch_size) if len(self) else ()
 
-def _batches(count: int) -> Sequence[Tensor]:
-    """The numbers 0..count-1 in batches; none for 0, where `Tensor.split` would give an empty one."""
-    return torch.arange(count).split(BATCH) if count else ()
+
+def token_bytes(backbone: Backbone) -> int:
+    """Bytes of the stored tokens of one image, float16 [L, d]."""
+    side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
+    return int(((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2)
 
 
 def _available_memory() -> int:

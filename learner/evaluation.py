@@ -18,6 +18,7 @@ from duallora_edge.learner.encode import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.profile import timed
 from duallora_edge.learner.recipe import collect_features
 from duallora_edge.learner.record import TaskRecord
 from duallora_edge.learner.report.page import About, write_report
@@ -29,8 +30,18 @@ Progress = Callable[[int, int], None]
 class Tests:
     """Test images of tasks, encoded once by the frozen prefix and answered by every state."""
 
-    def __init__(self, backbone: Backbone, precision: str, cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        precision: str,
+        cache: PrefixCache | None = None,
+        *,
+        batch_size: int = BATCH,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """``batch_size`` and ``cache_bytes`` (of each task) as for `Encoded`."""
         self.backbone, self.precision, self.cache = backbone, precision, cache
+        self._encode = partial(Encoded, backbone, batch_size=batch_size, cache_bytes=cache_bytes)
         self._encoded: dict[str, Encoded] = {}
 
     def add(self, task: PreparedTask, classes: Sequence[str]) -> None:
@@ -39,8 +50,9 @@ class Tests:
         keep = [i for i, label in enumerate(test.labels) if label in set(classes)]
         if len(keep) < len(test):
             test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
-        self._encoded[task.name] = Encoded(self.backbone, test, classes, cache=self.cache)
+        self._encoded[task.name] = self._encode(test, classes, cache=self.cache)
 
+    @timed("evaluation")
     def row(self, tasks: Sequence[TaskRecord]) -> Row:
         """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
         model = compose(self.backbone, tasks)
@@ -107,6 +119,7 @@ def _write_rows(run: Run, rows: Mapping[str, Row]) -> None:
     write_json(run.path / "reports" / "rows.json", {key: [c.to_json() for c in row] for key, row in rows.items()})
 
 
+@timed("evaluation")
 def report(run: Run, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
     """Write the report of a run into its folder ``reports``; returns the path of report.html."""
     return write_report(

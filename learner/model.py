@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Collect, Rows, fold
 from duallora_edge.learner.backbone import Backbone
@@ -275,11 +277,13 @@ def run_suffix(
     posterior: Tensor | None = None,
     *,
     collect: Collect = "none",
+    recompute: bool = False,
 ) -> tuple[Tensor, list[Rows]]:
     """Final features f [B, d] of prefix tokens [B, L, d], and what each block's projections read (``collect``).
 
     The last block is computed for the class token alone where the backbone pools by it. Where it pools over the
-    tokens, every token counts and ``class`` means ``all``.
+    tokens, every token counts and ``class`` means ``all``. With ``recompute`` only the input of a block is kept for
+    the gradient, and the rest computed again.
     """
     collected = []
     blocks = list(blocks)
@@ -287,7 +291,10 @@ def run_suffix(
         collect = "all"
     for block in blocks:
         last = block is blocks[-1]
-        tokens, rows = block(tokens, posterior, class_token_only=last and backbone.pools_class_token, collect=collect)
+        run = partial(block, class_token_only=last and backbone.pools_class_token, collect=collect)
+        if recompute:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        tokens, rows = run(tokens, posterior)
         if rows is not None:
             collected.append(rows)
     return backbone.feature(tokens), collected

@@ -23,6 +23,7 @@ from duallora_edge.learner.data.augment import Augment
 from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.gaussian import ClassStatistics
 from duallora_edge.learner.model import DynamicMemory, Network, run_suffix
+from duallora_edge.learner.profile import phase, timed
 from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord, empty_adapter
 from duallora_edge.learner.subspace import empty_basis, second_moment
 
@@ -96,6 +97,7 @@ class Identity:
     accuracy: float
 
 
+@timed("statistics")
 def task_identity(memory: Sequence[ClassStatistics], phi: Tensor) -> Identity:
     """Measure the identity of the newest task on summaries ``phi`` of its images."""
     model = DynamicMemory(memory, 1.0, torch.device("cpu"))
@@ -124,6 +126,7 @@ def untrained(backbone: Backbone) -> tuple[BlockRecord, ...]:
     return tuple(BlockRecord(empty, empty, none, none) for _ in backbone.suffix)
 
 
+@timed("bases")
 def add_moments(totals: Moments, rows: Sequence[Rows]) -> Moments:
     """Running second moments with one more batch of rows."""
     new = [(second_moment(r.q).cpu(), second_moment(r.v).cpu()) for r in rows]
@@ -160,7 +163,7 @@ def look(lesson: Lesson, blocks: Sequence[AdaptedBlock], collect: Collect) -> Be
     moments: Moments = []
     features = []
     for _, tokens, _ in lesson.train.batches():
-        with products(lesson.config.precision, lesson.backbone.device):
+        with phase("suffix forward"), products(lesson.config.precision, lesson.backbone.device):
             f, rows = run_suffix(lesson.backbone, blocks, tokens, collect=collect)
         moments = add_moments(moments, rows)
         features.append(f.float().cpu())
@@ -210,7 +213,7 @@ def train_adapters(
         block.adapter = adapter
 
     def loss(batch: Tensor, tokens: Tensor) -> Tensor:
-        f = run_suffix(backbone, blocks, tokens)[0].float()
+        f = run_suffix(backbone, blocks, tokens, recompute=lesson.config.recompute)[0].float()
         value = F.cross_entropy(linear(f, trained), labels[batch].to(device))
         target = before[batch].to(device)
         if kl_weight:
@@ -244,7 +247,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     interrupted training ends in the same bytes. Several ranks take neighbouring images of each batch, and weigh their
     mean losses by how many, so that the sum of the gradients is that of the batch.
     """
-    config, train, backbone = lesson.config, lesson.train, lesson.backbone
+    config, train = lesson.config, lesson.train
     epoch_steps = math.ceil(len(train) / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
@@ -252,6 +255,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     train.share_tokens()
     augment = Augment(config.augment, horizontal_flip=config.flip)
     order, generator = torch.empty(0, dtype=torch.long), torch.Generator()
+    micro = config.micro_batch or config.batch_size
     for step in range(start, total):
         epoch, position = divmod(step, epoch_steps)
         if position == 0 or step == start:
@@ -261,21 +265,54 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
         own, view = batch[rows], None
         if config.augment != "none" or config.flip:
             seed = mix(config.seed, lesson.number, step, 1)
-            generator_of_views = torch.Generator().manual_seed(seed)
-            view = partial(augment, generator=generator_of_views, rows=rows, total=len(batch))
+            views = torch.Generator().manual_seed(seed)
+            view = partial(augment, generator=views, rows=rows, total=len(batch))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
-        optimizer.zero_grad(set_to_none=True)
         if len(own):
-            tokens = train.batch(own, view)
-            with products(config.precision, backbone.device):
-                loss = loss_of(own, tokens)
-            (loss * (len(own) / len(batch))).backward()
+            micro = accumulate(lesson, optimizer, loss_of, own, train.batch(own, view), len(batch), micro)
+        else:
+            optimizer.zero_grad(set_to_none=True)
         ranks.add_gradients(parameters)
-        optimizer.step()
+        with phase("optimiser"):
+            optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0:
             _save(lesson.checkpoint, step + 1, optimizer, parameters)
         lesson.progress("train", step + 1, total)
+
+
+def accumulate(
+    lesson: Lesson,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    own: Tensor,
+    tokens: Tensor,
+    batch_size: int,
+    micro: int,
+) -> int:
+    """The gradients of the images ``own`` of a batch, in parts of ``micro`` images; returns the size of the parts.
+
+    The parts are weighed by their share of the ``batch_size`` images, so that the sum over all parts, of all ranks, is
+    the gradient of the mean loss of the batch up to rounding. Where CUDA
+    has too little memory for a part, all is done again in halves; raises when one image is too much.
+    """
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            for part, part_tokens in zip(own.split(micro), tokens.split(micro), strict=True):
+                with phase("suffix forward"), products(lesson.config.precision, lesson.backbone.device):
+                    loss = loss_of(part, part_tokens)
+                if len(part) < batch_size:
+                    loss = loss * (len(part) / batch_size)
+                with phase("suffix backward"):
+                    loss.backward()
+            return micro
+        except torch.cuda.OutOfMemoryError:
+            micro = min(micro, len(own)) // 2
+            if not micro:
+                raise
+        # Outside of the handler, whose traceback still holds what did not fit.
+        torch.cuda.empty_cache()
 
 
 def mix(*numbers: int) -> int:
@@ -283,6 +320,7 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+@timed("checkpoint")
 def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
     if not ranks.is_first():
         return

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from duallora_edge.errors import ConfigError, DataError, RunError
-from duallora_edge.learner import ranks
+from duallora_edge.learner import memory, ranks
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask, open_stream, prepare
@@ -22,6 +22,7 @@ from duallora_edge.learner.encode import PrefixCache
 from duallora_edge.learner.evaluation import Tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
 from duallora_edge.learner.metrics import Metrics, Row
+from duallora_edge.learner.profile import phase, start_task, timed
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime.preprocess import Preprocessing
 
@@ -100,6 +101,7 @@ def open_run(path: Path, config: TrainConfig, given: Sequence[str]) -> Run:
     return run
 
 
+@timed("decode")
 def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> PreparedStream:
     """List, check and decode the images that a configuration names, at the input size of the backbone."""
     if not config.data:
@@ -144,6 +146,7 @@ def train_run(
             raise ConfigError("Name the images to learn from with --data DIR.")
         config = replace(config, **ranks.first(partial(_last_source, run)))
     device = pick_device(config.device)
+    free_precision = config.precision == "auto"
     if run is None:
         backbone = ranks.in_turn(partial(new_backbone, config, listener))
         config = replace(config, precision=ranks.same(pick_precision(config.precision, device)))
@@ -154,19 +157,30 @@ def train_run(
     listener.say(stream.health.table())
     if METHODS[config.method].single_task:
         stream = stream.merged()
+    if config.memory_budget is not None and ranks.count() > 1:
+        raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
+    learned = len(run.head()) if run else 0
+    plan = memory.fit(config, backbone.to(device), stream, path, learned, free_precision=free_precision and not run)
+    if plan:
+        config = plan.apply(config)
+        listener.say(plan.describe(config.batch_size))
     # Only now, so that images that cannot be used do not leave an empty run behind.
     run = run or ranks.first(partial(Run.create, path, config, backbone.info))
     with ranks.held_by_first(run.locked()):
         known = ranks.first(partial(_check_known, run, stream))
         ranks.first(partial(run.remember_source, [task.name for task in stream.tasks], config))
+        if plan:
+            memory.remember(plan, config.batch_size, path)
         backbone.to(device)
-        tests = Tests(backbone, config.precision, cache)
+        test_bytes = None if config.cache_bytes is None else 0  # read once a state
+        tests = Tests(backbone, config.precision, cache, batch_size=config.forward_batch, cache_bytes=test_bytes)
         add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
         metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row) if known else None
         for task in stream.tasks:
             if task.name in known:
                 listener.say(f"Task {task.name} is already learned")
                 continue
+            start_task(task.name)
             _learn(run, backbone, task, config, listener, cache)
             tests.add(task, task.classes)
             metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row)
@@ -209,7 +223,8 @@ def _learn(
     started = time.monotonic()
     record = learn_task(backbone, past, task, config, checkpoint, listener.progress, cache)
     record = ranks.same(record)
-    ranks.first(partial(run.commit, record))
+    with phase("checkpoint"):
+        ranks.first(partial(run.commit, record))
     listener.learned(task.name, time.monotonic() - started)
     residual = "" if record.info.residual == "none" else f", residual {record.info.residual}"
     listener.say(f"  learned in {time.monotonic() - started:.0f} s{residual}")
@@ -217,7 +232,8 @@ def _learn(
 
 def _training_key(run: Run, task: PreparedTask, config: TrainConfig) -> str:
     """Identifies one training exactly: a checkpoint of another configuration, state or task is not continued."""
-    settings = {key: value for key, value in config.to_json().items() if key not in SOURCE and key != "weights"}
+    without = (*SOURCE, "weights", "memory_budget", "cache_bytes")  # what changes no result
+    settings = {key: value for key, value in config.to_json().items() if key not in without}
     text = json.dumps([settings, run.digest(), task.name, task.digest, list(task.classes)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

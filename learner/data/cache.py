@@ -7,6 +7,7 @@ checksum of key and facts. Its name is the key. A file of the wrong size or chec
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import tempfile
 import time
@@ -110,6 +111,15 @@ class DecodedCache:
         for path in _listed(self.folder, "*.tmp"):
             if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
                 path.unlink(missing_ok=True)
+
+
+def release(pixels: Bytes) -> None:
+    """Give back the memory of pixels that are mapped from a file; they are read again when they are needed."""
+    base: object = pixels
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _write(handle: int, key: str, size: int, batches: Iterable[Decoded]) -> None:

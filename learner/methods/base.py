@@ -22,6 +22,7 @@ from duallora_edge.learner.calibration import (
 from duallora_edge.learner.classifiers import CLASSIFIERS, overconfidence, ridge_memory, ridge_right
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.model import Catalogue, Classifier, ComposedModel, Network, Scores, fold_all
+from duallora_edge.learner.profile import phase, timed
 from duallora_edge.learner.recipe import (
     Downs,
     Lesson,
@@ -116,9 +117,11 @@ class Method(ABC):
             return untrained(lesson.backbone), torch.zeros(1, lesson.backbone.dim + 1)
         suffix = self.training_blocks(lesson)
         before = look(lesson, suffix, collect)
-        chosen = [downs(index, q, v) for index, (q, v) in enumerate(before.moments)]
+        with phase("bases"):
+            chosen = [downs(index, q, v) for index, (q, v) in enumerate(before.moments)]
         return train_adapters(lesson, suffix, chosen, before.features, distillation=distillation)
 
+    @timed("statistics")
     @torch.no_grad()
     def finish(
         self,
@@ -201,6 +204,7 @@ def _curves(tasks: Sequence[TaskRecord], catalogue: Catalogue, scores: Scores) -
     return curves
 
 
+@timed("bases")
 def _with_bases(
     blocks: tuple[BlockRecord, ...], past: Sequence[TaskRecord], moments: Moments, energy: float
 ) -> tuple[BlockRecord, ...]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter
-from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.gaussian import GaussianClassifier
@@ -71,7 +70,7 @@ class TaskArithmetic(Method):
                 updates = [task.blocks[index].orthogonal for task in lesson.past] + [blocks[index].orthogonal]
                 block.weight = fold_all(block.weight, updates)
             images = [task.memory for task in lesson.past] + [memory]
-            tuning = replace(lesson, train=_encode(lesson.backbone, images), checkpoint=NoCheckpoint())
+            tuning = replace(lesson, train=_encode(lesson, images), checkpoint=NoCheckpoint())
             tuned, head = _train(tuning, merged, head)
             blocks = tuple(replace(b, residual=new.orthogonal) for b, new in zip(blocks, tuned, strict=True))
         return self.finish(lesson, lesson.info(self.name), blocks, head, memory=memory)
@@ -98,7 +97,7 @@ class TaskArithmetic(Method):
         return {"images": images, "labels": lesson.train.labels[chosen]}
 
 
-def _encode(backbone: Backbone, memories: Sequence[Mapping[str, Tensor]]) -> Encoded:
+def _encode(lesson: Lesson, memories: Sequence[Mapping[str, Tensor]]) -> Encoded:
     """The stored images of all tasks behind the prefix; labels count the components of all tasks."""
     labels, offset = [], 0
     for memory in memories:
@@ -106,7 +105,13 @@ def _encode(backbone: Backbone, memories: Sequence[Mapping[str, Tensor]]) -> Enc
         offset += int(memory["labels"].max()) + 1
     pixels = torch.cat([memory["images"] for memory in memories]).numpy()
     names = tuple(str(int(label)) for label in torch.cat(labels))
-    return Encoded(backbone, PixelSet(pixels, names), [str(number) for number in range(offset)])
+    return Encoded(
+        lesson.backbone,
+        PixelSet(pixels, names),
+        [str(number) for number in range(offset)],
+        batch_size=lesson.config.forward_batch,
+        cache_bytes=None if lesson.config.cache_bytes is None else 0,
+    )
 
 
 def _train(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.encode import Encoded, PrefixCache
+from duallora_edge.learner.encode import Encoded, PrefixCache, token_bytes
 
 
 def test_a_cache_gives_the_same_and_runs_the_prefix_once(
@@ -26,6 +27,22 @@ def test_a_cache_gives_the_same_and_runs_the_prefix_once(
         assert torch.equal(cached.labels, plain.labels)
     assert cache.images == len(images)
     assert cache.seconds > 0
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 100])
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_tokens_in_a_file_are_those_in_memory(
+    tiny_backbone: Backbone, make_task: Callable[..., PreparedTask], kept: int, batch_size: int
+) -> None:
+    images = make_task("a", ["x", "y"], [0, 1]).train
+    plain = Encoded(tiny_backbone, images, ["x", "y"], batch_size=batch_size)
+    room = kept * token_bytes(tiny_backbone) + 1
+    split = Encoded(tiny_backbone, images, ["x", "y"], batch_size=batch_size, cache_bytes=room)
+    assert split.tokens is not None and len(split.tokens) == min(kept, len(images))
+    chosen = torch.tensor([23, 0, 6, 7, 8, 0])
+    assert torch.equal(split.batch(chosen), plain.batch(chosen))
+    for one, two in zip(split.batches(), plain.batches(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_features_are_computed_for_unknown_images_only(make_task: Callable[..., PreparedTask]) -> None:
