@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
@@ -25,6 +26,10 @@ from duallora_edge.learner.methods import learn_task
 from duallora_edge.learner.record import TaskRecord
 
 Pixels = npt.NDArray[np.uint8]
+
+# No test asserts how long something takes, a shared machine least of all.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 QUICK = TrainConfig(
     device="cpu", precision="fp32", rank_orthogonal=4, rank_residual=4, epochs=1, min_steps=6, batch_size=16
