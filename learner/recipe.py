@@ -293,8 +293,8 @@ def accumulate(
     """The gradients of the images ``own`` of a batch, in parts of ``micro`` images; returns the size of the parts.
 
     The parts are weighed by their share of the ``batch_size`` images, so that the sum over all parts, of all ranks, is
-    the gradient of the mean loss of the batch up to rounding. Where CUDA
-    has too little memory for a part, all is done again in halves; raises when one image is too much.
+    the gradient of the mean loss of the batch up to rounding. Where CUDA has too little memory for a part, all is done
+    again in halves; raises when one image is too much.
     """
     while True:
         optimizer.zero_grad(set_to_none=True)

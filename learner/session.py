@@ -159,7 +159,7 @@ def train_run(
         stream = stream.merged()
     if config.memory_budget is not None and ranks.count() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
-    learned = len(run.head()) if run else 0
+    learned = len(ranks.first(run.head)) if run else 0
     plan = memory.fit(config, backbone.to(device), stream, path, learned, free_precision=free_precision and not run)
     if plan:
         config = plan.apply(config)

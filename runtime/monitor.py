@@ -65,10 +65,9 @@ class Monitor:
             ages = [age for _, age in self._recent]
             answers, idle = self._answers, now - self._last_at
         classifier, source = self._pipeline.classifier.health(), self._pipeline.source.stats
-        silent = self._pipeline.source.live and idle > SILENCE_S
         p50, p90 = (float(value) for value in np.percentile(ages, (50, 90))) if ages else (None, None)
         return {
-            "ok": classifier.status != "failed" and not silent,
+            "ok": classifier.status != "failed" and not self._is_silent(),
             "uptime_s": now - self._started,
             "answers": answers,
             "rate": len(ages) / min(WINDOW_S, max(now - self._started, 1e-3)),
@@ -84,8 +83,11 @@ class Monitor:
 
         A source that is lost is none of it, for it is opened again and again.
         """
-        health = self.health()
-        return health["ok"] or (health["classifier"]["status"] != "failed" and not health["source"]["connected"])
+        stuck = self._is_silent() and self._pipeline.source.stats.connected
+        return self._pipeline.classifier.health().status != "failed" and not stuck
+
+    def _is_silent(self) -> bool:
+        return self._pipeline.source.live and time.monotonic() - self._last_at > SILENCE_S
 
     def metrics(self) -> str:
         """Everything in the text format of Prometheus (version 0.0.4)."""

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from duallora_edge.runtime.backends import BACKENDS
-
-MAX_SIDE = 16384
+from duallora_edge.runtime.sources.opening import MAX_SIDE
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -122,7 +122,7 @@ class Pipeline(Closing):
 
     def close(self) -> None:
         """End the answers and close the source. Does nothing the second time."""
-        self._stop.set()
+        self.stop()
         self.source.close()
         self._thread.join()
 

@@ -117,7 +117,7 @@ def run(
     """
     with ExitStack() as stack:
         classifier = Classifier.load(bundle, backend, threads, strict)
-        click.echo(f"backend: {classifier.backend}", err=True)
+        _say(f"backend: {classifier.backend}")
         opened = stack.enter_context(
             open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
         )
@@ -128,7 +128,7 @@ def run(
             from duallora_edge.runtime.live_server import LiveServer
 
             server = stack.enter_context(LiveServer(monitor, *(listen or LISTEN), pictures=show))
-            click.echo(f"{'page' if show else 'health and metrics'}: {server.url}", err=True)
+            _say(f"{'page' if show else 'health and metrics'}: {server.url}")
         if watch:
             stack.enter_context(BundleWatcher(classifier, watch, _say, budget_ms, stop_first))
         stack.enter_context(watchdog(monitor.is_working))

@@ -14,6 +14,7 @@ from duallora_edge.errors import BackendError, SourceError
 from duallora_edge.runtime import Classifier, Prediction
 from duallora_edge.runtime.classifier import Prepared
 from duallora_edge.runtime.pipeline import MAX_FAILURES, Pipeline, Region
+from duallora_edge.runtime.prediction import Timings
 from duallora_edge.runtime.smoothing import ExponentialSmoothing
 from duallora_edge.runtime.sources import Frame, open_source
 
@@ -154,8 +155,6 @@ def test_every_must_be_positive(classifier: Classifier) -> None:
 
 
 def prediction(probabilities: Sequence[float], version: int = 1) -> Prediction:
-    from duallora_edge.runtime.prediction import Timings
-
     values = np.array(probabilities, np.float32)
     return Prediction(
         "?", 0.0, "t", 1.0, 0.0, None, Timings(0, 0, 0), "b", version, values, tuple(map(str, range(len(values))))
