@@ -77,8 +77,9 @@ def main(path: Path, weights: str | None, json_path: Path | None) -> None:
         for task in stream.tasks:
             index = [info.name for info in infos].index(task.name)
             columns = [model.catalogue.classes.index(name) for name in infos[index].classes]
-            encoded = Encoded(backbone, task.test, infos[index].classes, cache=cache)
-            features, _ = collect_features(model.network, encoded, run.config.precision)
+            precision = run.config.precision
+            encoded = Encoded(backbone, task.test, infos[index].classes, cache=cache, precision=precision)
+            features, _ = collect_features(model.network, encoded, precision)
             for name, components in ways(model, records, features).items():
                 answers = Predictions(
                     torch.tensor(columns)[encoded.labels].numpy(),

@@ -11,6 +11,7 @@ rate is the share of known images beyond the threshold that the bundle carries.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def main(path: Path, weights: str | None, json_path: Path | None) -> None:
         stream = read_images(replace(run.config, **settings), run.info, TerminalListener())
         tests.update({task.name: task.test for task in stream.tasks})
     cache = PrefixCache()
-    encoded = {name: Encoded(backbone, tests[name], sorted(set(tests[name].labels)), cache=cache) for name in names}
+    encode = partial(Encoded, backbone, cache=cache, precision=run.config.precision)
+    encoded = {name: encode(tests[name], sorted(set(tests[name].labels))) for name in names}
     rows: list[dict[str, Any]] = []
     for k in range(1, len(records)):
         model = compose(backbone, records[:k])

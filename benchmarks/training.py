@@ -33,14 +33,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora_edge.files import write_json
-from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone, spaced_blocks
+from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone, products, spaced_blocks
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.methods import learn_task
 from duallora_edge.learner.methods.dual_lora import DualLora
 from duallora_edge.learner.profile import profiling
-from duallora_edge.learner.recipe import Before, Downs, Lesson, look, products, train_adapters
+from duallora_edge.learner.recipe import Before, Downs, Lesson, look, train_adapters
 from duallora_edge.learner.record import TaskRecord
 
 CPU = torch.device("cpu")
@@ -88,8 +88,8 @@ def ours(
 ) -> Burst:  # fmt: skip
     """A few steps of `train_adapters`, the training of DualLoRA, after ``past`` tasks."""
     backbone, task = make_backbone(name, size, weights), make_task(size, images, len(past))
-    train = Encoded(backbone, task.train, task.classes)
-    held = Encoded(backbone, task.validation, task.classes)
+    train = Encoded(backbone, task.train, task.classes, precision=config.precision)
+    held = Encoded(backbone, task.validation, task.classes, precision=config.precision)
     lesson = Lesson(backbone, past, task, train, held, config, NoCheckpoint(), lambda *_: None)
     method = DualLora()
     if past:  # the rank is what counts for the time, not the directions

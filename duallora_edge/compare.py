@@ -137,12 +137,12 @@ def compare(
     variants = [Variant.parse(text) for text in GROUPS.get(methods, methods.split(","))]
     numbers = _seeds(seeds)
     out.mkdir(parents=True, exist_ok=True)
-    caches: dict[tuple[int | None, int | None], PrefixCache] = {}
+    caches: dict[tuple[int | None, int | None, str], PrefixCache] = {}
     found: dict[str, dict[int, Result]] = {variant.label: {} for variant in variants}
     for seed in numbers:
         for variant in variants:
             config = _config(variant, seed, base, shuffle)
-            cache = caches.setdefault((config.prefix_blocks, config.summaries), PrefixCache())
+            cache = caches.setdefault((config.prefix_blocks, config.summaries, config.precision), PrefixCache())
             found[variant.label][seed] = _result(variant, config, out, cache)
     latencies = _latencies(out, variants, numbers[0], latency_rounds) if latency_rounds else {}
     name = Path(stream).name

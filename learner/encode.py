@@ -38,13 +38,13 @@ class PrefixCache:
         self._known: dict[bytes, tuple[Tensor, Tensor]] = {}
         self._features: dict[bytes, Tensor] = {}
 
-    def __call__(self, backbone: Backbone, pixels: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    def __call__(self, backbone: Backbone, pixels: npt.NDArray[np.uint8], precision: str) -> tuple[Tensor, Tensor]:
         """Tokens float16 [B, L, d] and phi float32 of frames uint8 [B, S, S, 3], on the CPU."""
         keys = _keys(pixels)
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
             started = time.monotonic()
-            tokens, phi = backbone.prefix(torch.from_numpy(pixels[new]).to(backbone.device))
+            tokens, phi = backbone.prefix(torch.from_numpy(pixels[new]).to(backbone.device), precision)
             for i, image_tokens, image_phi in zip(new, tokens.half().cpu(), phi.cpu(), strict=True):
                 self._known[keys[i]] = (image_tokens.clone(), image_phi.clone())
             self.seconds += time.monotonic() - started
@@ -73,7 +73,7 @@ class Encoded:
     ``labels`` int64 [N] are indices into ``classes``; summaries ``phi`` float32 [N, summary_dim] are kept; tokens are
     kept as float16 while they fit into a share of the free memory, else recomputed for every batch. With
     ``cache_bytes`` that many bytes of them are kept in memory, the others in a file that vanishes with the process.
-    ``batch_size`` images go through the network at once.
+    ``batch_size`` images go through the network at once, with products in ``precision``.
 
     With several ranks each encodes a run of whole batches, so that every image is in the batch that it is in with one;
     ``counts`` are the images of each. The summaries are known to all, the tokens when `share_tokens` was called.
@@ -87,10 +87,11 @@ class Encoded:
         on_batch: Callable[[int, int], None] = lambda done, total: None,
         cache: PrefixCache | None = None,
         *,
+        precision: str = "fp32",
         batch_size: int = BATCH,
         cache_bytes: int | None = None,
     ) -> None:
-        self.cache, self.batch_size = cache, batch_size
+        self.cache, self.precision, self.batch_size = cache, precision, batch_size
         self.backbone, self.pixels = backbone, images.pixels
         index = {name: number for number, name in enumerate(classes)}
         self.labels = torch.tensor([index[name] for name in images.labels], dtype=torch.long)
@@ -161,8 +162,8 @@ class Encoded:
         with phase("frozen prefix"):
             pixels = self._pixels(indices)
             if self.cache is not None:
-                return self.cache(self.backbone, pixels)
-            tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device))
+                return self.cache(self.backbone, pixels, self.precision)
+            tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device), self.precision)
             return tokens.half().cpu(), phi.cpu()
 
     @torch.no_grad()
@@ -174,7 +175,10 @@ class Encoded:
         if transform is not None:
             with phase("frozen prefix"):
                 views = transform(torch.from_numpy(self._pixels(indices)).to(self.backbone.device))
-                parts = [self.backbone.prefix(part)[0].half().float() for part in views.split(self.batch_size)]
+                parts = [
+                    self.backbone.prefix(part, self.precision)[0].half().float()
+                    for part in views.split(self.batch_size)
+                ]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.tokens is None:
             tokens = torch.cat([self._encode(part)[0] for part in indices.split(self.batch_size)])

@@ -41,7 +41,7 @@ class Tests:
     ) -> None:
         """``batch_size`` and ``cache_bytes`` (of each task) as for `Encoded`."""
         self.backbone, self.precision, self.cache = backbone, precision, cache
-        self._encode = partial(Encoded, backbone, batch_size=batch_size, cache_bytes=cache_bytes)
+        self._encode = partial(Encoded, backbone, precision=precision, batch_size=batch_size, cache_bytes=cache_bytes)
         self._encoded: dict[str, Encoded] = {}
 
     def add(self, task: PreparedTask, classes: Sequence[str]) -> None:
@@ -55,6 +55,8 @@ class Tests:
     @timed("evaluation")
     def row(self, tasks: Sequence[TaskRecord]) -> Row:
         """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
+        if not any(len(self._encoded.get(task.info.name, ())) for task in tasks):
+            return tuple(Cell() for _ in tasks)
         model = compose(self.backbone, tasks)
         return tuple(self._cell(model, tasks, index) for index in range(len(tasks)))
 

@@ -19,13 +19,18 @@ PRIOR_IMAGES_PER_FEATURE = 0.25
 class ClassStatistics:
     """Sufficient statistics of features [n, D] of K classes.
 
-    ``counts`` float64 [K], ``means`` float64 [K, D], ``scatter`` float64 [D, D]: the sum over classes of the
-    centred outer products.
+    ``counts`` float64 [K], ``means`` float64 [K, D] and ``triangle`` [D (D + 1) / 2], float32 or float64: the upper
+    triangle of the scatter, row by row. Those of many tasks are held at once, so the scatter is whole only in use.
     """
 
     counts: Tensor
     means: Tensor
-    scatter: Tensor
+    triangle: Tensor
+
+    @property
+    def scatter(self) -> Tensor:
+        """The sum over classes of the centred outer products, float64 [D, D]."""
+        return symmetric(self.triangle.double())
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
@@ -35,7 +40,7 @@ class ClassStatistics:
         sums = torch.zeros(classes, x.shape[1], dtype=torch.float64).index_add_(0, labels, x)
         means = sums / counts.clamp(min=1)[:, None]
         centred = x - means[labels]
-        return cls(counts, means, centred.T @ centred)
+        return cls(counts, means, upper_triangle(centred.T @ centred))
 
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two sets of images of the same classes (Chan et al. 1979, pairwise update)."""
@@ -44,11 +49,18 @@ class ClassStatistics:
         gap = other.means - self.means
         between = self.counts * share
         scatter = self.scatter + other.scatter + (gap * between[:, None]).T @ gap
-        return ClassStatistics(counts, self.means + gap * share[:, None], scatter)
+        return ClassStatistics(counts, self.means + gap * share[:, None], upper_triangle(scatter))
 
     def part(self, features: slice) -> ClassStatistics:
         """The statistics of a contiguous part of the features."""
-        return ClassStatistics(self.counts, self.means[:, features], self.scatter[features, features])
+        size = self.means.shape[1]
+        start, stop, _ = features.indices(size)
+        rows = self.triangle.split(list(range(size, 0, -1)))[start:stop]
+        if stop == size:  # the last rows as they are, not a copy
+            part = self.triangle[len(self.triangle) - sum(map(len, rows)) :]
+        else:
+            part = torch.cat([self.triangle[:0], *(row[: stop - number] for number, row in enumerate(rows, start))])
+        return ClassStatistics(self.counts, self.means[:, features], part)
 
     def covariance(self) -> Tensor:
         """The covariance [D, D] within the classes."""
@@ -66,29 +78,31 @@ class GaussianClassifier:
 
     ``inflation`` is by how much more the logits vary among new images than among those of the statistics: with n
     images (less K) and df = tr(S (S + R)^-1) degrees of freedom, S the pooled covariance and R what shrinkage adds
-    to it, 1 / (1 - df / n)^2, the correction of generalised cross-validation (Golub, Heath and Wahba 1979).
+    to it, 1 / (1 - df / n)^2, the correction of generalised cross-validation (Golub, Heath and Wahba 1979). None where
+    it was not asked for.
     """
 
     weight: Tensor
     bias: Tensor
     gram: Tensor
     shares: Tensor
-    inflation: float
+    inflation: float | None
 
     @classmethod
-    def fit(cls, statistics: Sequence[ClassStatistics]) -> GaussianClassifier:
+    def fit(cls, statistics: Sequence[ClassStatistics], *, inflation: bool = True) -> GaussianClassifier:
         """Pool the statistics; Sigma = (1 - a) S + a diag(S) with the pooled within-class covariance S.
 
         a = m / (n + m) with n images and a prior worth m = D / 4 images: a lot of shrinkage for a first small
         task, next to none after many. Shrinking towards the diagonal keeps the different scales of the features.
         A small multiple of the mean variance is added so that constant features, or as many classes as images,
-        stay invertible.
+        stay invertible. The ``inflation`` takes an inverse [D, D], longer than all the rest.
         """
         counts = torch.cat([s.counts for s in statistics])
         means = torch.cat([s.means for s in statistics])
-        pooled = torch.zeros_like(statistics[0].scatter)
+        sums = torch.zeros(len(statistics[0].triangle), dtype=torch.float64)
         for s in statistics:  # one after the other: stacked, they would take the memory of all once more
-            pooled += s.scatter
+            sums += s.triangle
+        pooled = symmetric(sums)
         images = (counts.sum() - len(counts)).clamp(min=1)
         pooled /= images
         variance = pooled.diagonal()
@@ -98,14 +112,16 @@ class GaussianClassifier:
         floor = 1e-4 * variance.mean() if variance.mean() > 0 else torch.ones((), dtype=torch.float64)
         added = shrinkage * variance + floor
         root = torch.linalg.cholesky((1 - shrinkage) * pooled + torch.diag(added))
-        freedom = len(variance) - added @ torch.cholesky_inverse(root).diagonal()
         shares = counts / counts.sum().clamp(min=1)
         centre = shares @ means
         centred = means - centre
         weight = torch.cholesky_solve(centred.T, root).T
         gram = weight @ centred.T
-        inflation = float((1 - freedom.clamp(min=0) / images).clamp(min=0.1) ** -2)
-        return cls(weight, -weight @ centre - gram.diagonal() / 2, gram, shares, inflation)
+        factor = None
+        if inflation:
+            freedom = len(variance) - added @ torch.cholesky_inverse(root).diagonal()
+            factor = float((1 - freedom.clamp(min=0) / images).clamp(min=0.1) ** -2)
+        return cls(weight, -weight @ centre - gram.diagonal() / 2, gram, shares, factor)
 
     def background(self) -> tuple[Tensor, Tensor]:
         """(F [K, K], o [K]) with |logits F + o|^2 = |x - c|^2 under Sigma minus |x - c|^2 under Sigma + B.
@@ -120,3 +136,22 @@ class GaussianClassifier:
             torch.linalg.cholesky(inner), torch.diag(root), upper=False
         ).T  # F = diag(root) L^-T
         return factor, self.gram.diagonal() / 2 @ factor
+
+
+def upper_triangle(matrix: Tensor) -> Tensor:
+    """The upper triangle [D (D + 1) / 2] of a matrix [D, D], row by row."""
+    return torch.cat([matrix.new_zeros(0), *(row[number:] for number, row in enumerate(matrix))])
+
+
+def symmetric(triangle: Tensor) -> Tensor:
+    """The symmetric matrix [D, D] of an upper triangle, made in place: index tensors would be larger than it."""
+    size = round(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
+    matrix = triangle.new_zeros(size, size)
+    for number, part in enumerate(triangle.split(list(range(size, 0, -1)))):
+        matrix[number, number:] = part
+    for start in range(0, size, 256):  # tiles, since whole columns miss the cache
+        stop = min(start + 256, size)
+        tile = matrix[start:stop, start:stop]
+        tile += tile.triu(1).T
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+    return matrix

@@ -25,12 +25,11 @@ from torch.utils._pytree import tree_leaves
 from duallora_edge.errors import ConfigError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter
-from duallora_edge.learner.backbone import Backbone
+from duallora_edge.learner.backbone import Backbone, products
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedStream
 from duallora_edge.learner.encode import BATCH, token_bytes
 from duallora_edge.learner.model import run_suffix
-from duallora_edge.learner.recipe import products
 
 UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 # Of what is predicted on top of the base: buffers inside operators, and holes in the heap.
@@ -168,7 +167,8 @@ def forward_cost(backbone: Backbone, config: TrainConfig) -> Cost:
 
     @torch.no_grad()
     def run(batch: int) -> None:
-        tokens, _ = backbone.prefix(torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device))
+        images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
+        tokens, _ = backbone.prefix(images, config.precision)
         with products(config.precision, device):
             run_suffix(backbone, blocks, tokens, collect="class")
 
@@ -180,7 +180,8 @@ def held_bytes(backbone: Backbone, stream: PreparedStream, learned: int) -> int:
     dim, summary = backbone.dim, backbone.summary_dim
     images = max(len(task.train) + len(task.validation) for task in stream.tasks)
     tests = sum(len(task.test) for task in stream.tasks)
-    scatters = (learned + len(stream.tasks)) * (dim + summary) ** 2 * 8
+    # The triangles of all tasks in float32, and once more the part of phi.
+    scatters = (learned + len(stream.tasks)) * ((dim + summary) ** 2 + summary**2) * 2
     return scatters + images * 4 * (2 * summary + dim) + tests * 4 * summary
 
 

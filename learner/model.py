@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Collect, Rows, fold
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.calibration import Mixture, NoveltyScale
-from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.gaussian import GaussianClassifier
 from duallora_edge.learner.record import BlockRecord, TaskInfo
 
 NOVELTY_THRESHOLD = 0.95
@@ -81,17 +81,18 @@ class DynamicMemory(nn.Module):
     """p(t | x) from the prefix summary phi: class Gaussians with one covariance, summed over the classes of a task.
 
     The prefix never changes, so the statistics of old tasks stay valid for ever. One image is read at a time,
-    never the batch. ``statistics`` are of phi, one a task.
+    never the batch. ``gaussian`` is of phi, its components are ``classes`` [T] of each task in turn.
     """
 
     weight: Tensor
     bias: Tensor
     task_sums: Tensor
 
-    def __init__(self, statistics: Sequence[ClassStatistics], temperature: float, device: torch.device) -> None:
+    def __init__(
+        self, gaussian: GaussianClassifier, classes: Sequence[int], temperature: float, device: torch.device
+    ) -> None:
         super().__init__()
-        gaussian = GaussianClassifier.fit(statistics)
-        sums = torch.block_diag(*(torch.ones(len(s.counts), 1) for s in statistics))
+        sums = torch.block_diag(*(torch.ones(count, 1) for count in classes))
         self.temperature = temperature
         _set_buffers(self, device, weight=gaussian.weight, bias=gaussian.bias, task_sums=sums)
 

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from duallora_edge.learner import ranks
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter, Collect, Rows
-from duallora_edge.learner.backbone import Backbone
-from duallora_edge.learner.calibration import TEMPERATURES, best_temperature
+from duallora_edge.learner.backbone import Backbone, products
+from duallora_edge.learner.calibration import TEMPERATURES
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.data.augment import Augment
 from duallora_edge.learner.encode import Encoded
-from duallora_edge.learner.gaussian import ClassStatistics
+from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.model import DynamicMemory, Network, run_suffix
 from duallora_edge.learner.profile import phase, timed
 from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord, empty_adapter
@@ -59,16 +59,22 @@ class Lesson:
         return len(self.past)
 
     @cached_property
-    def memory(self) -> list[ClassStatistics]:
-        """Statistics of phi of all tasks, this one included."""
-        phi = slice(self.backbone.dim, None)
+    def gaussian(self) -> GaussianClassifier:
+        """The classes of all tasks, this one included, as Gaussians of phi."""
         new = ClassStatistics.of(self.train.phi, self.train.labels, len(self.task.classes))
-        return [*(record.statistics.part(phi) for record in self.past), new]
+        return GaussianClassifier.fit([*summaries(self.past, self.backbone), new], inflation=False)
 
     @cached_property
     def identity(self) -> Identity | None:
         """How well the new task is recognised; None for a first task or without held-back images."""
-        return task_identity(self.memory, self.held.phi) if self.past and len(self.held) else None
+        if not self.past or not len(self.held):
+            return None
+        return task_identity(self.memory(1.0, torch.device("cpu")), self.held.phi)
+
+    def memory(self, temperature: float, device: torch.device) -> DynamicMemory:
+        """The dynamic memory of all tasks, this one included."""
+        classes = [*(len(record.info.classes) for record in self.past), len(self.task.classes)]
+        return DynamicMemory(self.gaussian, classes, temperature, device)
 
     def info(self, method: str, residual: str = "none") -> TaskInfo:
         """The description of the task."""
@@ -97,16 +103,20 @@ class Identity:
     accuracy: float
 
 
+def summaries(tasks: Sequence[TaskRecord], backbone: Backbone) -> list[ClassStatistics]:
+    """The part of the statistics of tasks that is of phi."""
+    return [task.statistics.part(slice(backbone.dim, None)) for task in tasks]
+
+
 @timed("statistics")
-def task_identity(memory: Sequence[ClassStatistics], phi: Tensor) -> Identity:
+def task_identity(memory: DynamicMemory, phi: Tensor) -> Identity:
     """Measure the identity of the newest task on summaries ``phi`` of its images."""
-    model = DynamicMemory(memory, 1.0, torch.device("cpu"))
-    logits = model.logits(phi).double()
-    sums = model.task_sums.double()
+    logits = memory.logits(phi).double()
+    sums = memory.task_sums.double()
     posteriors = [(logits / t).softmax(dim=1) @ sums for t in TEMPERATURES]
     nll = torch.stack([-p[:, -1].clamp(min=1e-12).log().sum() for p in posteriors])
     # The least temperature all but picks the task of the likeliest class, whatever temperature is chosen later.
-    correct = posteriors[0].argmax(dim=1) == len(memory) - 1
+    correct = posteriors[0].argmax(dim=1) == sums.shape[1] - 1
     return Identity(nll, float(correct.double().mean()))
 
 
@@ -150,11 +160,6 @@ class Before:
 
     moments: Moments
     features: Tensor
-
-
-def products(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which matrix products run in ``precision``: bf16, or as they are for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()
@@ -250,7 +255,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     config, train = lesson.config, lesson.train
     epoch_steps = math.ceil(len(train) / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
     start = _restore(lesson.checkpoint, optimizer, parameters)
     train.share_tokens()
     augment = Augment(config.augment, horizontal_flip=config.flip)
@@ -340,7 +345,7 @@ def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Se
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"{index}.value"])
         moments = {key: tensors[f"{index}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
     return step
 
 
@@ -371,8 +376,3 @@ def collect_features(
     if collect != "none":
         moments = over_ranks(moments, network.backbone)
     return ranks.gather(known, encoded.counts), moments
-
-
-def dynamic_memory(statistics: Sequence[ClassStatistics], nll: Sequence[Tensor], device: torch.device) -> DynamicMemory:
-    """The memory of statistics of phi at the temperature that the held-back likelihoods ``nll`` ask for."""
-    return DynamicMemory(statistics, best_temperature(nll), device)

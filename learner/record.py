@@ -88,11 +88,10 @@ class TaskRecord:
                     adapters[f"blocks.{index}.{kind}.{part}"] = value
             bases[f"blocks.{index}.q"] = block.q_basis
             bases[f"blocks.{index}.v"] = block.v_basis
-        rows, columns = torch.triu_indices(*self.statistics.scatter.shape)
         statistics = {
             "counts": self.statistics.counts,
             "means": self.statistics.means,
-            "scatter": self.statistics.scatter[rows, columns],
+            "scatter": self.statistics.triangle,
             "curve.nll": self.curve.nll,
             "curve.confidence": self.curve.confidence,
             "curve.counts": self.curve.counts,
@@ -124,7 +123,7 @@ class TaskRecord:
             blocks=blocks,
             head=files["head"]["head"],
             statistics=ClassStatistics(
-                statistics["counts"].double(), statistics["means"].double(), _symmetric(statistics["scatter"].double())
+                statistics["counts"].double(), statistics["means"].double(), statistics["scatter"]
             ),
             curve=CalibrationCurve(*(statistics[f"curve.{key}"].double() for key in ("nll", "confidence", "counts"))),
             task_nll=statistics["task_nll"],
@@ -132,16 +131,6 @@ class TaskRecord:
             overconfidence=float(statistics["overconfidence"]),
             memory=dict(files.get("memory", {})),
         )
-
-
-def _symmetric(triangle: Tensor) -> Tensor:
-    """The symmetric matrix [D, D] of an upper triangle [D (D + 1) / 2]."""
-    size = round(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
-    rows, columns = torch.triu_indices(size, size)
-    matrix = triangle.new_zeros(size, size)
-    matrix[rows, columns] = triangle
-    matrix[columns, rows] = triangle
-    return matrix
 
 
 def empty_adapter(dim: int) -> Adapter:

@@ -47,7 +47,7 @@ def learn_task(
     method = METHODS[config.method]
     if past and method.single_task:
         raise ConfigError(f"The method {method.name} learns all tasks at once; it cannot learn {task.name} as well.")
-    encode = partial(Encoded, backbone, batch_size=config.forward_batch)
+    encode = partial(Encoded, backbone, precision=config.precision, batch_size=config.forward_batch)
     train = encode(task.train, task.classes, partial(progress, "encode"), cache, cache_bytes=config.cache_bytes)
     # Held-back images are read once or twice: memory is kept for those that are read in every epoch.
     held = encode(task.validation, task.classes, cache=cache, cache_bytes=None if config.cache_bytes is None else 0)

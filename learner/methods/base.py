@@ -17,20 +17,29 @@ from duallora_edge.learner.calibration import (
     Mixture,
     NoveltyScale,
     best_mixture,
+    best_temperature,
     quantiles,
 )
 from duallora_edge.learner.classifiers import CLASSIFIERS, overconfidence, ridge_memory, ridge_right
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
-from duallora_edge.learner.model import Catalogue, Classifier, ComposedModel, Network, Scores, fold_all
+from duallora_edge.learner.model import (
+    Catalogue,
+    Classifier,
+    ComposedModel,
+    DynamicMemory,
+    Network,
+    Scores,
+    fold_all,
+)
 from duallora_edge.learner.profile import phase, timed
 from duallora_edge.learner.recipe import (
     Downs,
     Lesson,
     Moments,
     collect_features,
-    dynamic_memory,
     look,
     past_bases,
+    summaries,
     train_adapters,
     untrained,
 )
@@ -74,9 +83,11 @@ class Method(ABC):
     def compose(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
         """The model of some tasks (at least one): evaluated, exported and served."""
         infos = [task.info for task in tasks]
-        phi = slice(backbone.dim, None)
-        memory = dynamic_memory(
-            [task.statistics.part(phi) for task in tasks], [task.task_nll for task in tasks], backbone.device
+        memory = DynamicMemory(
+            GaussianClassifier.fit(summaries(tasks, backbone), inflation=False),
+            [len(info.classes) for info in infos],
+            best_temperature([task.task_nll for task in tasks]),
+            backbone.device,
         )
         network = Network(backbone, infos, self.updates([task.blocks for task in tasks]), memory)
         images = [float(sum(info.counts.values())) for info in infos]
@@ -147,7 +158,7 @@ class Method(ABC):
             lesson.backbone,
             [*(task.info for task in lesson.past), info],
             self.updates([*(task.blocks for task in lesson.past), blocks]),
-            dynamic_memory(lesson.memory, nll, lesson.backbone.device),
+            lesson.memory(best_temperature(nll), lesson.backbone.device),
         )
         features, moments = collect_features(network, train, config.precision, collect)
         held_features, _ = collect_features(network, held, config.precision)

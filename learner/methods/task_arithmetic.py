@@ -109,6 +109,7 @@ def _encode(lesson: Lesson, memories: Sequence[Mapping[str, Tensor]]) -> Encoded
         lesson.backbone,
         PixelSet(pixels, names),
         [str(number) for number in range(offset)],
+        precision=lesson.config.precision,
         batch_size=lesson.config.forward_batch,
         cache_bytes=None if lesson.config.cache_bytes is None else 0,
     )

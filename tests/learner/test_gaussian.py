@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
-from duallora_edge.learner.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics, GaussianClassifier
+from duallora_edge.learner.gaussian import (
+    PRIOR_IMAGES_PER_FEATURE,
+    ClassStatistics,
+    GaussianClassifier,
+    symmetric,
+    upper_triangle,
+)
 
 DIM = 6
 
@@ -54,6 +60,15 @@ def test_a_part_has_the_statistics_of_those_features(seed: int, start: int, stop
     assert_equal(
         ClassStatistics.of(features, labels, 3).part(chosen), ClassStatistics.of(features[:, chosen], labels, 3)
     )
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 600])
+def test_a_triangle_is_half_of_a_symmetric_matrix(size: int) -> None:
+    x = torch.randn(size, size, dtype=torch.float64, generator=torch.manual_seed(size))
+    matrix = x + x.T
+    triangle = upper_triangle(matrix)
+    assert triangle.tolist() == matrix[tuple(torch.triu_indices(size, size))].tolist()
+    assert torch.equal(symmetric(triangle), matrix)
 
 
 def slow_covariance(statistics: list[ClassStatistics]) -> np.ndarray:
