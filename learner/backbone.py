@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ class Backbone(nn.Module):
         """Length of the prefix summary phi."""
         return len(self.info.summary_blocks) * self.dim * (3 if self.model.has_class_token else 2)
 
+    def summarise(self, count: int) -> None:
+        """Describe ``count`` blocks of the prefix from now on; runs made before need the summaries they had."""
+        self.info = replace(self.info, summary_blocks=spaced_blocks(self.info.prefix_blocks, count))
+
     def prefix(self, images: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
         """Tokens at the end of the prefix, float32 [B, L, d], and the prefix summary phi, float32 [B, summary_dim].
 
@@ -96,7 +100,7 @@ class Backbone(nn.Module):
         early blocks see colour and texture, which the last one has mixed already. The matrix products of the blocks
         run in ``precision`` (`products`).
         """
-        x = self.model.patch_embed(self._normalised(images))
+        x = self.model.patch_embed(self.normalised(images))
         x = self.model.norm_pre(self.model._pos_embed(x))
         summaries = []
         for index, block in enumerate(self.model.blocks[: self.info.prefix_blocks]):
@@ -106,7 +110,7 @@ class Backbone(nn.Module):
                 summaries.append(self.summary(x))
         return x, torch.cat(summaries, dim=1)
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
         """Frames uint8 [B, S, S, 3] as float32 [B, 3, S, S]; whole rows at once, since three numbers fill no vector."""
         width = images.shape[2]
         rows = (images.flatten(2).to(self.pixel_mean.dtype) - self.pixel_mean.repeat(width)) / (

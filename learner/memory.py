@@ -11,8 +11,9 @@ import math
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,10 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train inside a budget; sizes in images and bytes, the first six named as in `TrainConfig`.
+    """How to train inside a budget; sizes in images and bytes, all but the last named as in `TrainConfig`.
 
-    ``cache_bytes`` of the prefix cache lie in memory, what is beyond in a file; ``expected`` is the predicted peak.
+    ``cache_bytes`` of the prefix cache lie in memory, what is beyond in a file; ``summaries`` is None where they stay
+    as they are; ``expected`` is the predicted peak.
     """
 
     memory_budget: str
@@ -67,12 +69,15 @@ class Plan:
     recompute: bool
     precision: str
     cache_bytes: int | None
+    summaries: int | None
     expected: int
 
     def apply(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what was chosen."""
         settings = asdict(self)
         del settings["expected"]
+        if self.summaries is None:
+            del settings["summaries"]
         return replace(config, **settings)
 
     def describe(self, batch_size: int) -> str:
@@ -86,6 +91,8 @@ class Plan:
         if self.cache_bytes is not None:
             parts.append(f"{_megabytes(self.cache_bytes)} of the prefix cache in memory, what is beyond in a file")
         parts.append(self.precision)
+        if self.summaries is not None:
+            parts.append(f"--summaries {self.summaries}, the most that fit, which costs accuracy")
         return f"Memory budget {self.memory_budget}: {', '.join(parts)}; expected peak {_megabytes(self.expected)}"
 
 
@@ -235,6 +242,7 @@ def make_plan(
                     str(config.memory_budget),
                     **{**option, "forward_batch": passes},
                     cache_bytes=kept,
+                    summaries=None,
                     expected=expected,
                 )
     raise ConfigError(
@@ -254,9 +262,13 @@ def _options(config: TrainConfig, free_precision: bool) -> Iterator[dict[str, An
 
 
 def fit(
-    config: TrainConfig, backbone: Backbone, stream: PreparedStream, run: Path, learned: int, *, free_precision: bool
+    config: TrainConfig, backbone: Backbone, stream: PreparedStream, run: Path, learned: int, *, free: Collection[str]
 ) -> Plan | None:
-    """The plan of a call of `train` for its budget, None without one; `remember` keeps it for the next call."""
+    """The plan of a call of `train` for its budget, None without one; `remember` keeps it for the next call.
+
+    ``free`` are the settings, of ``precision`` and ``summaries``, that nobody chose and no run depends on yet. Fewer
+    summaries, whose covariance is the largest thing a task leaves, are the last resort: ``backbone`` then has them.
+    """
     if config.memory_budget is None:
         return None
     if backbone.device.type == "cuda":
@@ -270,7 +282,18 @@ def fit(
         known = read_json(path)
         if (known["memory_budget"], known["batch_size"]) == (config.memory_budget, config.batch_size):
             before = {key: known[key] for key in CHOICES}
-    return make_plan(backbone, config, stream, learned, free_precision=free_precision, before=before)
+    plan = partial(make_plan, config=config, stream=stream, learned=learned, free_precision="precision" in free)
+    count = len(backbone.info.summary_blocks)
+    try:
+        return plan(backbone, before=before)
+    except ConfigError:
+        if "summaries" not in free or count == 1:
+            raise
+    for fewer in range(count - 1, 0, -1):
+        backbone.summarise(fewer)
+        with contextlib.suppress(ConfigError):
+            return replace(plan(backbone), summaries=fewer)
+    return plan(backbone)  # raises, and names the least of all
 
 
 def give_back_early() -> None:

@@ -27,6 +27,10 @@ from duallora_edge.learner.profile import phase, timed
 from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord, empty_adapter
 from duallora_edge.learner.subspace import empty_basis, second_moment
 
+# The head starts at zero and the features have not moved from those before: the first gradient of the adapters is
+# rounding alone, of which Adam's usual 1e-8 makes a whole step, in another direction for every number of threads.
+ADAM_EPS = 1e-6
+
 Progress = Callable[[str, int, int], None]
 Moments = list[tuple[Tensor, Tensor]]
 """Second moments [d, d] of what the query and value projections of each adapted block read."""
@@ -255,7 +259,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     config, train = lesson.config, lesson.train
     epoch_steps = math.ceil(len(train) / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, eps=ADAM_EPS, fused=True)
     start = _restore(lesson.checkpoint, optimizer, parameters)
     train.share_tokens()
     augment = Augment(config.augment, horizontal_flip=config.flip)

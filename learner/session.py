@@ -146,7 +146,11 @@ def train_run(
             raise ConfigError("Name the images to learn from with --data DIR.")
         config = replace(config, **ranks.first(partial(_last_source, run)))
     device = pick_device(config.device)
-    free_precision = config.precision == "auto"
+    free = set()
+    if run is None and config.precision == "auto":
+        free.add("precision")
+    if run is None and config.summaries is None and cache is None:  # other runs share its summaries
+        free.add("summaries")
     if run is None:
         backbone = ranks.in_turn(partial(new_backbone, config, listener))
         config = replace(config, precision=ranks.same(pick_precision(config.precision, device)))
@@ -160,7 +164,7 @@ def train_run(
     if config.memory_budget is not None and ranks.count() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
     learned = len(ranks.first(run.head)) if run else 0
-    plan = memory.fit(config, backbone.to(device), stream, path, learned, free_precision=free_precision and not run)
+    plan = memory.fit(config, backbone.to(device), stream, path, learned, free=free)
     if plan:
         config = plan.apply(config)
         listener.say(plan.describe(config.batch_size))

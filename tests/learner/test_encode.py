@@ -45,6 +45,27 @@ def test_tokens_in_a_file_are_those_in_memory(
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tokens_do_not_depend_on_the_batch(
+    tiny_backbone: Backbone, make_task: Callable[..., PreparedTask], precision: str
+) -> None:
+    images = make_task("a", ["x", "y"], [0, 1]).train
+    kept = Encoded(tiny_backbone, images, ["x", "y"], precision=precision)
+    made_anew = Encoded(tiny_backbone, images, ["x", "y"], precision=precision, batch_size=5)
+    made_anew.tokens = None
+    chosen = torch.tensor([23, 0, 6, 7, 8, 0])
+    assert torch.equal(made_anew.batch(chosen), kept.batch(chosen))
+    assert torch.equal(made_anew.phi, kept.phi)
+
+
+def test_bf16_stays_near_fp32(tiny_backbone: Backbone, make_task: Callable[..., PreparedTask]) -> None:
+    images = make_task("a", ["x", "y"], [0, 1]).train
+    full, half = (Encoded(tiny_backbone, images, ["x", "y"], precision=name) for name in ("fp32", "bf16"))
+    assert half.phi.dtype == torch.float32
+    assert not torch.equal(half.phi, full.phi)
+    torch.testing.assert_close(half.phi, full.phi, rtol=0.1, atol=0.1)
+
+
 def test_features_are_computed_for_unknown_images_only(make_task: Callable[..., PreparedTask]) -> None:
     pixels = make_task("a", ["x"], [0]).train.pixels[:4]
     cache, calls = PrefixCache(), []
