@@ -60,13 +60,13 @@ class NoCheckpoint:
         pass
 
 
-def make_backbone(name: str, size: int, weights: Path | None) -> Backbone:
+def make_backbone(name: str, size: int, weights: Path | None, prefix_blocks: int | None = None) -> Backbone:
     """The backbone with real weights, or with random ones, on which speed does not depend."""
     if weights is not None:
-        return load_backbone(name, weights=weights, size=size)
+        return load_backbone(name, weights=weights, size=size, prefix_blocks=prefix_blocks)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0, img_size=size)
-    prefix, half = len(model.blocks) // 2, (0.5, 0.5, 0.5)
+    prefix, half = prefix_blocks or len(model.blocks) // 2, (0.5, 0.5, 0.5)
     info = BackboneInfo(name, "0" * 64, size, half, half, "bicubic", prefix, spaced_blocks(prefix, 3))
     return Backbone(model, info)
 
@@ -87,7 +87,8 @@ def ours(
     *, cached: bool = True,
 ) -> Burst:  # fmt: skip
     """A few steps of `train_adapters`, the training of DualLoRA, after ``past`` tasks."""
-    backbone, task = make_backbone(name, size, weights), make_task(size, images, len(past))
+    backbone = make_backbone(name, size, weights, config.prefix_blocks)
+    task = make_task(size, images, len(past))
     train = Encoded(backbone, task.train, task.classes, precision=config.precision)
     held = Encoded(backbone, task.validation, task.classes, precision=config.precision)
     lesson = Lesson(backbone, past, task, train, held, config, NoCheckpoint(), lambda *_: None)
@@ -123,7 +124,7 @@ def peer(
     model.train()
     labels = torch.tensor([task.classes.index(label) for label in task.train.labels])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=True)
 
     def burst() -> None:
         order = torch.randperm(images)
@@ -216,7 +217,7 @@ def grown(
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time of a step and of a whole task after some tasks, as ratios to the first task, and the share of its phases."""
-    backbone = make_backbone(name, size, weights)
+    backbone = make_backbone(name, size, weights, config.prefix_blocks)
     records = learned(backbone, config, images, max(PASTS))
     steps = {str(past): ours(name, size, weights, config, images, records[:past]) for past in PASTS}
     whole = {}
@@ -247,6 +248,7 @@ def grown(
 @click.option("--backbone", "name", default="vit_tiny_patch16_224", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), help="Real weights instead of random ones.")
 @click.option("--size", default=128, show_default=True, type=int, help="Input side in pixels.")
+@click.option("--prefix-blocks", type=click.IntRange(1), help="Frozen blocks of ours; half of them by default.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--images", default=256, show_default=True, type=click.IntRange(CLASSES), help="Of the task.")
@@ -255,12 +257,14 @@ def grown(
 @click.option("--growth/--no-growth", default=True, help="Measure after 0, 9 and 49 tasks too.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    name: str, weights: Path | None, size: int, precision: str, batch_size: int, images: int, rounds: int,
-    threads: int, growth: bool, json_path: Path | None,
+    name: str, weights: Path | None, size: int, prefix_blocks: int | None, precision: str, batch_size: int, images: int,
+    rounds: int, threads: int, growth: bool, json_path: Path | None,
 ) -> None:  # fmt: skip
     torch.set_num_threads(threads)
     rng = np.random.default_rng(0)
-    config = TrainConfig(device="cpu", precision=precision, batch_size=batch_size, epochs=0, min_steps=STEPS)
+    config = TrainConfig(
+        device="cpu", precision=precision, prefix_blocks=prefix_blocks, batch_size=batch_size, epochs=0, min_steps=STEPS
+    )
     arguments = (name, size, weights, config, images)
     bursts = {subject: make(*arguments) for subject, make in SUBJECTS.items()}
     times = interleaved(bursts, rounds, rng)
@@ -282,8 +286,8 @@ def main(
         ratios = "  ".join("{:.2f} ({:.2f} to {:.2f})".format(*v) for k, v in row.items() if k.startswith("times"))
         click.echo(f"{row['subject']:<28} {row['images_per_s']:>9.1f} {row['memory_mb']:>6.0f} MB  {ratios}")
     report: dict[str, Any] = {
-        "backbone": name, "size": size, "precision": precision, "batch_size": batch_size, "threads": threads,
-        "rounds": rounds, "rows": rows,
+        "backbone": name, "size": size, "prefix_blocks": prefix_blocks, "precision": precision,
+        "batch_size": batch_size, "threads": threads, "rounds": rounds, "rows": rows,
     }  # fmt: skip
     if growth:
         report["growth"] = grown(*arguments, rounds, rng)

@@ -144,17 +144,16 @@ def test_two_ranks_give_the_result_of_one(learned: dict[int, Path], image_stream
     one, two = (Run.open(learned[count]) for count in (1, 2))
     assert files(one.path) == files(two.path)
     assert (one.path / "run.yaml").read_bytes() == (two.path / "run.yaml").read_bytes()
-    a, b = (run.records()[0] for run in (one, two))
-    assert a.info == b.info
-    torch.testing.assert_close(b.head, a.head, rtol=1e-4, atol=1e-6)
-    for block, other in zip(a.blocks, b.blocks, strict=True):
-        for name in ("orthogonal", "residual"):
-            mine, its = getattr(block, name), getattr(other, name)
-            assert torch.equal(mine.q_down, its.q_down) and torch.equal(mine.v_down, its.v_down)
-            for update, same in zip(Adapter.product(mine), Adapter.product(its), strict=True):
-                assert float((update - same).abs().max()) <= 1e-3 * float(update.abs().max())
+    for a, b, bound in zip(one.records(), two.records(), (1e-3, 0.05), strict=True):
+        torch.testing.assert_close(b.head, a.head, rtol=bound, atol=1e-6)
+        for block, other in zip(a.blocks, b.blocks, strict=True):
+            for name in ("orthogonal", "residual"):
+                updates = (Adapter.product(getattr(part, name)) for part in (block, other))
+                for update, same in zip(*updates, strict=True):
+                    assert float((update - same).abs().max()) <= bound * float(update.abs().max())
+    assert one.records()[0].info == two.records()[0].info
     expected, found = (probabilities(run.path, image_stream) for run in (one, two))
-    assert float((expected - found).abs().max()) < 1e-3
+    assert float((expected - found).abs().max()) < 1e-4
 
 
 def test_torchrun_gives_the_same_bytes_again(learned: dict[int, Path], tmp_path: Path, image_stream: Path) -> None:
