@@ -28,7 +28,7 @@ from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, new_backbone, read_images, train_run
 
 CLASSES = 4
-CHOSEN = ("micro_batch", "forward_batch", "recompute", "cache_bytes")
+CHOSEN = ("micro_batch", "forward_batch", "recompute", "cache_bytes", "summaries")
 
 
 def write_images(folder: Path, tasks: int, images: int, side: int) -> None:
@@ -88,8 +88,7 @@ def in_process(function: Any, *arguments: Any) -> Any:
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
     budgets: str, backbone: str, weights: Path, size: int, summaries: int | None, precision: str, batch_size: int,
-    images: int, tasks: int,
-    steps: int, threads: int, json_path: Path | None,
+    images: int, tasks: int, steps: int, threads: int, json_path: Path | None,
 ) -> None:  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -120,20 +119,22 @@ def main(
             row |= {
                 "plan": plan,
                 "inside": budget is None or peak <= parse_bytes(budget),
-                "largest_difference": float((means - reference).abs().max()),
-                "spread": float(reference.std()),
             }
+            if means.shape == reference.shape:  # else it learned with fewer summaries
+                difference = float((means - reference).abs().max())
+                row |= {"largest_difference": difference, "spread": float(reference.std())}
             rows.append(row)
-            chosen = [f"{key} {plan[key]}" for key in CHOSEN if key in plan]
+            chosen = [f"{key} {plan[key]}" for key in CHOSEN if plan.get(key) is not None]
             expected = (
                 f"{plan['expected'] / UNITS['MB']:>6.0f} MB {'yes' if row['inside'] else 'NO':>7}" if plan else ""
             )
             click.echo(
                 f"{budget or 'none':<8} {row['peak_mb']:>5.0f} MB {expected:<17} {seconds:>8.1f}  {', '.join(chosen)}"
             )
-            click.echo(
-                f"         class means differ by {row['largest_difference']:.1e}, they vary by {row['spread']:.2f}"
-            )
+            if "spread" in row:
+                click.echo(
+                    f"         class means differ by {row['largest_difference']:.1e}, they vary by {row['spread']:.2f}"
+                )
     if json_path:
         write_json(json_path, {"backbone": backbone, "size": size, "precision": precision, "rows": rows})
         click.echo(f"Wrote {json_path}")
