@@ -126,9 +126,14 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the training's products. [auto]")
 @click.option("--memory-budget", help="Stay within this much memory, such as 2GB: of the process, or on CUDA.")
+@click.option(
+    "--evaluate/--no-evaluate", default=True, help="Measure after each task, or leave it to 'evaluate'. [evaluate]"
+)
 @click.option("--profile", "profiled", is_flag=True, help="Tell where the time goes (reports/profile.json).")
 @as_json
-def train(run_path: Path, config_path: Path | None, profiled: bool, as_json: bool, **flags: Any) -> None:
+def train(
+    run_path: Path, config_path: Path | None, evaluate: bool, profiled: bool, as_json: bool, **flags: Any
+) -> None:
     """Learn the next task(s) of a run.
 
     The images may be laid out as DIR/<class>/*, DIR/{train,val,test}/<class>/*, DIR/<task>/{train,test}/<class>/*
@@ -148,13 +153,16 @@ def train(run_path: Path, config_path: Path | None, profiled: bool, as_json: boo
         listener = TerminalListener() if ranks.is_first() else Listener()
         if profiled and ranks.is_first():
             with profiling(pick_device(config.device)) as profile:
-                metrics = train_run(run_path, config, given, listener)
+                metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
             write_json(run_path / "reports" / "profile.json", profile.to_json())
             listener.say(profile.table())
         else:
-            metrics = train_run(run_path, config, given, listener)
+            metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
         if ranks.is_first():
-            show_metrics(metrics, as_json)
+            if evaluate or as_json:
+                show_metrics(metrics, as_json)
+            else:
+                click.echo(f"Not measured; 'duallora-edge evaluate {run_path}' does it.")
             click.echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)
 
 

@@ -91,11 +91,11 @@ def measured_rows(run: Run) -> dict[str, Row]:
         ) from error
 
 
-def evaluate_run(run: Run, tests: Tests, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:
-    """Measure every state of the run on every task it knows, and write the report.
+def evaluate_run(run: Run, tests: Tests | None, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:
+    """Measure every state of the run on every task it knows.
 
     With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
-    state that is measured now.
+    state that is measured now. Without ``tests`` nothing is measured, and the cells of other states stay empty.
     """
     head = ranks.first(run.head)
     if not head:
@@ -107,10 +107,13 @@ def evaluate_run(run: Run, tests: Tests, *, reuse: bool, on_row: Callable[[int, 
         state = run.digest(head[:k])
         if state in known and len(known[state]) == k:
             rows[state] = known[state]
+        elif tests is None:
+            rows[state] = tuple(Cell() for _ in range(k))
         else:
             rows[state] = tests.row(records[:k])
             on_row(k, rows[state])
-    ranks.first(partial(_write_rows, run, rows))
+    if tests is not None:
+        ranks.first(partial(_write_rows, run, rows))
     return Metrics(
         tuple(TaskClasses(record.info.name, record.info.classes) for record in records), tuple(rows.values())
     )

@@ -130,13 +130,19 @@ def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> 
 
 
 def train_run(
-    path: Path, config: TrainConfig, given: Sequence[str], listener: Listener, cache: PrefixCache | None = None
+    path: Path,
+    config: TrainConfig,
+    given: Sequence[str],
+    listener: Listener,
+    cache: PrefixCache | None = None,
+    *,
+    evaluate: bool = True,
 ) -> Metrics:
     """Learn the tasks of ``config.data`` that the run does not know yet, evaluate, and write the report.
 
     ``given`` names the settings that the user set; the others come from the run. Without data the images of the
     last call are used. Interrupted at any moment, the same call continues. ``cache`` shares what the frozen prefix
-    makes of the images with other runs. Returns the metrics of the run.
+    makes of the images with other runs. Returns the metrics of the run; without ``evaluate`` states stay unmeasured.
 
     Several ranks (`ranks.joined`) learn it together; the folder of the run must be one that all of them see.
     """
@@ -176,9 +182,11 @@ def train_run(
         if plan:
             memory.remember(plan, config.batch_size, path)
         backbone.to(device)
-        test_bytes = None if config.cache_bytes is None else 0  # read once a state
-        tests = Tests(backbone, config.precision, cache, batch_size=config.forward_batch, cache_bytes=test_bytes)
-        add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
+        tests = None
+        if evaluate:
+            test_bytes = None if config.cache_bytes is None else 0  # read once a state
+            tests = Tests(backbone, config.precision, cache, batch_size=config.forward_batch, cache_bytes=test_bytes)
+            add_tests(run, tests, listener, skip={task.name for task in stream.tasks} - known)
         metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row) if known else None
         for task in stream.tasks:
             if task.name in known:
@@ -186,7 +194,8 @@ def train_run(
                 continue
             start_task(task.name)
             _learn(run, backbone, task, config, listener, cache)
-            tests.add(task, task.classes)
+            if tests:
+                tests.add(task, task.classes)
             metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row)
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")

@@ -54,6 +54,21 @@ def test_train_says_what_it_found_and_where_the_run_is(call: Call, tmp_path: Pat
     assert out.splitlines()[-1] == f"Run: {tmp_path}/run  report: {tmp_path}/run/reports/report.html"
 
 
+def test_measuring_can_wait(call: Call, tmp_path: Path, learned: Path, image_stream: Path) -> None:
+    path = tmp_path / "run"
+    code, out, err = call("train", "--data", image_stream, "--run", path, *QUICK, "--no-evaluate")
+    assert code == 0 and "after 2 tasks" not in err
+    assert out.startswith(f"Not measured; 'duallora-edge evaluate {path}' does it.")
+    assert Run.open(path).digest() == Run.open(learned).digest()
+    rows = Path("reports", "rows.json")
+    assert not (path / rows).exists()
+    assert "after 2 tasks" in call("train", "--run", path)[2]  # the same call measures what is missing
+    assert (path / rows).read_bytes() == (learned / rows).read_bytes()
+    assert call("rollback", path)[0] == 0
+    assert call("train", "--run", path, "--no-evaluate")[0] == 0
+    assert (path / rows).read_bytes() == (learned / rows).read_bytes()
+
+
 def test_json_on_standard_output_alone(call: Call, run: Path, image_stream: Path) -> None:
     for arguments in (
         ("train", "--data", image_stream, "--run", run, "--json"),
