@@ -187,8 +187,7 @@ def held_bytes(backbone: Backbone, stream: PreparedStream, learned: int) -> int:
     dim, summary = backbone.dim, backbone.summary_dim
     images = max(len(task.train) + len(task.validation) for task in stream.tasks)
     tests = sum(len(task.test) for task in stream.tasks)
-    # The triangles of all tasks in float32, and once more the part of phi.
-    scatters = (learned + len(stream.tasks)) * ((dim + summary) ** 2 + summary**2) * 2
+    scatters = (learned + len(stream.tasks)) * (dim + summary) ** 2 * 2  # triangles in float32
     return scatters + images * 4 * (2 * summary + dim) + tests * 4 * summary
 
 

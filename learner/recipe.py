@@ -65,8 +65,9 @@ class Lesson:
     @cached_property
     def gaussian(self) -> GaussianClassifier:
         """The classes of all tasks, this one included, as Gaussians of phi."""
-        new = ClassStatistics.of(self.train.phi, self.train.labels, len(self.task.classes))
-        return GaussianClassifier.fit([*summaries(self.past, self.backbone), new], inflation=False)
+        with phase("statistics"):
+            new = ClassStatistics.of(self.train.phi, self.train.labels, len(self.task.classes))
+            return GaussianClassifier.fit([*summaries(self.past, self.backbone), new], inflation=False)
 
     @cached_property
     def identity(self) -> Identity | None:
