@@ -101,7 +101,7 @@ def evaluate_run(run: Run, tests: Tests | None, *, reuse: bool, on_row: Callable
     if not head:
         raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
     known = ranks.first(partial(measured_rows, run)) if reuse else {}
-    records = run.records(head)
+    records = run.records(head) if tests else []
     rows: dict[str, Row] = {}
     for k in range(1, len(head) + 1):
         state = run.digest(head[:k])
@@ -114,9 +114,8 @@ def evaluate_run(run: Run, tests: Tests | None, *, reuse: bool, on_row: Callable
             on_row(k, rows[state])
     if tests is not None:
         ranks.first(partial(_write_rows, run, rows))
-    return Metrics(
-        tuple(TaskClasses(record.info.name, record.info.classes) for record in records), tuple(rows.values())
-    )
+    infos = map(run.read_info, head)
+    return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), tuple(rows.values()))
 
 
 def _write_rows(run: Run, rows: Mapping[str, Row]) -> None:

@@ -55,10 +55,11 @@ class ClassStatistics:
         """The statistics of a contiguous part of the features."""
         size = self.means.shape[1]
         start, stop, _ = features.indices(size)
-        rows = self.triangle.split(list(range(size, 0, -1)))[start:stop]
         if stop == size:  # the last rows as they are, not a copy
-            part = self.triangle[len(self.triangle) - sum(map(len, rows)) :]
+            kept = size - start
+            part = self.triangle[len(self.triangle) - kept * (kept + 1) // 2 :]
         else:
+            rows = self.triangle.split(list(range(size, 0, -1)))[start:stop]
             part = torch.cat([self.triangle[:0], *(row[: stop - number] for number, row in enumerate(rows, start))])
         return ClassStatistics(self.counts, self.means[:, features], part)
 

@@ -152,12 +152,12 @@ def train_run(
             raise ConfigError("Name the images to learn from with --data DIR.")
         config = replace(config, **ranks.first(partial(_last_source, run)))
     device = pick_device(config.device)
-    free = set()
-    if run is None and config.precision == "auto":
-        free.add("precision")
-    if run is None and config.summaries is None and cache is None:  # other runs share its summaries
-        free.add("summaries")
+    free: set[str] = set()
     if run is None:
+        if config.precision == "auto":
+            free.add("precision")
+        if config.summaries is None and cache is None:  # a cache holds the summaries of several runs
+            free.add("summaries")
         backbone = ranks.in_turn(partial(new_backbone, config, listener))
         config = replace(config, precision=ranks.same(pick_precision(config.precision, device)))
     else:
