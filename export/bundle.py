@@ -6,7 +6,7 @@ import datetime
 import io
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import torch
 
 from duallora_edge import __version__
 from duallora_edge.device_profiles import Estimate, Target, estimate
-from duallora_edge.errors import BundleError, ExportError
+from duallora_edge.errors import BackendError, BundleError, ExportError
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
 from duallora_edge.learner.model import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run import Run
+from duallora_edge.runtime.backends import open_backend
 from duallora_edge.runtime.bundle import (
     GOLDEN,
     MANIFEST,
@@ -74,7 +75,7 @@ def export_run(
     number of images of one run; ``split`` adds the graph for the GPU in two parts. Raises `ExportError` when something
     else than a bundle is there or a graph does not answer as the model, and leaves what is there untouched then.
     """
-    previous = _previous_version(output)
+    previous, replaced = _previous(output)
     graphs = _graphs(model, target, precision, batch, split)
     graph = graphs["fp32", "whole"]
     parity = _verify(model, graphs, real_images)
@@ -84,43 +85,54 @@ def export_run(
     golden = generated_images(GOLDEN_IMAGES, run.info.size, seed=1)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, image=golden, **torch_outputs(model, golden))  # type: ignore[arg-type]
-    with atomic_directory(output) as staging:
-        written = {_file_name(*key): each.SerializeToString(deterministic=True) for key, each in graphs.items()}
-        for file_name, content in written.items():
-            (staging / file_name).write_bytes(content)
-        for file_name in _extra_files(target):
-            (staging / file_name).write_text(_recipe(graphs[precision, "whole"], precision, target), encoding="utf-8")
-        (staging / GOLDEN).write_bytes(buffer.getvalue())
-        (staging / README).write_text(_readme(run, model, target, estimates, precision, batch), encoding="utf-8")
-        manifest = Manifest(
-            bundle_version=version or previous + 1,
-            name=run.path.resolve().name,
-            classes=model.catalogue.classes,
-            tasks=_tasks(model),
-            preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
-            feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
-            calibration=_calibration(model),
-            files={name: FileRecord.of(staging / name) for name in (*written, GOLDEN, README, *_extra_files(target))},
-            backends=target.profile.backends,
-            batch=batch,
-            precision=precision,
-            workspace_mb=target.profile.workspace_mb,
-            split=split,
-            target={
-                **target.to_json(),
-                "estimates": [entry.to_json() for entry in estimates],
-                "nodes": {_file_name(*key): node_counts(each) for key, each in graphs.items()},
-                "nodes_in_onnxruntime": optimized_nodes(graph),
-                "flops": work.flops,
-                "parameters": work.weight_bytes // 2,
-            },
-            parity=parity,
-            provenance=_provenance(run),
-        )
-        (staging / MANIFEST).write_text(
-            json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+    written = {_file_name(*key): each.SerializeToString(deterministic=True) for key, each in graphs.items()}
+    for file_name in _extra_files(target):
+        written[file_name] = _recipe(graphs[precision, "whole"], precision, target).encode()
+    written[GOLDEN] = buffer.getvalue()
+    written[README] = _readme(run, model, target, estimates, precision, batch).encode()
+    manifest = Manifest(
+        bundle_version=version or previous + 1,
+        name=run.path.resolve().name,
+        classes=model.catalogue.classes,
+        tasks=_tasks(model),
+        preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
+        feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
+        calibration=_calibration(model),
+        files={name: FileRecord.of(content) for name, content in written.items()},
+        backends=target.profile.backends,
+        batch=batch,
+        precision=precision,
+        workspace_mb=target.profile.workspace_mb,
+        split=split,
+        target={
+            **target.to_json(),
+            "estimates": [entry.to_json() for entry in estimates],
+            "nodes": {_file_name(*key): node_counts(each) for key, each in graphs.items()},
+            "nodes_in_onnxruntime": optimized_nodes(graph),
+            "flops": work.flops,
+            "parameters": work.weight_bytes // 2,
+        },
+        parity=parity,
+        provenance=_provenance(run),
+    )
+    _write(output, replaced, manifest, written)
     return Exported(manifest, estimates)
+
+
+def _write(output: Path, replaced: Sequence[str], manifest: Manifest, contents: Mapping[str, bytes]) -> None:
+    """Write a bundle as a whole, once it was read back and answered as a device will use it.
+
+    The manifest has the hashes of what is in memory, so that reading back also proves what the disk holds. Raises
+    `ExportError` when that fails; what was there stays then.
+    """
+    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_directory(output, replaces=replaced) as staging:
+        for name, content in {**contents, MANIFEST: text.encode()}.items():
+            (staging / name).write_bytes(content)
+        try:
+            open_backend(Bundle.open(staging), "cpu")
+        except (BundleError, BackendError) as error:
+            raise ExportError(f"The bundle as written cannot be used, so nothing was replaced: {error}") from error
 
 
 def _file_name(precision: str, part: Part) -> str:
@@ -187,18 +199,29 @@ def _tasks(model: ComposedModel) -> tuple[Task, ...]:
     )
 
 
-def _previous_version(output: Path) -> int:
-    """Version of the bundle that will be replaced, 0 without one. What is not a whole bundle is never replaced."""
+def _previous(output: Path) -> tuple[int, tuple[str, ...]]:
+    """Version and files of the bundle that will be replaced, 0 and none without one.
+
+    Raises `ExportError` for what is not a bundle that an export wrote, and nothing else.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return 0
+        return 0, ()
     if not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a bundle; give another name with -o.")
     try:
-        return Bundle.open(output, verify=False).manifest.bundle_version
+        manifest = Bundle.peek(output).manifest
     except BundleError as error:
         raise ExportError(
             f"{output} holds no readable bundle ({str(error).rstrip('.')}); delete it or give another name with -o."
         ) from error
+    names = (MANIFEST, *manifest.files)
+    if foreign := sorted(path.name for path in output.iterdir() if path.name not in names):
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise ExportError(
+            f"{output} also holds what no export wrote ({', '.join(foreign[:5])}{more}); move it away, or give another "
+            "name with -o."
+        )
+    return manifest.bundle_version, names
 
 
 def _provenance(run: Run) -> dict[str, Any]:

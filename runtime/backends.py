@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.bundle import INPUT, MAX_DIFFERENCE, OUTPUTS, Bundle, FloatArray, Golden, Outputs
+from duallora_edge.runtime.bundle import (
+    INPUT,
+    MAX_DIFFERENCE,
+    MAX_FEATURE_DIFFERENCE,
+    MAX_NOVELTY_DIFFERENCE,
+    OUTPUTS,
+    Bundle,
+    FloatArray,
+    Golden,
+    Outputs,
+    gpu_graphs,
+)
 from duallora_edge.runtime.preprocess import Pixels
 
 MIN_COSINE = 0.999
@@ -35,28 +46,58 @@ class GoldenCheck:
     """How the outputs of a backend compare with the golden ones, over ``images`` images.
 
     ``cosine`` is the smallest cosine between the two probability vectors of an image, ``max_difference`` the
-    largest absolute difference of a class or task probability and ``tolerance`` what the precision allows of it,
-    ``top1_agreement`` the share of images with the same best class; two classes that the golden outputs hold closer
-    than twice the tolerance count as the same.
+    largest absolute difference of a class or task probability, ``max_novelty_difference`` that of a novelty, and
+    ``max_feature_difference`` the largest distance of two feature vectors as a share of the golden one's length.
+    ``top1_agreement`` is the share of images with the same best class; two classes that the golden outputs hold closer
+    than twice the tolerance count as the same. ``precision`` decides what is allowed.
     """
 
     images: int
     cosine: float
     max_difference: float
+    max_novelty_difference: float
+    max_feature_difference: float
     top1_agreement: float
-    tolerance: float = MAX_DIFFERENCE["fp32"]
+    precision: str = "fp32"
 
     @property
     def passed(self) -> bool:
-        """Within the tolerance and `MIN_COSINE`, with the same best class everywhere. NaN fails."""
-        close = self.max_difference <= self.tolerance and self.cosine >= MIN_COSINE
-        return close and self.top1_agreement == 1.0
+        """Everything within the limits of the precision, with the same best class everywhere. NaN fails."""
+        return (
+            self.max_difference <= MAX_DIFFERENCE[self.precision]
+            and self.cosine >= MIN_COSINE
+            and self.max_novelty_difference <= MAX_NOVELTY_DIFFERENCE
+            and self.max_feature_difference <= MAX_FEATURE_DIFFERENCE[self.precision]
+            and self.top1_agreement == 1.0
+        )
 
     def __str__(self) -> str:
         return (
-            f"largest difference {self.max_difference:.2g} (at most {self.tolerance:g}), cosine {self.cosine:.6f}, "
-            f"same best class on {self.top1_agreement:.0%} of {self.images} golden images"
+            f"largest difference of a probability {self.max_difference:.2g} (at most "
+            f"{MAX_DIFFERENCE[self.precision]:g}), of novelty {self.max_novelty_difference:.2g} (at most "
+            f"{MAX_NOVELTY_DIFFERENCE:g}), of features {self.max_feature_difference:.2g} (at most "
+            f"{MAX_FEATURE_DIFFERENCE[self.precision]:g}), cosine {self.cosine:.6f}, same best class on "
+            f"{self.top1_agreement:.0%} of {self.images} golden images"
         )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A backend and the precision in which it runs."""
+
+    backend: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} in {self.precision}"
+
+    def is_below(self, other: Rung) -> bool:
+        """Whether it stands below ``other``: a later backend of the ladder, or the same without its fp16."""
+        return self._height < other._height
+
+    @property
+    def _height(self) -> tuple[int, bool]:
+        return -BACKENDS.index(self.backend), self.precision == "fp16"
 
 
 @dataclass(frozen=True)
@@ -79,6 +120,11 @@ class Backend:
     def __str__(self) -> str:
         reasons = [f"not {name}: {reason}" for name, reason in self.not_used.items()]
         return self.name + (f" ({'; '.join(reasons)})" if reasons else "")
+
+    @property
+    def rung(self) -> Rung:
+        """Where on the ladder it stands."""
+        return Rung(self.name, self.precision)
 
     def to_json(self) -> dict[str, Any]:
         """Name, precision, golden check and reasons as JSON values."""
@@ -203,19 +249,33 @@ def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, 
 
 
 def check_golden(run: Run, golden: Golden, precision: str = "fp32") -> GoldenCheck:
-    """Run the golden images one by one, as a camera would, and compare the probabilities."""
-    tolerance = MAX_DIFFERENCE[precision]
-    cosines, differences, agreements = [], [], []
+    """Run the golden images one by one, as a camera would, and compare every output."""
+    close = 2 * MAX_DIFFERENCE[precision]
+    cosines, agreements, differences = [], [], []
     for index in range(len(golden.image)):
         outputs = run(golden.image[index : index + 1])
         expected, actual = golden.probabilities[index].astype(np.float64), outputs.probabilities[0].astype(np.float64)
         cosines.append(expected @ actual / (np.linalg.norm(expected) * np.linalg.norm(actual)))
-        differences.append(np.abs(expected - actual).max())
-        differences.append(np.abs(golden.task_probabilities[index] - outputs.task_probabilities[0]).max())
-        agreements.append(expected[actual.argmax()] >= expected.max() - 2 * tolerance)
+        agreements.append(expected[actual.argmax()] >= expected.max() - close)
+        feature = golden.features[index].astype(np.float64)
+        differences.append(
+            (
+                np.abs(expected - actual).max(),
+                np.abs(golden.task_probabilities[index] - outputs.task_probabilities[0]).max(),
+                np.abs(golden.novelty[index] - outputs.novelty[0]),
+                np.linalg.norm(feature - outputs.features[0]) / max(float(np.linalg.norm(feature)), 1e-12),
+            )
+        )
     # np.min and np.max carry a NaN through, so that it fails the check.
+    classes, tasks, novelty, features = np.max(differences, axis=0)
     return GoldenCheck(
-        len(cosines), float(np.min(cosines)), float(np.max(differences)), float(np.mean(agreements)), tolerance
+        images=len(cosines),
+        cosine=float(np.min(cosines)),
+        max_difference=float(np.max([classes, tasks])),
+        max_novelty_difference=float(novelty),
+        max_feature_difference=float(features),
+        top1_agreement=float(np.mean(agreements)),
+        precision=precision,
     )
 
 
@@ -275,10 +335,11 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
     settings.inter_op_num_threads = 1
     if threads is not None:
         settings.intra_op_num_threads = threads
-    session = ort.InferenceSession(
-        str(bundle.graph(bundle.manifest.precision)), settings, providers=[(provider, options)]
-    )
+    # As bytes: what was verified, and no folder in which a graph could look for other files.
+    content = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0])
+    session = ort.InferenceSession(content, settings, providers=[(provider, options)])
     session.disable_fallback()  # or a failing GPU would be replaced by the CPU without a word
+    session._model_bytes = None  # kept for that fallback alone, as large as the model
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
     shapes = bundle.manifest.output_shapes

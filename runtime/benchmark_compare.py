@@ -112,8 +112,8 @@ def compare_bundles(
     The rest as in `run_benchmark`. The second bundle has to run on the backend that the first one got: raises
     `BackendError` where it cannot, and `BundleError`.
     """
-    opened = Classifier.load(first, backend, threads, strict)
-    classifiers = (opened, Classifier.load(second, opened.backend.name, threads, strict=True))
+    opened = Classifier.load(first, backend, threads, strict, trial=False)
+    classifiers = (opened, Classifier.load(second, opened.backend.name, threads, strict=True, trial=False))
     before = read_state(root)
     with Watch(root) as watch:
         turns = _in_turns(classifiers, seconds)

@@ -1,5 +1,8 @@
 """A bundle: the folder a device receives, its manifest, and the reader that trusts nothing in it.
 
+Every file is read once, through one open folder: the bytes that were hashed are the bytes that are parsed and executed,
+whatever happens to the names meanwhile.
+
 BUNDLE/manifest.json   what the model expects and returns, and the size and SHA-256 of every other file
 BUNDLE/model.onnx      the graph: uint8 images in, calibrated probabilities out
 BUNDLE/model-fp16.onnx the same with half-precision products, for GPUs; not in every bundle
@@ -9,22 +12,28 @@ BUNDLE/golden.npz      generated images and the outputs that the original model 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import re
 import reprlib
+import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError
-from duallora_edge.files import read_json, sha256_file
+from duallora_edge.files import MAX_JSON_BYTES
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
+from duallora_edge.text import UNSAFE, escaped
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -36,16 +45,23 @@ OUTPUTS = ("probabilities", "task_probabilities", "novelty", "features")
 BETWEEN = ("tokens", "phi")
 """What the frozen prefix hands to the suffix where a bundle holds them as two graphs."""
 
-MAX_FILE_BYTES = 2**40
+MAX_FILES = 64
+MAX_FILE_BYTES = 2**31 - 1  # what one protobuf message may have
 MAX_GOLDEN_BYTES = 256 * 2**20
 MAX_FEATURES = 2**20
 MAX_BATCH = 1024
 PRECISIONS = ("fp32", "fp16")
 MAX_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2}
 """By how much a probability may differ from that of the trained model, by precision."""
+MAX_NOVELTY_DIFFERENCE = 0.05
+"""By how much a novelty may differ: wide, for it is a small difference of large numbers for images seen in training."""
+MAX_FEATURE_DIFFERENCE = {"fp32": 1e-2, "fp16": 5e-2}
+"""By how much the features of an image may differ, as a share of their length, by precision."""
 MAX_PROBLEMS = 20
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_BLOCK = 2**20
+_LOOKS = 10  # at a bundle that is replaced while it is read
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -101,9 +117,9 @@ class FileRecord:
     bytes: int
 
     @classmethod
-    def of(cls, path: Path) -> FileRecord:
-        """The record of an existing file. Raises ``OSError`` when it cannot be read."""
-        return cls(sha256_file(path), path.stat().st_size)
+    def of(cls, content: bytes) -> FileRecord:
+        """The record of a file with this content."""
+        return cls(hashlib.sha256(content).hexdigest(), len(content))
 
 
 @dataclass(frozen=True)
@@ -206,15 +222,33 @@ def gpu_graphs(precision: str, split: bool) -> tuple[str, ...]:
     return (MODEL if precision == "fp32" else f"model-{precision}.onnx",)
 
 
+GRAPHS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    graph: ((INPUT,) if place == 0 else BETWEEN, OUTPUTS if place == len(graphs) - 1 else BETWEEN)
+    for graphs in (gpu_graphs(precision, split) for precision in PRECISIONS for split in (False, True))
+    for place, graph in enumerate(graphs)
+}
+"""What each graph that a bundle may hold reads and returns."""
+
+
+class _ReplacedError(Exception):
+    """The folder is another one than when reading began."""
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was opened: every file is there and, unless ``verify`` was off, unaltered."""
+    """A bundle that was opened: every file is there and unaltered.
+
+    ``digest`` is the SHA-256 of its manifest, which holds those of all other files: two bundles of one digest are the
+    same bytes. ``contents`` has the verified graphs and golden outputs; it is what makes a bundle large.
+    """
 
     path: Path
     manifest: Manifest
+    digest: str
+    contents: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.manifest.name}, version {self.manifest.bundle_version}"
+        return escaped(f"{self.manifest.name}, version {self.manifest.bundle_version}")
 
     @property
     def model_path(self) -> Path:
@@ -231,41 +265,54 @@ class Bundle:
         return replace(self, manifest=replace(self.manifest, precision="fp32", split=False))
 
     @property
+    def without_contents(self) -> Bundle:
+        """The same bundle once its model is loaded: what can be told about it."""
+        return replace(self, contents={})
+
+    @property
     def gpu_graphs(self) -> tuple[Path, ...]:
         """The ONNX files of which engines for a GPU are built, in the order in which they run: one, or two parts."""
         return tuple(self.path / name for name in gpu_graphs(self.manifest.precision, self.manifest.split))
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = True) -> Bundle:
-        """Open the bundle in the folder ``path``.
+    def open(cls, path: str | Path) -> Bundle:
+        """Open the bundle in the folder ``path``, read every file once and compare it with the manifest.
 
-        ``verify`` compares the SHA-256 of every file with the manifest; without it only their sizes are
-        compared, which is for bundles that this process verified before. Raises `BundleError`.
+        A bundle that is replaced meanwhile is read as it was before or after. Raises `BundleError`.
         """
-        root = Path(path)
-        if not root.is_dir():
-            raise BundleError(f"{root} is not a folder; give the folder that 'duallora-edge export' wrote.")
-        file = _inside(root, MANIFEST)
-        if file is None:
-            raise BundleError(f"{root} has no {MANIFEST}, so it is no bundle; copy the whole folder again.")
+        return cls._read(Path(path), whole=True)
+
+    @classmethod
+    def peek(cls, path: str | Path) -> Bundle:
+        """The bundle by its manifest alone, without a look at any other file. Raises `BundleError`."""
+        return cls._read(Path(path), whole=False)
+
+    @classmethod
+    def _read(cls, root: Path, whole: bool) -> Bundle:
+        for _ in range(_LOOKS):
+            with _opened(root) as folder:
+                try:
+                    return _read_folder(root, folder, whole)
+                except BundleError:
+                    if not _is_replaced(root, folder):
+                        raise
+        raise BundleError(f"{root} is replaced again and again while it is read; try again when that has ended.")
+
+    def content(self, name: str) -> bytes:
+        """The verified bytes of a graph or of the golden outputs. Raises `BundleError` where they were let go."""
         try:
-            manifest = Manifest.from_json(read_json(file))
-        except (OSError, ValueError, RecursionError) as error:
-            raise BundleError(f"{file} cannot be read ({str(error)[:200]}); copy the bundle again.") from error
-        except BundleError as error:
-            raise BundleError(f"{file}: {error}") from error
-        for name, record in manifest.files.items():
-            _check_file(root, name, record, verify)
-        return cls(root, manifest)
+            return self.contents[name]
+        except KeyError:
+            raise BundleError(f"{self.path / name} is not at hand any more; open the bundle again.") from None
 
     def golden(self) -> Golden:
         """The golden images and outputs; raises `BundleError` when they are damaged or do not fit the manifest."""
-        file = self.path / GOLDEN
+        file, content = self.path / GOLDEN, io.BytesIO(self.content(GOLDEN))
         try:
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(content) as archive:
                 if sum(member.file_size for member in archive.infolist()) > MAX_GOLDEN_BYTES:
                     raise ValueError(f"larger than {MAX_GOLDEN_BYTES} bytes")
-            with np.load(file, allow_pickle=False) as archive:
+            with np.load(content, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in (INPUT, *OUTPUTS)}
         except Exception as error:  # zipfile, zlib and NumPy raise many types on damaged files
             raise BundleError(f"{file} cannot be read ({str(error)[:200]}); copy the bundle again.") from error
@@ -279,6 +326,81 @@ class Bundle:
                     f"not {array.dtype} {list(array.shape)}; export the run again."
                 )
         return Golden(**arrays)
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[int]:
+    """The folder ``root``, to which a link may lead, held open: its names are looked up there and nowhere else."""
+    try:
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{root} is not a folder; give the folder that 'duallora-edge export' wrote.") from error
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _is_replaced(root: Path, folder: int) -> bool:
+    try:
+        return not os.path.samestat(root.stat(), os.fstat(folder))
+    except OSError:
+        return False
+
+
+def _read_folder(root: Path, folder: int, whole: bool) -> Bundle:
+    file = root / MANIFEST
+    try:
+        with _opened_file(folder, MANIFEST) as stream:
+            content = stream.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise BundleError(f"{root} has no {MANIFEST}, so it is no bundle; copy the whole folder again.") from error
+    try:
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+        manifest = Manifest.from_json(json.loads(content.decode()))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} cannot be read ({escaped(str(error))[:200]}); copy the bundle again.") from error
+    except BundleError as error:
+        raise BundleError(f"{file}: {error}") from error
+    contents: dict[str, bytes] = {}
+    for name, record in manifest.files.items() if whole else ():
+        contents |= _verified(root, folder, name, record)
+    return Bundle(root, manifest, hashlib.sha256(content).hexdigest(), contents)
+
+
+@contextmanager
+def _opened_file(folder: int, name: str) -> Iterator[BinaryIO]:
+    """A regular file of an open folder; no link is followed, and no pipe waited for. Raises ``OSError``."""
+    handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    with os.fdopen(handle, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError("not a regular file")
+        yield stream
+
+
+def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[str, bytes]:
+    """The bytes of a file that will be parsed or executed, by its name, after they were compared with the manifest.
+
+    Other files are compared as well, but not kept.
+    """
+    file, kept, content = root / name, name in GRAPHS or name == GOLDEN, b""
+    digest = hashlib.sha256()
+    try:
+        with _opened_file(folder, name) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != record.bytes:
+                raise BundleError(f"{file} has {size} bytes instead of {record.bytes}; copy the whole bundle again.")
+            left = size + 1  # a file that grows shall not be read for ever
+            while block := stream.read(min(left, size if kept else _BLOCK)):
+                digest.update(block)
+                content = content + block if kept else b""  # as a rule, the first block is the whole file
+                left -= len(block)
+    except OSError as error:
+        raise BundleError(f"{file} is missing or leads out of the bundle; copy the whole bundle again.") from error
+    if digest.hexdigest() != record.sha256:
+        raise BundleError(f"{file} was altered (its SHA-256 differs from the manifest); copy the whole bundle again.")
+    return {name: content} if kept else {}
 
 
 def _read_manifest(top: Section) -> Manifest | None:
@@ -336,8 +458,8 @@ def _read_manifest(top: Section) -> Manifest | None:
 
 def _name(section: Section, key: str) -> str:
     value = section.text(key)
-    if _CONTROL.search(value):
-        section.problem(key, "must not contain control characters")
+    if UNSAFE.search(value):
+        section.problem(key, "must not contain control characters or turn the direction of text round")
     return value
 
 
@@ -347,8 +469,8 @@ def _names(section: Section, key: str) -> tuple[str, ...]:
         section.problem(key, "must not be empty")
     if len(set(values)) < len(values):
         section.problem(key, "has the same name twice")
-    if any(_CONTROL.search(value) for value in values):
-        section.problem(key, "must not contain control characters")
+    if any(UNSAFE.search(value) for value in values):
+        section.problem(key, "must not contain control characters or turn the direction of text round")
     return values
 
 
@@ -407,11 +529,13 @@ def _read_files(section: Section) -> dict[str, FileRecord]:
     for required in (MODEL, GOLDEN):
         if required not in section.values:
             section.problem("", f"must list {required}")
+    if len(section.values) > MAX_FILES:
+        section.problem("", f"must list at most {MAX_FILES} files")
+        return {}
     records = {}
     for name in section.values:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or _CONTROL.search(name) or not path.parts:
-            section.problem("", f"{reprlib.repr(name)} leaves the bundle folder")
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            section.problem("", f"{reprlib.repr(name)} is not the name of a file in the bundle folder")
             continue
         record = section.section(name)
         digest = record.text("sha256")
@@ -419,24 +543,3 @@ def _read_files(section: Section) -> dict[str, FileRecord]:
             record.problem("sha256", "must be 64 hexadecimal digits")
         records[name] = FileRecord(digest, record.integer("bytes", 0, MAX_FILE_BYTES))
     return records
-
-
-def _inside(root: Path, name: str) -> Path | None:
-    """The regular file ``name`` below ``root``, or None when there is none or a link leads out of ``root``."""
-    try:
-        file = (root / name).resolve(strict=True)
-        inside = file.is_relative_to(root.resolve()) and file.is_file()
-    except (OSError, RuntimeError):  # missing, too long, or a circle of links
-        return None
-    return root / name if inside else None
-
-
-def _check_file(root: Path, name: str, record: FileRecord, verify: bool) -> None:
-    file = _inside(root, name)
-    if file is None:
-        raise BundleError(f"{root / name} is missing or leads out of the bundle; copy the whole bundle again.")
-    size = file.stat().st_size
-    if size != record.bytes:
-        raise BundleError(f"{file} has {size} bytes instead of {record.bytes}; copy the whole bundle again.")
-    if verify and sha256_file(file) != record.sha256:
-        raise BundleError(f"{file} was altered (its SHA-256 differs from the manifest); copy the whole bundle again.")

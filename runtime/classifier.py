@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import BackendError, BundleError, DualLoraEdgeError, SwapError
-from duallora_edge.runtime.backends import Backend, open_backend
+from duallora_edge.runtime.backends import Backend, Rung, open_backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
 from duallora_edge.runtime.memory import give_back_memory
 from duallora_edge.runtime.model import Model
 from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing, to_rgb
 from duallora_edge.runtime.sources.frame import Frame
+from duallora_edge.runtime.trial import Opening, Trial
 
 # Answers that a new bundle gives before the old one is let go.
 PROBATION = 30
@@ -41,12 +44,24 @@ class Swap:
     """A change of bundles, from ``old`` to ``new``.
 
     ``state``: ``"probation"``, ``"confirmed"``, or for a ``reason`` ``"returned"`` to the old one, or ``"refused"``.
+    ``backend_before`` and ``backend_after`` name backend and precision, such as ``"tensorrt in fp16"``; the second is
+    empty where the new bundle never got so far.
     """
 
     old: str
     new: str
     state: str
+    backend_before: str
+    backend_after: str = ""
     reason: str = ""
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        return (
+            f"swapped '{self.old}' ({self.backend_before}) for '{self.new}' ({self.backend_after})"
+            if self.state in ("probation", "confirmed")
+            else f"{self.state}: '{self.new}', '{self.old}' answers ({self.backend_before}): {self.reason}"
+        )
 
 
 @dataclass(frozen=True)
@@ -104,15 +119,17 @@ class Classifier:
         backend: Backend,
         color: str = "rgb",
         reopen: Callable[[Bundle], Backend] = open_backend,
+        trial: Trial | None = None,
     ) -> None:
-        """Serve ``bundle`` on ``backend``; ``reopen`` opens the backend of a bundle that is swapped in."""
+        """Serve ``bundle`` on ``backend``; ``reopen`` opens one that is swapped in, which ``trial`` tries before."""
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color must be 'rgb' or 'bgr', not {color!r}")
         self._color = color
         self._reopen = reopen
+        self._tried = trial
         self._swapping = threading.Lock()  # one swap at a time
         self._changed = threading.Condition()  # guards everything below
-        self._model = Model(bundle, backend)
+        self._model = Model(bundle.without_contents, backend)
         self._calls: Counter[Model] = Counter()  # in progress
         self._loading = False
         self._broken: str | None = None
@@ -132,19 +149,21 @@ class Classifier:
         strict: bool = False,
         color: str = "rgb",
         build: bool = False,
+        trial: bool = True,
     ) -> Classifier:
         """Open and verify a bundle and start the best backend that answers its golden images correctly.
 
         ``backend``, ``threads``, ``strict`` and ``build`` as in `open_backend`, for this bundle and those that are
         swapped in later; ``color`` is the channel order of arrays, ``"rgb"`` or ``"bgr"`` (OpenCV); a `Frame` of a
-        source is always RGB. Raises `BundleError` and `BackendError`.
+        source is always RGB. With ``trial`` a bundle that was never loaded on this machine answers its golden images
+        in a child process first, so that it cannot take this one with it. Raises `BundleError` and `BackendError`.
         """
-
-        def reopen(bundle: Bundle) -> Backend:
-            return open_backend(bundle, backend, threads, strict, build)
-
-        bundle = Bundle.open(Path(path).resolve())  # a link may lead elsewhere by the time of a swap
-        classifier = cls(bundle, reopen(bundle), color, reopen)
+        opening = Opening(backend, threads, strict, build)
+        tried = Trial(opening) if trial else None
+        root = Path(path).resolve()  # a link may lead elsewhere by the time of a swap
+        with _passed(tried, root) as (bundle, _):
+            classifier = cls(bundle, opening(bundle), color, opening, tried)
+        del bundle
         give_back_memory()  # reading a model takes twice its size
         return classifier
 
@@ -224,33 +243,41 @@ class Classifier:
         budget_ms: float | None = None,
         stop_first: bool = False,
         probation: int = PROBATION,
+        allow_slower: bool = False,
+        cancel: threading.Event | None = None,
     ) -> Swap:
         """Serve the bundle at ``path`` from now on, without a pause; other threads go on calling meanwhile.
 
-        It is verified, loaded and checked against its golden images beside the old one, which answers until then and
-        stands by for the next ``probation`` answers. When the new one fails within them, or the 90th percentile of
-        their inference takes longer than ``budget_ms`` milliseconds, the old one answers again, also the frame at which
-        it happened; `health` tells. A swap during the probation of another one ends it.
+        It is tried in a child process unless it was loaded on this machine before, then verified, loaded and checked
+        against its golden images beside the old one, which answers until then and stands by for the next ``probation``
+        answers. When the new one fails within them, or the 90th percentile of their inference takes longer than
+        ``budget_ms`` milliseconds, the old one answers again, also the frame at which it happened; `health` tells. A
+        swap during the probation of another one ends it. A bundle that would run on a lower rung of the ladder than
+        the old one, such as one without an engine yet, is refused unless ``allow_slower``.
 
         ``stop_first`` is for a device that cannot hold two models: the old one is dropped first, and calls wait until
         the new one is there, or the old one is loaded again from its folder, which must therefore still be there.
 
-        Returns when no call uses the old bundle any more. Raises `SwapError` when the new bundle is not fit to answer;
-        the old one then still does.
+        ``cancel`` ends a trial when it is set. Returns when no call uses the old bundle any more. Raises `SwapError`
+        when the new bundle is not fit to answer; the old one then still does.
         """
         if probation < 0:
             raise ValueError(f"probation must not be negative, not {probation}")
         with self._swapping:
             dropped: Bundle | None = None
-            old = str(self._model)
+            running = self._model.backend.rung
+            swap = Swap(str(self._model), str(path), "probation", str(running))
             try:
-                bundle = Bundle.open(Path(path).resolve())
+                root = Path(path).resolve()
+                peeked = Bundle.peek(root)
+                swap = replace(swap, new=str(peeked))
                 with self._changed:
                     self._end_trial()  # two models at a time are enough
                 if stop_first:
                     dropped = self._drop()
-                new = Model(bundle, self._reopen(bundle))
+                new = self._load(root, None if allow_slower else running, cancel)
             except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they hold what was read, whose memory is wanted now
                 if dropped is not None:
                     self._go_back(dropped)
                 if not isinstance(error, (DualLoraEdgeError, OSError, MemoryError)):
@@ -258,12 +285,22 @@ class Classifier:
                 reason = str(error) or type(error).__name__
                 give_back_memory()
                 with self._changed:
-                    self._end(Swap(old, str(path), "refused", reason))
-                goes_on = "nothing answers any more" if self._broken else f"'{old}' goes on answering"
+                    self._end(replace(swap, state="refused", reason=reason))
+                goes_on = "nothing answers any more" if self._broken else f"'{swap.old}' goes on answering"
                 raise SwapError(f"{path} cannot be swapped in, {goes_on}: {reason}") from error
-            swap = self._serve(Swap(old, str(new), "probation"), new, dropped, budget_ms, probation)
+            swap = replace(swap, backend_after=str(new.backend.rung))
+            swap = self._serve(swap, new, dropped, budget_ms, probation)
             give_back_memory()
             return swap
+
+    def _load(self, root: Path, lowest: Rung | None, cancel: threading.Event | None) -> Model:
+        """The model of a bundle that passed its trial, on no lower rung than ``lowest``."""
+        with _passed(self._tried, root, cancel) as (bundle, expected):
+            if expected is not None:
+                _check_rung(expected, lowest, root)
+            backend = self._reopen(bundle)
+            _check_rung(backend.rung, lowest, root)
+            return Model(bundle.without_contents, backend)
 
     def _serve(self, swap: Swap, new: Model, dropped: Bundle | None, budget_ms: float | None, probation: int) -> Swap:
         """Let ``new`` answer from now on, and wait for the calls that still use the old one."""
@@ -333,6 +370,9 @@ class Classifier:
                 return False, None
             reason = str(failure) if failure is not None else trial.over_budget()
             self._end_trial(reason)
+            if failure is not None and self._tried is not None:
+                refuse = threading.Thread(target=self._tried.refuse, args=(model.bundle, reason), daemon=True)
+                refuse.start()  # not in this thread, for which a camera waits
             if not reason:
                 return False, None
             self._set_loading(True)
@@ -375,14 +415,39 @@ class Classifier:
             give_back_memory()
             try:
                 again = Bundle.open(old.path)
-                if again.manifest != old.manifest:
+                if again.digest != old.digest:
                     raise BundleError(f"{old.path} holds another bundle by now; keep the old one beside the new one.")
-                model = Model(again, self._reopen(again))
+                model = Model(again.without_contents, self._reopen(again))
             except (DualLoraEdgeError, OSError, MemoryError) as error:
                 broken = f"There is no model to answer: the new one failed, and the old one cannot be loaded: {error}"
         with self._changed:
             self._model, self._broken = model, broken
             self._set_loading(False)
+
+
+@contextmanager
+def _passed(
+    trial: Trial | None, root: Path, cancel: threading.Event | None = None
+) -> Iterator[tuple[Bundle, Rung | None]]:
+    """The whole bundle at ``root``, after its trial, to be loaded in the block; and the rung that the trial found."""
+    if trial is None:
+        yield Bundle.open(root), None
+        return
+    peeked = Bundle.peek(root)
+    with trial.passed(peeked, cancel) as rung:
+        bundle = Bundle.open(root)
+        if bundle.digest != peeked.digest:
+            raise BundleError(f"{root} was replaced during its trial; try it again.")
+        yield bundle, rung
+
+
+def _check_rung(rung: Rung, lowest: Rung | None, root: Path) -> None:
+    """Raise `BackendError` for a rung below ``lowest``."""
+    if lowest is not None and rung.is_below(lowest):
+        raise BackendError(
+            f"it would run on {rung}, which is slower than {lowest}; build its engine with 'duallora-edge build "
+            f"{root}' (or 'run --build'), or allow it with 'allow_slower' ('run --allow-slower')"
+        )
 
 
 def _images(model: Model, prepared: Sequence[Prepared]) -> Pixels:

@@ -9,10 +9,11 @@ import click
 
 from duallora_edge.errors import DataError
 from duallora_edge.runtime.classifier import Classifier
-from duallora_edge.runtime.options import backend_options
+from duallora_edge.runtime.options import backend_options, trial_option
 from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.preprocess import read_image
 from duallora_edge.runtime.sources.files import find_images
+from duallora_edge.text import escaped
 
 
 @click.command()
@@ -21,8 +22,16 @@ from duallora_edge.runtime.sources.files import find_images
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="How many classes to show.")
 @backend_options
+@trial_option
 def predict(
-    bundle: Path, images: tuple[Path, ...], as_json: bool, top: int, backend: str, threads: int | None, strict: bool
+    bundle: Path,
+    images: tuple[Path, ...],
+    as_json: bool,
+    top: int,
+    backend: str,
+    threads: int | None,
+    strict: bool,
+    trial: bool,
 ) -> None:
     """Classify IMAGES (files, or folders with images) with the bundle BUNDLE.
 
@@ -36,20 +45,20 @@ def predict(
     """
     # A file that was named is tried whatever its name ends in.
     files = [file for path in images for file in (find_images(path) if path.is_dir() else [path])]
-    classifier = Classifier.load(bundle, backend, threads, strict)
-    click.echo(f"backend: {classifier.backend}", err=True)
+    classifier = Classifier.load(bundle, backend, threads, strict, trial=trial)
+    click.echo(escaped(f"backend: {classifier.backend}"), err=True)
     broken = 0
     for path in files:
         try:
             prediction = classifier(read_image(path))
         except DataError as error:
             broken += 1
-            click.echo(str(error), err=True)
+            click.echo(escaped(str(error)), err=True)
             continue
         if as_json:
             click.echo(json.dumps({"path": str(path), **prediction.to_json(top)}))
         else:
-            click.echo("\t".join(_fields(path, prediction, top)))
+            click.echo("\t".join(escaped(field) for field in _fields(path, prediction, top)))
     if broken:
         raise DataError(f"{broken} of {len(files)} images could not be read; the lines above say why.")
 

@@ -54,7 +54,7 @@ def read_memory(proc: Path = PROC) -> Memory:
         pss=read_pss(proc),
         rss=_kilobytes(proc / "self/status", "VmRSS"),
         peak_rss=_kilobytes(proc / "self/status", "VmHWM"),
-        available=_kilobytes(proc / "meminfo", "MemAvailable"),
+        available=available_memory(proc),
         device=_device(proc),
     )
 
@@ -62,6 +62,11 @@ def read_memory(proc: Path = PROC) -> Memory:
 def read_pss(proc: Path = PROC) -> Reading:
     """The proportional set size of this process alone, at once."""
     return _kilobytes(proc / "self/smaps_rollup", "Pss")
+
+
+def available_memory(proc: Path = PROC) -> Reading:
+    """What the system has left, at once."""
+    return _kilobytes(proc / "meminfo", "MemAvailable")
 
 
 def give_back_memory() -> None:

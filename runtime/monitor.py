@@ -95,6 +95,8 @@ class Monitor:
         dropped = source.dropped + self._pipeline.dropped
         runs = {"bundle": classifier.bundle, "backend": classifier.backend, "precision": classifier.precision}
         pss = read_pss().bytes
+        swap = classifier.last_swap
+        swapped = {key: str(value) for key, value in asdict(swap).items() if key != "reason"} if swap else None
         with self._lock:
             answers, ages, inferences = self._answers, self._ages.copy(), self._inferences.copy()
         return "".join(
@@ -111,6 +113,7 @@ class Monitor:
                 counter("swaps_confirmed_total", "Bundles swapped in for good.", classifier.swaps.get("confirmed", 0)),
                 counter("swaps_returned_total", "Bundles given up again.", classifier.swaps.get("returned", 0)),
                 counter("swaps_refused_total", "Bundles not fit to answer.", classifier.swaps.get("refused", 0)),
+                info("last_swap_info", "The last change of bundles, with backends.", swapped) if swapped else "",
                 histogram("answer_age_seconds", "From the capture of a frame to its answer.", ages),
                 histogram("inference_seconds", "Time of the model on a frame.", inferences),
                 gauge("memory_pss_bytes", "Memory of the process (PSS).", pss),

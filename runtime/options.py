@@ -25,6 +25,13 @@ def backend_options(command: Command) -> Command:
     return command
 
 
+trial_option = click.option(
+    "--trial/--no-trial",
+    default=True,
+    help="Try a bundle that was never loaded here in a child process first. [trial]",
+)
+
+
 def frame_size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
     """A size such as 1280x720, as (width, height)."""
     if value is None:

@@ -6,16 +6,21 @@ short-lived child runs; the parent learns the answer, the reason for none, which
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from duallora_edge.errors import BackendError, DualLoraEdgeError
@@ -23,6 +28,9 @@ from duallora_edge.errors import BackendError, DualLoraEdgeError
 MODULE = "duallora_edge.runtime.probes"
 NOT_INSTALLED = "not installed"
 KILL_WAIT_S = 5.0
+OOM_SCORE = "900"  # of 1000: when memory runs out, the system ends this process before the application
+_POLL_S = 0.02
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 # The answer is the last marked line: GPU libraries print what they like around it.
 _MARK = "duallora-edge answers: "
 
@@ -48,13 +56,23 @@ class NoAnswerError(Exception):
     """What was asked for is not here; the message is the reason."""
 
 
-def ask(question: str, *arguments: str, timeout_s: float) -> Answer:
+def ask(
+    question: str,
+    *arguments: str,
+    timeout_s: float,
+    memory_bytes: int | None = None,
+    cancel: threading.Event | None = None,
+) -> Answer:
     """Run the function ``question`` ("module:function") on strings, in a process that gets ``timeout_s`` seconds.
 
-    The function returns a dict of JSON values; whatever it raises is a "no" with the error's first line.
+    The function returns a dict of JSON values; whatever it raises is a "no" with the error's first line. A process
+    that comes to hold more than ``memory_bytes`` is ended (Linux; memory of a GPU does not count), and so is one whose
+    answer is not wanted any more because ``cancel`` was set.
     """
     # The child searches where this process does; "-m" would put the current folder in front.
-    program = f"import sys; sys.path[:] = {sys.path!r}; from {MODULE} import answer; answer(sys.argv[1:])"
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}; from {MODULE} import answer; answer({os.getpid()}, sys.argv[1:])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program, question, *arguments],
         stdin=subprocess.DEVNULL,
@@ -62,10 +80,18 @@ def ask(question: str, *arguments: str, timeout_s: float) -> Answer:
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    deadline = time.monotonic() + timeout_s
     try:
-        output, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return Answer("hung", reason=f"no answer within {timeout_s:g} s")
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                output, errors = process.communicate(timeout=_POLL_S)
+                break
+            if cancel is not None and cancel.is_set():
+                return Answer("no", reason="it was cancelled")
+            if time.monotonic() > deadline:
+                return Answer("hung", reason=f"no answer within {timeout_s:g} s")
+            if memory_bytes is not None and _resident_bytes(process.pid) > memory_bytes:
+                return Answer("crashed", reason=f"it took more than {memory_bytes / 1e6:.0f} MB of memory")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -73,6 +99,13 @@ def ask(question: str, *arguments: str, timeout_s: float) -> Answer:
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=KILL_WAIT_S)
     return _read(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
+
+
+def _resident_bytes(process: int) -> int:
+    """How much memory a process holds; 0 where that cannot be told, as after its end."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
 
 
 def _read(code: int, output: str, errors: str) -> Answer:
@@ -87,14 +120,25 @@ def _read(code: int, output: str, errors: str) -> Answer:
     return Answer(**json.loads(marked[-1].removeprefix(_MARK)))
 
 
-def answer(arguments: Sequence[str]) -> None:
-    """The child's side of `ask`: call the function and print what it says."""
+def answer(parent: int, arguments: Sequence[str]) -> None:
+    """The child's side of `ask`: call the function and print what it says; not to outlive the ``parent``."""
+    _end_with(parent)
     module, function = arguments[0].split(":")
     try:
         result = Answer("ok", getattr(importlib.import_module(module), function)(*arguments[1:]))
     except Exception as error:  # whatever it is, it is the answer
         result = Answer("no", reason=first_line(error))
     print(f"\n{_MARK}{json.dumps(asdict(result))}", flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """End when the parent does, however it does (Linux), and before it when the system runs out of memory."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before it could be watched
+        os._exit(1)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
 
 
 def first_line(error: Exception) -> str:
@@ -139,8 +183,6 @@ def _version(distributions: Sequence[str]) -> str | None:
 
 def cuda() -> dict[str, Any]:
     """Ask the driver's own library: its CUDA version and the devices it can see (memory in bytes)."""
-    import ctypes
-
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -191,14 +233,14 @@ def rungs(bundle: str) -> dict[str, Any]:
 
 
 def rung(bundle: str, name: str) -> dict[str, Any]:
-    """Run the golden images on the rung ``name`` alone, with a bundle that `rungs` has verified."""
+    """Run the golden images on the rung ``name`` alone."""
     from duallora_edge.runtime import backends
     from duallora_edge.runtime.bundle import Bundle
 
     # Without 'strict', which would leave out a second try in fp32; this process opens nothing else afterwards.
     backends.LADDER = {name: backends.LADDER[name]}
     try:
-        backend = backends.open_backend(Bundle.open(bundle, verify=False), name)
+        backend = backends.open_backend(Bundle.open(bundle), name)
     except BackendError as error:
         # "No backend can run ... (NAME: REASON); REMEDY.": here only the reason is of interest.
         _, found, rest = str(error).partition(f"({name}: ")

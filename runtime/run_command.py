@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,18 @@ import click
 
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.monitor import Monitor
-from duallora_edge.runtime.options import backend_options, frame_size
+from duallora_edge.runtime.options import backend_options, frame_size, trial_option
 from duallora_edge.runtime.pipeline import Answer, Pipeline, Region
 from duallora_edge.runtime.smoothing import ExponentialSmoothing
 from duallora_edge.runtime.sources import open_source
 from duallora_edge.runtime.supervisor import notify, watchdog
 from duallora_edge.runtime.watch import BundleWatcher
+from duallora_edge.text import escaped
 
 SCHEMA = 1
 LISTEN = ("127.0.0.1", 8080)
+STOP_S = 10.0
+_OPEN = "There is no password and no encryption: whoever reaches this address sees {what}."
 
 
 def _region(context: click.Context, parameter: click.Parameter, value: str | None) -> Region | None:
@@ -74,7 +81,12 @@ def _positive(context: click.Context, parameter: click.Parameter, value: float |
 @click.option("--watch", type=click.Path(path_type=Path), help="Swap in the newest bundle of this folder, always.")
 @click.option("--budget-ms", type=click.FloatRange(min=0), help="A swapped bundle slower than this (p90) is given up.")
 @click.option("--stop-first", is_flag=True, help="Drop the old bundle before the new one is loaded: less memory.")
+@click.option("--allow-slower", is_flag=True, help="Swap in also what runs on a slower backend than the old bundle.")
+@click.option(
+    "--build", is_flag=True, help="Build a missing TensorRT engine; for a swap, while the old bundle answers."
+)
 @backend_options
+@trial_option
 def run(
     bundle: Path,
     source: str,
@@ -95,9 +107,12 @@ def run(
     watch: Path | None,
     budget_ms: float | None,
     stop_first: bool,
+    allow_slower: bool,
+    build: bool,
     backend: str,
     threads: int | None,
     strict: bool,
+    trial: bool,
 ) -> None:
     """Classify the frames of a camera, stream or file with the bundle BUNDLE: one JSON line an answer.
 
@@ -115,9 +130,10 @@ def run(
       duallora-edge run bundle --source photos/ --every 2
       ffmpeg -i clip.mp4 -f rawvideo -pix_fmt rgb24 - | duallora-edge run bundle --source - --size 640x480
     """
+    watcher: BundleWatcher | None = None
     with ExitStack() as stack:
-        classifier = Classifier.load(bundle, backend, threads, strict)
-        _say(f"backend: {classifier.backend}")
+        classifier = Classifier.load(bundle, backend, threads, strict, build=build, trial=trial)
+        _say(f"backend: {classifier.backend}, {classifier.backend.precision}")
         opened = stack.enter_context(
             open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
         )
@@ -129,14 +145,26 @@ def run(
 
             server = stack.enter_context(LiveServer(monitor, *(listen or LISTEN), pictures=show))
             _say(f"{'page' if show else 'health and metrics'}: {server.url}")
+            if not _is_loopback((listen or LISTEN)[0]):
+                _say(_OPEN.format(what="the camera and its answers" if show else "health and metrics"))
         if watch:
-            stack.enter_context(BundleWatcher(classifier, watch, _say, budget_ms, stop_first))
+            watcher = BundleWatcher(classifier, watch, _say, budget_ms, stop_first, allow_slower)
+            stack.enter_context(watcher)
         stack.enter_context(watchdog(monitor.is_working))
-        stack.enter_context(_stopped_by_signals(pipeline))
+        stack.enter_context(_stopped_by_signals(pipeline, watcher))
         notify("READY=1")
         _print_answers(pipeline, monitor, min_confidence, top, frames)
         notify("STOPPING=1")
         _summary(monitor)
+    if watcher is not None and watcher.is_stuck:
+        _end_at_once(0)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def answer_json(answer: Answer, top: int) -> dict[str, Any]:
@@ -164,13 +192,19 @@ def _print_answers(pipeline: Pipeline, monitor: Monitor, min_confidence: float, 
 
 
 @contextmanager
-def _stopped_by_signals(pipeline: Pipeline) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the answers; the second of them ends the process."""
+def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the answers, within `STOP_S` seconds; the second of them ends the process."""
 
     def stop(number: int, frame: object) -> None:
         for name in before:
             signal.signal(name, signal.SIG_DFL)
         pipeline.stop()
+        if watcher is not None:
+            watcher.cancel()
+        # A model that hangs holds the thread that waits for its answer or its loading, and that is this one.
+        timer = threading.Timer(STOP_S, _end_at_once, (1,))
+        timer.daemon = True
+        timer.start()
 
     before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -180,8 +214,16 @@ def _stopped_by_signals(pipeline: Pipeline) -> Iterator[None]:
             signal.signal(name, handler)
 
 
+def _end_at_once(code: int) -> None:
+    """End the process although a library does not come back."""
+    _say("Ended while a model was being loaded or did not answer.")
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(escaped(text), err=True)
 
 
 def _summary(monitor: Monitor) -> None:

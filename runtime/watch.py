@@ -9,36 +9,34 @@ from contextlib import suppress
 from pathlib import Path
 
 from duallora_edge.errors import BundleError, SwapError
-from duallora_edge.files import read_json
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.closing import Closing
+from duallora_edge.runtime.trial import engines_of
 
 INTERVAL_S = 2.0
+CLOSE_S = 5.0  # a model that is being loaded cannot be interrupted, a trial can
 
 
-def newest_bundle(folder: Path) -> Path | None:
-    """The bundle that ``folder`` is, or the one of the highest version among the folders in it, if there is any.
+def bundle_paths(folder: Path) -> list[Path]:
+    """The bundle that ``folder`` is, or the folders in it that look like one.
 
     Names that begin with a dot do not count: that is how files look that are still being written.
     """
     if (folder / MANIFEST).is_file():
-        return folder.resolve()
-    found = []
-    for manifest in folder.glob(f"[!.]*/{MANIFEST}"):
-        with suppress(OSError, ValueError):
-            document = read_json(manifest)
-            version = document.get("bundle_version") if isinstance(document, dict) else None
-            if type(version) is int:
-                found.append((version, manifest.parent.name, manifest.parent.resolve()))
-    return max(found)[-1] if found else None
+        return [folder.resolve()]
+    return [manifest.parent.resolve() for manifest in folder.glob(f"[!.]*/{MANIFEST}")]
 
 
 class BundleWatcher(Closing):
-    """Swaps in the newest bundle of a folder whenever it changes, in a thread of its own.
+    """Swaps in the newest bundle of a folder, in a thread of its own.
 
-    A bundle counts as changed when any of its files did, and is tried once it was the same at two looks: one that is
-    still being copied is left alone. What was refused is not tried again before it changes.
+    Of a folder of bundles that is the one with the highest version that is fit to answer, and never one of a lower
+    version than the one that answers: that a bundle went away is no reason to go back. A folder that is a bundle
+    itself, or a link to one, is followed wherever it leads.
+
+    A bundle is tried once it was the same at two looks: one that is still being copied is left alone. What was refused
+    is not tried again before it, or an engine of it, changes.
     """
 
     def __init__(
@@ -48,9 +46,10 @@ class BundleWatcher(Closing):
         say: Callable[[str], None],
         budget_ms: float | None = None,
         stop_first: bool = False,
+        allow_slower: bool = False,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        """Begin to look at ``folder`` every ``interval_s`` seconds; ``budget_ms`` and ``stop_first`` as in `swap`.
+        """Begin to look at ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`.
 
         ``say`` gets a line about every swap, in the thread of the watcher.
         """
@@ -59,52 +58,86 @@ class BundleWatcher(Closing):
         self._say = say
         self._budget_ms = budget_ms
         self._stop_first = stop_first
+        self._allow_slower = allow_slower
         self._interval_s = interval_s
-        self._done = self._served()
+        self._known: dict[Path, tuple[tuple[int, ...], Bundle]] = {}
+        self._seen: dict[Path, str | None] = {}  # at the last look
+        self._tried: dict[Path, str] = {}  # as it was when it was swapped in or refused
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="duallora-edge watch", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Look no more; a swap in progress is ended first."""
+    def cancel(self) -> None:
+        """Look no more, and end a trial; a signal handler may call it."""
         self._closing.set()
-        self._thread.join()
 
-    def _served(self) -> str | None:
-        """The signature of the newest bundle if it is the one that answers."""
-        newest = newest_bundle(self._folder)
-        try:
-            manifest = Bundle.open(newest, verify=False).manifest if newest else None
-        except BundleError:
-            return None
-        return _signature(newest) if newest and manifest == self._classifier.bundle.manifest else None
+    def close(self) -> None:
+        """Look no more; a trial in progress is ended, and a model that is being loaded waited for, but not for ever."""
+        self.cancel()
+        self._thread.join(CLOSE_S)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a swap goes on although the watcher was closed."""
+        return self._closing.is_set() and self._thread.is_alive()
 
     def _watch(self) -> None:
-        last = None
         while not self._closing.wait(self._interval_s):
-            newest = newest_bundle(self._folder)
-            signature = _signature(newest) if newest else None
-            if newest and signature and signature == last and signature != self._done:
-                self._done = signature
-                self._try(newest)
-            last = signature
+            self._look()
 
-    def _try(self, bundle: Path) -> None:
+    def _look(self) -> None:
+        wanted = [bundle for bundle in self._newest_first() if self._is_wanted(bundle)]
+        seen, self._seen = self._seen, {bundle.path: _signature(bundle) for bundle in wanted}
+        for bundle in wanted:
+            signature = self._seen[bundle.path]
+            if self._tried.get(bundle.path) == signature:
+                continue
+            if signature is None or seen.get(bundle.path) != signature or self._closing.is_set():
+                return  # perhaps it is still being copied
+            self._tried[bundle.path] = signature
+            if self._swap(bundle.path):
+                return
+
+    def _newest_first(self) -> list[Bundle]:
+        """The bundles of the folder by their manifests, which are read again only where they changed."""
+        known, self._known = self._known, {}
+        for path in bundle_paths(self._folder):
+            with suppress(BundleError, OSError):
+                facts = (path / MANIFEST).stat()
+                stamp = (facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
+                before, bundle = known.get(path, (None, None))
+                self._known[path] = stamp, bundle if bundle and before == stamp else Bundle.peek(path)
+        found = [bundle for _, bundle in self._known.values()]
+        return sorted(found, key=lambda bundle: (bundle.manifest.bundle_version, bundle.path.name), reverse=True)
+
+    def _is_wanted(self, bundle: Bundle) -> bool:
+        """Whether a bundle is to take the place of the one that answers."""
+        running = self._classifier.bundle
+        if bundle.digest == running.digest:
+            return False
+        followed = bundle.path in (running.path, self._folder.resolve())
+        return followed or bundle.manifest.bundle_version > running.manifest.bundle_version
+
+    def _swap(self, path: Path) -> bool:
         try:
-            swap = self._classifier.swap(bundle, self._budget_ms, self._stop_first)
+            swap = self._classifier.swap(
+                path, self._budget_ms, self._stop_first, allow_slower=self._allow_slower, cancel=self._closing
+            )
         except SwapError as error:
-            self._say(str(error))
-        else:
-            self._say(f"swapped '{swap.old}' for '{swap.new}' of {bundle}")
+            if not self._closing.is_set():
+                self._say(str(error))
+            return False
+        self._say(f"{swap} of {path}")
+        return True
 
 
-def _signature(bundle: Path) -> str | None:
-    """Something that changes with any file of the bundle; None while it is being replaced."""
+def _signature(bundle: Bundle) -> str | None:
+    """Something that changes with any file of the bundle and with its engines; None while it is being replaced."""
     try:
         facts = [
-            (str(file.relative_to(bundle)), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino)
-            for file in sorted(bundle.rglob("*"))
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino)
+            for file in sorted(bundle.path.iterdir())
         ]
     except OSError:
         return None
-    return hashlib.sha256(repr((str(bundle), facts)).encode()).hexdigest()
+    return hashlib.sha256(repr((bundle.digest, facts, engines_of(bundle.manifest))).encode()).hexdigest()

@@ -68,7 +68,7 @@ def seal(folder: Path) -> None:
     """Bring the sizes and digests in the manifest up to date, as somebody who alters a bundle on purpose would."""
     document = read_json(folder / MANIFEST)
     for name in document["files"]:
-        document["files"][name] = vars(FileRecord.of(folder / name))
+        document["files"][name] = vars(FileRecord.of((folder / name).read_bytes()))
     write_json(folder / MANIFEST, document)
 
 
@@ -86,7 +86,7 @@ def write_bundle(folder: Path, novelty_threshold: float | None, target: dict[str
         preprocessing=Preprocessing(SIZE, "crop", "bilinear"),
         feature_size=3,
         calibration=Calibration(1.5, novelty_threshold, "temperature", {"ece": 0.01}),
-        files={name: FileRecord.of(folder / name) for name in (MODEL, GOLDEN)},
+        files={name: FileRecord.of((folder / name).read_bytes()) for name in (MODEL, GOLDEN)},
         target=target,
         provenance={"run": "colours"},
     )

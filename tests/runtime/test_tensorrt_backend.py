@@ -308,7 +308,7 @@ def split(folder: Path, precision: str = "fp32") -> Bundle:
         *([MODEL_FP16] if precision != "fp32" else []),
     }:
         (folder / name).write_bytes(name.encode())
-        document["files"][name] = vars(FileRecord.of(folder / name))
+        document["files"][name] = vars(FileRecord.of((folder / name).read_bytes()))
     write_json(folder / MANIFEST, document)
     return Bundle.open(folder)
 
@@ -331,7 +331,7 @@ def test_a_split_bundle_runs_as_two_engines(trt: Imitation, bundle: Path) -> Non
 def split_again(folder: Path) -> Bundle:
     """The bundle after its second part changed."""
     document = read_json(folder / MANIFEST)
-    document["files"]["suffix-fp32.onnx"] = vars(FileRecord.of(folder / "suffix-fp32.onnx"))
+    document["files"]["suffix-fp32.onnx"] = vars(FileRecord.of((folder / "suffix-fp32.onnx").read_bytes()))
     write_json(folder / MANIFEST, document)
     return Bundle.open(folder)
 
@@ -455,7 +455,7 @@ def half_bundle(bundle: Path) -> Path:
     model.doc_string = "fp16"
     onnx.save(model, bundle / MODEL_FP16)
     manifest = Manifest.from_json(read_json(bundle / MANIFEST))
-    files = {**manifest.files, MODEL_FP16: FileRecord.of(bundle / MODEL_FP16)}
+    files = {**manifest.files, MODEL_FP16: FileRecord.of((bundle / MODEL_FP16).read_bytes())}
     write_json(bundle / MANIFEST, replace(manifest, precision="fp16", files=files).to_json())
     return bundle
 

@@ -1,0 +1,245 @@
+"""Trying a bundle in a child process before this one loads it, and remembering how that ended.
+
+A graph can crash or hang the library that runs it, or ask for all memory. So what was never loaded here before
+answers its golden images in a child with limits first, while the application goes on. The outcome is a file in
+``trials`` of the cache folder: what was refused, or was being loaded when the process died, twice, is not touched again
+before the bundle, its engine, or the software that runs it is another one. So no restart loops.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from duallora_edge import __version__
+from duallora_edge.errors import BackendError, BundleError, ConfigError
+from duallora_edge.files import cache_folder, open_lock, own_folder, read_json, write_json
+from duallora_edge.runtime.backends import BACKENDS, Backend, Rung, open_backend
+from duallora_edge.runtime.bundle import Bundle, Manifest
+from duallora_edge.runtime.engine_cache import RECORD, engines_folder
+from duallora_edge.runtime.memory import available_memory
+from duallora_edge.runtime.probes import ask
+
+QUESTION = "duallora_edge.runtime.trial:attempt"
+TIMEOUT_S = 180.0  # the first session of a GPU provider can take more than a minute
+BUILD_TIMEOUT_S = 3600.0
+# What a child may hold: libraries (CUDA's alone take half a gigabyte), and the graphs in several forms at once.
+LIBRARY_BYTES = 10**9
+MODEL_COPIES = 10
+MEMORY_SHARE = 0.75  # of what the system has left
+MAX_DEATHS = 2
+MAX_RECORDS = 200
+NICENESS = 10  # the camera comes first
+_NAME = re.compile(r"[0-9a-f]{64}\.json")
+SOFTWARE = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python")
+
+
+class RefusedError(BackendError):
+    """A bundle crashed, hung, or gave wrong answers in its trial, now or before."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How the backend of a bundle is opened: the arguments of `open_backend`."""
+
+    backend: str = "auto"
+    threads: int | None = None
+    strict: bool = False
+    build: bool = False
+
+    def __call__(self, bundle: Bundle) -> Backend:
+        return open_backend(bundle, self.backend, self.threads, self.strict, self.build)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """How it went: ``"trying"``, ``"good"`` on a backend in a precision, or ``"refused"`` for a ``reason``.
+
+    ``deaths``: how often the process died while it was trying, before this time.
+    """
+
+    state: str
+    bundle: str
+    reason: str = ""
+    backend: str = ""
+    precision: str = ""
+    deaths: int = 0
+
+
+class Trial:
+    """Tries bundles that are to be opened by ``opening``."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+
+    @contextmanager
+    def passed(self, bundle: Bundle, cancel: threading.Event | None = None) -> Iterator[Rung]:
+        """Try a bundle, unless it was loaded before; the block, which gets the rung it will stand on, loads it.
+
+        ``bundle`` may come from `Bundle.peek`; ``cancel`` ends the trial when it is set. Raises `RefusedError` when
+        the bundle did not pass, now or before, and `BundleError` when it is damaged.
+        """
+        with _held(self._file(bundle)) as file:
+            before = _read(file)
+            if before is not None and before.state == "good":
+                yield Rung(before.backend, before.precision)
+                return
+            deaths = before.deaths + (before.state == "trying") if before else 0
+            if before is not None and (before.state == "refused" or deaths >= MAX_DEATHS):
+                raise RefusedError(_refusal(bundle, before, file))
+            record = _Record("trying", str(bundle), deaths=deaths)
+            _write(file, record)
+            try:
+                rung = self._try(bundle, cancel)
+                yield rung
+            except RefusedError as error:
+                _write(file, replace(record, state="refused", reason=str(error)))
+                raise
+            except BaseException:  # it says nothing about the bundle, and this process lives
+                _write(file, before)
+                raise
+            _write(file, replace(record, state="good", backend=rung.backend, precision=rung.precision))
+
+    def refuse(self, bundle: Bundle, reason: str) -> None:
+        """Remember that a bundle that had passed failed nevertheless."""
+        with _held(self._file(bundle)) as file:
+            _write(file, _Record("refused", str(bundle), reason))
+
+    def _try(self, bundle: Bundle, cancel: threading.Event | None) -> Rung:
+        arguments = str(bundle.path), bundle.digest, json.dumps(asdict(self._opening))
+        timeout_s = TIMEOUT_S + (BUILD_TIMEOUT_S if self._opening.build else 0)
+        answer = ask(QUESTION, *arguments, timeout_s=timeout_s, memory_bytes=_memory(bundle.manifest), cancel=cancel)
+        if cancel is not None and cancel.is_set():
+            raise BackendError(f"The trial of {bundle.path} was cancelled; start it again.")
+        if not answer.ok:
+            raise RefusedError(f"{bundle.path} {answer.state} in its trial ({answer.reason}); export the run again.")
+        if "damaged" in answer.values:
+            raise BundleError(answer.values["damaged"])
+        if "refused" in answer.values:
+            raise RefusedError(answer.values["refused"])
+        return Rung(answer.values["backend"], answer.values["precision"])
+
+    def _file(self, bundle: Bundle) -> Path | None:
+        """The record of a bundle that is opened so, with the engines and the software of today; None without a cache.
+
+        Where engines are built, the trial does it itself, which must not change the name.
+        """
+        engines = [] if self._opening.build else engines_of(bundle.manifest)
+        facts = [bundle.digest, asdict(self._opening), engines, _software()]
+        try:
+            folder = own_folder(cache_folder() / "trials")
+        except (OSError, ConfigError):
+            return None
+        return folder / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}.json"
+
+
+def attempt(path: str, digest: str, opening: str) -> dict[str, Any]:
+    """The child's side: open the bundle of this digest, and let it answer its golden images."""
+    with suppress(OSError):
+        os.nice(NICENESS)
+    try:
+        bundle = Bundle.open(path)
+        if bundle.digest != digest:
+            raise BundleError(f"{path} was replaced during its trial; try it again.")
+    except BundleError as error:
+        return {"damaged": str(error)}
+    try:
+        backend = Opening(**json.loads(opening))(bundle)
+    except (BackendError, BundleError) as error:
+        return {"refused": str(error)}
+    return {"backend": backend.name, "precision": backend.precision}
+
+
+def engines_of(manifest: Manifest) -> list[list[str]]:
+    """Name and SHA-256 of the engines in the cache that were built of a bundle's graphs, in the order of names."""
+    graphs = {record.sha256 for record in manifest.files.values()}
+    found = []
+    with suppress(OSError):
+        for folder in sorted(engines_folder().iterdir()):
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                record = read_json(folder / RECORD)
+                if record["key"]["model_sha256"] in graphs:
+                    found.append([folder.name, str(record["sha256"])])
+    return found
+
+
+def _memory(manifest: Manifest) -> int:
+    """The bytes that a child may hold."""
+    graphs = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx"))
+    limit = LIBRARY_BYTES + MODEL_COPIES * graphs
+    available = available_memory().bytes
+    return limit if available is None else min(limit, int(MEMORY_SHARE * available))
+
+
+def _software() -> dict[str, str]:
+    """The versions of what opens a bundle and runs it."""
+    found = {"duallora-edge": __version__, "python": platform.python_version()}
+    for name in SOFTWARE:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _refusal(bundle: Bundle, record: _Record, file: Path | None) -> str:
+    reason = record.reason or f"the process died {MAX_DEATHS} times while it was loaded"
+    return (
+        f"{bundle.path} was refused before, and is not tried again until the bundle, its engine or the installation "
+        f"changes ({reason.rstrip('.')}); delete {file} to try it nevertheless."
+    )
+
+
+@contextmanager
+def _held(file: Path | None) -> Iterator[Path | None]:
+    """A record to be changed; None while another process tries the same bundle and will remember it."""
+    if file is None:
+        yield None
+        return
+    try:
+        lock = open_lock(file.with_suffix(".lock"))
+    except (OSError, ConfigError):  # a cache that cannot be written remembers nothing
+        yield None
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        yield file
+
+
+def _read(file: Path | None) -> _Record | None:
+    """The record; None where there is none that can be read."""
+    if file is not None:
+        with suppress(OSError, ValueError, TypeError):
+            record = _Record(**read_json(file))
+            texts = (record.bundle, record.reason, record.precision)
+            if record.backend in ("", *BACKENDS) and all(isinstance(text, str) for text in texts):
+                return replace(record, deaths=int(record.deaths))
+    return None
+
+
+def _write(file: Path | None, record: _Record | None) -> None:
+    """Keep a record, or remove it for None; of too many the oldest go."""
+    if file is None:
+        return
+    with suppress(OSError):  # a full disk must not keep a good bundle from being loaded
+        if record is None:
+            file.unlink(missing_ok=True)
+            return
+        write_json(file, asdict(record))
+        ages = {old: old.stat().st_mtime for old in file.parent.iterdir() if _NAME.fullmatch(old.name)}
+        for old in sorted(ages, key=ages.__getitem__)[:-MAX_RECORDS]:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".lock").unlink(missing_ok=True)
