@@ -32,6 +32,7 @@ import numpy.typing as npt
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError
 from duallora_edge.files import MAX_JSON_BYTES
+from duallora_edge.runtime.graph_check import check_graph
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 from duallora_edge.text import UNSAFE, escaped
 
@@ -400,6 +401,11 @@ def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[st
         raise BundleError(f"{file} is missing or leads out of the bundle; copy the whole bundle again.") from error
     if digest.hexdigest() != record.sha256:
         raise BundleError(f"{file} was altered (its SHA-256 differs from the manifest); copy the whole bundle again.")
+    if name in GRAPHS:
+        try:
+            check_graph(content, *GRAPHS[name])
+        except BundleError as error:
+            raise BundleError(f"{file}: {error}") from error
     return {name: content} if kept else {}
 
 

@@ -222,7 +222,7 @@ def _held(file: Path | None) -> Iterator[Path | None]:
 def _read(file: Path | None) -> _Record | None:
     """The record; None where there is none that can be read."""
     if file is not None:
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, OverflowError):
             record = _Record(**read_json(file))
             texts = (record.bundle, record.reason, record.precision)
             if record.backend in ("", *BACKENDS) and all(isinstance(text, str) for text in texts):

@@ -35,7 +35,7 @@ def write_model(path: Path) -> None:
         helper.make_node("Gemm", ["features", "weights", "bias"], ["logits"]),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         helper.make_node("MatMul", ["probabilities", "shares"], ["task_probabilities"]),
-        helper.make_node("ReduceMin", ["features"], ["novelty"], axes=[1], keepdims=0),
+        helper.make_node("ReduceMax", ["features"], ["novelty"], axes=[1], keepdims=0),
     ]
     widths = {"probabilities": [4], "task_probabilities": [2], "novelty": [], "features": [3]}
     graph = helper.make_graph(
@@ -58,7 +58,7 @@ def numpy_outputs(images: np.ndarray) -> dict[str, np.ndarray]:
     outputs = {
         "probabilities": probabilities,
         "task_probabilities": probabilities @ TASK_SHARES,
-        "novelty": features.min(axis=1),
+        "novelty": features.max(axis=1),
         "features": features,
     }
     return {name: value.astype(np.float32) for name, value in outputs.items()}

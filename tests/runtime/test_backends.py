@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,16 @@ import pytest
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime import backends
-from duallora_edge.runtime.backends import UnavailableError, check_golden, open_backend
-from duallora_edge.runtime.bundle import MAX_DIFFERENCE, Bundle, Golden, Outputs
+from duallora_edge.runtime.backends import Rung, UnavailableError, check_golden, open_backend
+from duallora_edge.runtime.bundle import (
+    MAX_DIFFERENCE,
+    MAX_FEATURE_DIFFERENCE,
+    MAX_NOVELTY_DIFFERENCE,
+    OUTPUTS,
+    Bundle,
+    Golden,
+    Outputs,
+)
 from duallora_edge.runtime.preprocess import Pixels
 from duallora_edge.runtime.tensorrt_api import Gpu
 
@@ -161,11 +170,10 @@ def test_no_rung_works(bundle: Path, seal: Callable[[Path], None]) -> None:
         open_backend(Bundle.open(bundle))
 
 
-def test_a_model_that_is_none(bundle: Path, seal: Callable[[Path], None]) -> None:
-    (bundle / "model.onnx").write_bytes(b"no model")
-    seal(bundle)
+def test_a_model_that_is_none(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
     with pytest.raises(BackendError, match=r"cpu: .*export the run again"):
-        open_backend(Bundle.open(bundle))
+        open_backend(replace(opened, contents={**opened.contents, "model.onnx": b"no model"}))
 
 
 def test_without_onnxruntime(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,30 +198,47 @@ def test_a_run_that_fails(shared_bundle: Path, images: Pixels) -> None:
     ("difference", "passed"),
     [(0.0, True), (0.9, True), (1.1, False), (np.nan, False)],
 )
-@pytest.mark.parametrize("output", ["probabilities", "task_probabilities"])
+@pytest.mark.parametrize("output", ["probabilities", "task_probabilities", "novelty", "features"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_tolerance(precision: str, output: str, difference: float, passed: bool) -> None:
-    difference *= MAX_DIFFERENCE[precision]
-    image = np.zeros((2, 8, 8, 3), np.uint8)
+    limits = {"novelty": MAX_NOVELTY_DIFFERENCE, "features": MAX_FEATURE_DIFFERENCE[precision]}
+    difference *= limits.get(output, MAX_DIFFERENCE[precision])
     golden = Golden(
         probabilities=np.array([[0.5, 0.5], [0.9, 0.1]], np.float32),
         task_probabilities=np.array([[1.0, 0.0], [0.0, 1.0]], np.float32),
-        novelty=np.zeros(2, np.float32),
-        features=np.zeros((2, 1), np.float32),
-        image=image,
+        novelty=np.array([0.25, 0.5], np.float32),
+        features=np.array([[3.0, 4.0], [0.0, 1.0]], np.float32),
+        image=np.zeros((2, 8, 8, 3), np.uint8),
     )
-    arrays = {"probabilities": golden.probabilities.copy(), "task_probabilities": golden.task_probabilities.copy()}
-    arrays[output][1] += np.float32(difference) * np.array([-1, 1], np.float32)
+    arrays = {name: getattr(golden, name).copy() for name in OUTPUTS}
+    arrays[output][1] += np.float32(difference) * (np.float32(1) if output == "novelty" else np.float32([-1, 1]))
+    if output == "features":
+        arrays[output][1, 0] = 0  # along the vector alone, of length 1
     rows = iter(range(2))
 
     def run(images: Pixels) -> Outputs:
         row = next(rows)
-        one = slice(row, row + 1)
-        return Outputs(arrays["probabilities"][one], arrays["task_probabilities"][one], golden.novelty, golden.features)
+        return Outputs(*(arrays[name][row : row + 1] for name in OUTPUTS))
 
     check = check_golden(run, golden, precision)
     assert check.passed is passed
-    assert check.max_difference == pytest.approx(difference, abs=1e-6, nan_ok=True)
+    found = {"novelty": check.max_novelty_difference, "features": check.max_feature_difference}
+    assert found.get(output, check.max_difference) == pytest.approx(difference, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("rung", "other", "below"),
+    [
+        (("cpu", "fp32"), ("tensorrt", "fp16"), True),
+        (("tensorrt", "fp32"), ("tensorrt", "fp16"), True),
+        (("tensorrt", "fp16"), ("tensorrt", "fp32"), False),
+        (("cuda", "fp16"), ("tensorrt", "fp32"), True),
+        (("tensorrt", "fp32"), ("cuda", "fp16"), False),
+        (("cpu", "fp32"), ("cpu", "fp32"), False),
+    ],
+)
+def test_which_rung_is_below(rung: tuple[str, str], other: tuple[str, str], below: bool) -> None:
+    assert Rung(*rung).is_below(Rung(*other)) is below
 
 
 def test_a_tie_in_the_golden_outputs_may_fall_either_way() -> None:

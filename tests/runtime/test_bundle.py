@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from duallora_edge.errors import BundleError
 from duallora_edge.files import read_json, write_json
+from duallora_edge.runtime.backends import open_backend
 from duallora_edge.runtime.bundle import MAX_PROBLEMS, Bundle, Manifest
 
 quick = settings(
@@ -64,14 +67,14 @@ def test_one_flipped_byte_is_found(bundle: Path, name: str) -> None:
     (bundle / name).write_bytes(content)
     with pytest.raises(BundleError, match=f"{name} was altered .* copy the whole bundle"):
         Bundle.open(bundle)
-    Bundle.open(bundle, verify=False)
+    assert not Bundle.peek(bundle).contents
 
 
-def test_a_resized_file_is_found_without_verification(bundle: Path) -> None:
+def test_a_resized_file_is_found(bundle: Path) -> None:
     with (bundle / "model.onnx").open("ab") as file:
         file.write(b"x")
     with pytest.raises(BundleError, match="bytes instead of"):
-        Bundle.open(bundle, verify=False)
+        Bundle.open(bundle)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "golden.npz"])
@@ -140,9 +143,9 @@ def test_what_is_no_manifest(bundle: Path, content: bytes, message: str) -> None
         ("bundle_version", 0, "bundle_version"),
         ("bundle_version", 1.0, "bundle_version"),
         ("files", {}, "must list model.onnx; files: must list golden.npz"),
-        ("files./etc/hostname", {"sha256": "0" * 64, "bytes": 1}, "leaves the bundle folder"),
-        ("files.a/../../b", {"sha256": "0" * 64, "bytes": 1}, "leaves the bundle folder"),
-        ("files.a\\b", {"sha256": "0" * 64, "bytes": 1}, "leaves the bundle folder"),
+        ("files./etc/hostname", {"sha256": "0" * 64, "bytes": 1}, "is not the name of a file"),
+        ("files.a/../../b", {"sha256": "0" * 64, "bytes": 1}, "is not the name of a file"),
+        ("files.a\\b", {"sha256": "0" * 64, "bytes": 1}, "is not the name of a file"),
         ("files.model.onnx", {"sha256": "0" * 63 + "G", "bytes": 1}, "64 hexadecimal digits"),
     ],
 )
@@ -171,14 +174,65 @@ def test_all_problems_are_told_at_once_but_not_thousands(shared_bundle: Path) ->
         Manifest.from_json(document)
 
 
-def test_a_link_out_of_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
-    (bundle / "model.onnx").rename(tmp_path / "model.onnx")
-    (bundle / "model.onnx").symlink_to(tmp_path / "model.onnx")
-    with pytest.raises(BundleError, match="leads out of the bundle"):
-        Bundle.open(bundle)
+@pytest.mark.parametrize("target", ["../model.onnx", "model.onnx", "other.onnx", "/dev/zero"])
+def test_a_link_in_the_bundle_is_refused(bundle: Path, target: str) -> None:
+    model = (bundle / "model.onnx").read_bytes()
     (bundle / "model.onnx").unlink()
-    (bundle / "model.onnx").symlink_to("model.onnx")
-    with pytest.raises(BundleError, match="missing"):
+    for other in (bundle.parent / "model.onnx", bundle / "other.onnx"):
+        other.write_bytes(model)
+    (bundle / "model.onnx").symlink_to(target)
+    with pytest.raises(BundleError, match=r"model\.onnx is missing or leads out of the bundle"):
+        Bundle.open(bundle)
+
+
+def test_a_pipe_and_a_huge_size_are_refused_at_once(bundle: Path) -> None:
+    (bundle / "model.onnx").unlink()
+    os.mkfifo(bundle / "model.onnx")
+    with pytest.raises(BundleError, match=r"model\.onnx is missing"):
+        Bundle.open(bundle)
+    document = read_json(bundle / "manifest.json")
+    document["files"]["model.onnx"]["bytes"] = 2**40
+    with pytest.raises(BundleError, match=r"files\.model\.onnx\.bytes"):
+        Manifest.from_json(document)
+
+
+def test_what_was_hashed_is_what_is_used(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    for name in ("model.onnx", "golden.npz"):
+        (bundle / name).write_bytes(b"replaced meanwhile")
+    assert len(opened.golden().image) == 4
+    assert open_backend(opened, "cpu", 1).check.passed
+    with pytest.raises(BundleError, match="not at hand any more; open the bundle again"):
+        opened.without_contents.golden()
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read(
+    make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old files are gone when reading comes to them, but the folder of that name is whole."""
+    old, new = make_bundle("bundle"), make_bundle("other", novelty_threshold=0.25)
+    digest = Bundle.open(new).digest
+    real, looks = os.open, []
+
+    def replacing(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
+        if path == "model.onnx":
+            looks.append(path)
+            if len(looks) == 1:
+                old.rename(old.with_name("gone"))
+                new.rename(old)
+                (old.with_name("gone") / "model.onnx").unlink()
+        return real(path, flags, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", replacing)
+    assert Bundle.open(old).digest == digest and len(looks) == 2
+
+
+def test_a_graph_that_the_exporter_does_not_write(bundle: Path, seal: Callable[[Path], None]) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    model.graph.node[3].op_type = "NonZero"
+    (bundle / "model.onnx").write_bytes(model.SerializeToString())
+    seal(bundle)
+    with pytest.raises(BundleError, match=r"model\.onnx: The graph is not one that the exporter writes .*NonZero"):
         Bundle.open(bundle)
 
 
@@ -207,14 +261,12 @@ def test_golden_arrays_must_fit(
 @quick
 @given(position=st.floats(0, 1), replacement=st.binary(max_size=20))
 def test_damaged_golden_files_raise_nothing_else(shared_bundle: Path, position: float, replacement: bytes) -> None:
-    bundle = Bundle.open(shared_bundle, verify=False)
-    content = (shared_bundle / "golden.npz").read_bytes()
+    bundle = Bundle.open(shared_bundle)
+    content = bundle.content("golden.npz")
     start = int(position * len(content))
-    copied = shared_bundle.parent / "damaged"
-    copied.mkdir(exist_ok=True)
-    (copied / "golden.npz").write_bytes(content[:start] + replacement + content[start + len(replacement) :])
+    damaged = content[:start] + replacement + content[start + len(replacement) :]
     with contextlib.suppress(BundleError):
-        Bundle(copied, bundle.manifest).golden()
+        dataclasses.replace(bundle, contents={"golden.npz": damaged}).golden()
 
 
 @quick

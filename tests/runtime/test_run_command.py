@@ -167,7 +167,10 @@ def test_a_bundle_is_swapped_in_while_it_runs(make_bundle: Callable[..., Path], 
             if versions[-1] == 9:
                 break
         assert versions == sorted(versions)
-        assert b"swapped 'colours, version 3' for 'colours, version 9'" in process.stderr.readline()
+        assert (
+            b"swapped 'colours, version 3' (cpu in fp32) for 'colours, version 9' (cpu in fp32)"
+            in process.stderr.readline()
+        )
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
             assert b'bundle_info{bundle="colours, version 9",' in answer.read()
         process.terminate()

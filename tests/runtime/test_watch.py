@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from duallora_edge.files import atomic_directory, read_json, write_json
-from duallora_edge.runtime import Classifier
-from duallora_edge.runtime.bundle import MANIFEST, MODEL
-from duallora_edge.runtime.watch import BundleWatcher, newest_bundle
+from duallora_edge.runtime import Classifier, trial
+from duallora_edge.runtime.backends import Backend, open_backend
+from duallora_edge.runtime.bundle import MANIFEST, MODEL, Bundle
+from duallora_edge.runtime.probes import Answer
+from duallora_edge.runtime.trial import engines_of
+from duallora_edge.runtime.watch import BundleWatcher
 
 FRAME = np.full((20, 30, 3), (250, 5, 5), np.uint8)
 Write = Callable[[Path, int], Path]
@@ -40,7 +46,7 @@ class Watching:
         self.watcher = BundleWatcher(classifier, folder, self.lines.append, interval_s=0.02, **options)  # type: ignore[arg-type]
 
     def until_said(self, lines: int) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(self.lines) < lines and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(self.lines) == lines, self.lines
@@ -59,7 +65,10 @@ def test_a_bundle_that_is_replaced(tmp_path: Path, write: Write, stop_first: boo
             watching.until_said(lines)
             assert watching.version() == version
         time.sleep(0.1)
-    assert len(watching.lines) == 3 and "swapped 'colours, version 1' for 'colours, version 2'" in watching.lines[0]
+    assert (
+        len(watching.lines) == 3
+        and "swapped 'colours, version 1' (cpu in fp32) for 'colours, version 2' (cpu in fp32)" in watching.lines[0]
+    )
 
 
 def test_the_highest_version_of_a_folder(tmp_path: Path, write: Write) -> None:
@@ -74,10 +83,73 @@ def test_the_highest_version_of_a_folder(tmp_path: Path, write: Write) -> None:
         write(folder / "c", 6)
         watching.until_said(1)
         assert watching.version() == 6
-        # As a whole, as it came: what a slow removal leaves half-way would be tried, refused and said.
         (folder / "c").rename(tmp_path / "gone")
+        time.sleep(0.2)
+        assert len(watching.lines) == 1 and watching.version() == 6  # nobody said that it is bad
+
+
+def test_a_broken_version_does_not_hide_a_good_one(tmp_path: Path, write: Write) -> None:
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    watching = Watching(Classifier.load(write(folder / "7", 7), "cpu", 1), folder)
+    with watching.watcher:
+        write(tmp_path / "9", 9)
+        (tmp_path / "9" / MODEL).write_bytes(b"broken")
+        write(tmp_path / "8", 8)
+        (tmp_path / "9").rename(folder / "9")
+        (tmp_path / "8").rename(folder / "8")
         watching.until_said(2)
-        assert watching.version() == 5
+        assert "9 cannot be swapped in, 'colours, version 7' goes on answering" in watching.lines[0]
+        assert watching.version() == 8
+        time.sleep(0.2)
+        assert len(watching.lines) == 2
+        shutil.copy(folder / "8" / MODEL, folder / "9" / MODEL)  # mended
+        watching.until_said(3)
+        assert watching.version() == 9
+
+
+def test_a_bundle_without_its_engine_is_swapped_in_when_that_is_there(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    opened = Bundle.open(write(folder / "1", 1))
+    real = open_backend(opened, "cpu", 1)
+
+    def reopen(bundle: Bundle) -> Backend:
+        """As on a Jetson: with its engine a bundle runs in TensorRT, without it on the CPU."""
+        return replace(real, name="tensorrt", precision="fp16") if engines_of(bundle.manifest) else real
+
+    watching = Watching(Classifier(opened, replace(real, name="tensorrt", precision="fp16"), reopen=reopen), folder)
+    with watching.watcher:
+        new = write(folder / "2", 2)
+        watching.until_said(1)
+        assert "would run on cpu in fp32, which is slower than tensorrt in fp16; build its engine" in watching.lines[0]
+        time.sleep(0.2)
+        assert len(watching.lines) == 1 and watching.version() == 1
+        sha256 = Bundle.peek(new).manifest.files[MODEL].sha256
+        engine = tmp_path / "cache" / "engines" / "built"
+        engine.mkdir(parents=True)
+        write_json(engine / "engine.json", {"key": {"model_sha256": sha256}, "sha256": "1"})
+        watching.until_said(2)
+        assert watching.version() == 2
+    swap = "swapped 'colours, version 1' (tensorrt in fp16) for 'colours, version 2' (tensorrt in fp16)"
+    assert watching.lines[1].startswith(swap)
+
+
+def test_a_slower_bundle_where_it_is_allowed(tmp_path: Path, write: Write) -> None:
+    folder = write(tmp_path / "bundle", 1)
+    opened = Bundle.open(folder)
+    real = open_backend(opened, "cpu", 1)
+    classifier = Classifier(opened, replace(real, name="cuda"), reopen=lambda bundle: real)
+    watching = Watching(classifier, folder, allow_slower=True)
+    with watching.watcher:
+        write(folder, 2)
+        watching.until_said(1)
+    assert "'colours, version 1' (cuda in fp32) for 'colours, version 2' (cpu in fp32)" in watching.lines[0]
+    swap = watching.classifier.health().last_swap
+    assert swap is not None and (swap.backend_before, swap.backend_after) == ("cuda in fp32", "cpu in fp32")
 
 
 def test_a_link_that_is_turned_round(tmp_path: Path, write: Write) -> None:
@@ -97,6 +169,9 @@ def test_a_copy_in_progress_and_a_refused_bundle(tmp_path: Path, write: Write) -
     with watching.watcher:
         model = (folder / MODEL).read_bytes()
         (folder / MODEL).write_bytes(model[:100])
+        time.sleep(0.2)
+        assert not watching.lines  # the bundle that answers was read; what became of its files is another matter
+        write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"bundle_version": 2})
         watching.until_said(1)
         assert "cannot be swapped in, 'colours, version 1' goes on answering" in watching.lines[0]
         time.sleep(0.2)
@@ -118,10 +193,31 @@ def test_a_newer_bundle_that_is_there_from_the_start(tmp_path: Path, write: Writ
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"bundle_version": "9"}', b"\xff"])
 def test_what_is_no_bundle(tmp_path: Path, write: Write, content: bytes) -> None:
-    assert newest_bundle(tmp_path / "bundles") is None
-    (tmp_path / "bundles" / "odd").mkdir(parents=True)
-    (tmp_path / "bundles" / "odd" / MANIFEST).write_bytes(content)
-    assert newest_bundle(tmp_path / "bundles") is None
-    whole = write(tmp_path / "bundles" / "whole", 1)
-    write(tmp_path / "bundles" / ".hidden", 2)
-    assert newest_bundle(tmp_path / "bundles") == whole
+    folder = tmp_path / "bundles"
+    watching = Watching(Classifier.load(write(tmp_path / "first", 1), "cpu", 1), folder)
+    with watching.watcher:
+        (folder / "odd").mkdir(parents=True)
+        (folder / "odd" / MANIFEST).write_bytes(content)
+        write(folder / ".hidden", 3)
+        write(folder / "whole", 2)
+        watching.until_said(1)
+        assert watching.version() == 2
+
+
+def test_a_trial_is_ended_with_the_watcher(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "bundle", 1)
+    watching = Watching(Classifier.load(folder, "cpu", 1), folder)
+    (tmp_path / "endless.py").write_text("import time\ndef attempt(*words): time.sleep(600)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(trial, "QUESTION", "endless:attempt")
+    asked, real = threading.Event(), trial.ask
+
+    def ask(*words: Any, **limits: Any) -> Answer:
+        asked.set()
+        return real(*words, **limits)
+
+    monkeypatch.setattr(trial, "ask", ask)
+    with watching.watcher:
+        write(folder, 1000)
+        assert asked.wait(60)
+    assert not watching.watcher.is_stuck and not watching.lines and watching.version() == 1
