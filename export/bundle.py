@@ -50,10 +50,14 @@ Graphs = Mapping[tuple[str, Part], onnx.ModelProto]  # by precision and part, th
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: the manifest, and the estimates for the target (one a power mode)."""
+    """What an export made: the manifest, and the estimates for the target (one a power mode).
+
+    ``kept``: folders with what came to lie in the replaced bundle meanwhile, and was no part of it.
+    """
 
     manifest: Manifest
     estimates: tuple[Estimate, ...]
+    kept: tuple[Path, ...] = ()
 
 
 def export_run(
@@ -115,24 +119,27 @@ def export_run(
         parity=parity,
         provenance=_provenance(run),
     )
-    _write(output, replaced, manifest, written)
-    return Exported(manifest, estimates)
+    return Exported(manifest, estimates, _write(output, replaced, manifest, written))
 
 
-def _write(output: Path, replaced: Sequence[str], manifest: Manifest, contents: Mapping[str, bytes]) -> None:
+def _write(
+    output: Path, replaced: Sequence[str], manifest: Manifest, contents: Mapping[str, bytes]
+) -> tuple[Path, ...]:
     """Write a bundle as a whole, once it was read back and answered as a device will use it.
 
-    The manifest has the hashes of what is in memory, so that reading back also proves what the disk holds. Raises
-    `ExportError` when that fails; what was there stays then.
+    The manifest has the hashes of what is in memory, so that reading back also proves what the disk holds. Returns
+    folders in which foreign files are kept. Raises `ExportError` when reading back fails; what was there stays then.
     """
     text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_directory(output, replaces=replaced) as staging:
+    kept: list[Path] = []
+    with atomic_directory(output, replaces=replaced, on_kept=kept.append) as staging:
         for name, content in {**contents, MANIFEST: text.encode()}.items():
             (staging / name).write_bytes(content)
         try:
             open_backend(Bundle.open(staging), "cpu")
         except (BundleError, BackendError) as error:
             raise ExportError(f"The bundle as written cannot be used, so nothing was replaced: {error}") from error
+    return tuple(kept)
 
 
 def _file_name(precision: str, part: Part) -> str:
