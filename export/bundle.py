@@ -216,7 +216,7 @@ def _previous(output: Path) -> tuple[int, tuple[str, ...]]:
     if not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a bundle; give another name with -o.")
     try:
-        manifest = Bundle.peek(output).manifest
+        manifest = Bundle.open(output).manifest
     except BundleError as error:
         raise ExportError(
             f"{output} holds no readable bundle ({str(error).rstrip('.')}); delete it or give another name with -o."

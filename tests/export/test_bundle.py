@@ -27,6 +27,7 @@ from duallora_edge.learner.methods import compose
 from duallora_edge.learner.model import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run import Run
 from duallora_edge.runtime import Bundle, Classifier
+from duallora_edge.runtime.backends import open_backend
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, MODEL_FP16, OUTPUTS
 
 TARGET = resolve_target("orin-nano-8gb", "6.2")
@@ -202,14 +203,49 @@ def test_readme_says_what_the_bundle_is(bundle: Path) -> None:
 
 
 def test_an_export_replaces_the_bundle_as_a_whole(run: Run, model: ComposedModel, bundle: Path) -> None:
-    (bundle / "notes.txt").write_text("of version 1")
     second = export_run(run, model, resolve_target("x86-cpu"), bundle, None)
     assert second.manifest.bundle_version == Bundle.open(bundle).manifest.bundle_version == 2
     assert sorted(path.name for path in bundle.iterdir()) == sorted((GOLDEN, MANIFEST, MODEL, README))
-    assert {path.name for path in bundle.parent.iterdir()} == {"bundle", *(folder.name for folder in second.kept)}
-    assert [(second.kept[0] / "notes.txt").read_text(), len(list(second.kept[0].iterdir()))] == ["of version 1", 1]
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"] and not second.kept
     assert export_run(run, model, TARGET, bundle, None, version=9).manifest.bundle_version == 9
     assert export_run(run, model, TARGET, bundle, None).manifest.bundle_version == 10
+
+
+def test_foreign_files_in_a_bundle_are_named_and_stay(run: Run, model: ComposedModel, bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("mine")
+    (bundle / "photos").mkdir()
+    before = content(bundle)
+    with pytest.raises(ExportError, match=r"also holds what no export wrote \(notes\.txt, photos\); move it away"):
+        export_run(run, model, TARGET, bundle, None)
+    assert content(bundle) == before
+
+
+def test_what_comes_while_a_bundle_is_replaced_is_kept(
+    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*arguments: Any) -> Any:
+        (bundle / "notes.txt").write_text("mine")
+        return open_backend(*arguments)
+
+    monkeypatch.setattr("duallora_edge.export.bundle.open_backend", late)
+    (kept,) = export_run(run, model, TARGET, bundle, None).kept
+    assert [(path.name, path.read_text()) for path in kept.iterdir()] == [("notes.txt", "mine")]
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle", kept.name}
+
+
+def test_what_was_written_is_read_back_before_it_replaces_anything(
+    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that stores something else than it was given."""
+    before, real = content(bundle.parent), Path.write_bytes
+
+    def forgetful(path: Path, written: bytes) -> int:
+        return real(path, written[:-1] + b"x" if path.name == MODEL else written)
+
+    monkeypatch.setattr(Path, "write_bytes", forgetful)
+    with pytest.raises(ExportError, match=r"as written cannot be used, so nothing was replaced: .*model\.onnx was alt"):
+        export_run(run, model, TARGET, bundle, None)
+    assert content(bundle.parent) == before
 
 
 def test_an_empty_folder_is_used(run: Run, model: ComposedModel, tmp_path: Path) -> None:
