@@ -254,7 +254,7 @@ def test_a_measurement_is_compared_with_an_estimate_of_the_same_device_only(
 ) -> None:
     stored = {"profile": "orin-nano-8gb", "estimates": [{**ESTIMATE, **change}], **target}
     single = Stream(1, summarize([3.2] * 40), None)
-    ran = Backend(backend, limited_to(1), GoldenCheck(1, 1.0, 0.0, 1.0), {}, "fp16")
+    ran = Backend(backend, limited_to(1), GoldenCheck(1, 1.0, 0.0, 0.0, 0.0, 1.0), {}, "fp16")
     found = check_estimates(stored, "orin-nano-8gb", state_with(tmp_path, gpu_mhz), ran, single)
     assert found.ratio == (None if ratio is None else pytest.approx(ratio))
     assert (found.reason is None) == (words is None) and (words or "") in (found.reason or "")
@@ -266,7 +266,7 @@ def test_a_measurement_is_compared_with_an_estimate_of_the_same_device_only(
 def test_a_graphics_card_has_one_mode(tmp_path: Path) -> None:
     assert list(packaged("rtx-sm86").modes) == ["normal"]
     stored = {"profile": "rtx-sm86", "estimates": [{**ESTIMATE, "mode": "normal"}]}
-    ran = Backend("tensorrt", limited_to(1), GoldenCheck(1, 1.0, 0.0, 1.0), {}, "fp16")
+    ran = Backend("tensorrt", limited_to(1), GoldenCheck(1, 1.0, 0.0, 0.0, 0.0, 1.0), {}, "fp16")
     single = Stream(1, summarize([0.8] * 40), None)
     assert check_estimates(stored, "rtx-sm86", read_state(tmp_path), ran, single).ratio == pytest.approx(0.5)
 

@@ -61,7 +61,7 @@ def test_a_prediction_is_complete(classifier: Classifier, numpy_outputs: Callabl
     prediction = classifier(frame)
     expected = numpy_outputs(frame[None])
     np.testing.assert_allclose(prediction.probabilities, expected["probabilities"][0], atol=1e-5)
-    assert prediction.novelty == pytest.approx(30 / 255)
+    assert prediction.novelty == pytest.approx(60 / 255)
     assert prediction.top(1) == [(prediction.label, prediction.confidence)]
     assert len(prediction.top(99)) == 4
     ranked = np.sort(expected["probabilities"][0])[::-1]
@@ -137,6 +137,6 @@ def test_outputs_that_are_not_numbers_are_an_error(shared_bundle: Path) -> None:
         np.ones(1, np.float32),
         np.ones((1, 3), np.float32),
     )
-    backend = Backend("cpu", lambda images: broken, GoldenCheck(1, 1, 0, 1), {})
+    backend = Backend("cpu", lambda images: broken, GoldenCheck(1, 1, 0, 0, 0, 1), {})
     with pytest.raises(BackendError, match="not numbers"):
         Classifier(Bundle.open(shared_bundle), backend)(flat((1, 2, 3)))

@@ -176,3 +176,53 @@ def test_a_bundle_is_swapped_in_while_it_runs(make_bundle: Callable[..., Path], 
         process.terminate()
         process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+HANGING = """
+import sys, time
+from duallora_edge.cli import main
+from duallora_edge.runtime import run_command, trial, watch
+
+where, arguments = sys.argv[1], sys.argv[2:]
+run_command.STOP_S, watch.CLOSE_S = 3.0, 0.3
+opening = trial.Opening.__call__
+
+def hang(self, bundle):
+    if bundle.manifest.bundle_version == 9:
+        print("hangs", file=sys.stderr, flush=True)
+        time.sleep(600)
+    return opening(self, bundle)
+
+def ask(question, *words, cancel=None, **limits):
+    if where == "trial" and cancel is not None:
+        print("hangs", file=sys.stderr, flush=True)
+        cancel.wait(600)
+    return trial_ask(question, *words, cancel=cancel, **limits)
+
+trial_ask, trial.ask = trial.ask, ask
+if where == "loading":
+    trial.Opening.__call__ = hang
+main(arguments)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--stop-first",)])
+@pytest.mark.parametrize("where", ["trial", "loading"])
+def test_a_swap_that_hangs_does_not_hold_up_the_end(
+    make_bundle: Callable[..., Path], photos: Path, where: str, options: tuple[str, ...]
+) -> None:
+    bundle, other = make_bundle(), make_bundle("other")
+    write_json(other / MANIFEST, read_json(other / MANIFEST) | {"bundle_version": 9})
+    command = [sys.executable, "-c", HANGING, where, "run", str(bundle), "--source", str(photos), "--loop"]
+    command += ["--rate", "50", "--threads", "1", "--watch", str(bundle), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
+        other.rename(bundle.with_name("next"))
+        bundle.rename(bundle.with_name("old"))
+        bundle.with_name("next").rename(bundle)
+        assert any(line == "hangs\n" for line in process.stderr)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and ("Ended while a model" in err) == (where == "loading")
+    # Where calls wait for the model that hangs, there is no proper end.
+    assert process.returncode in ((0, 1) if where == "loading" and options else (0,)), err

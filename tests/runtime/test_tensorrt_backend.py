@@ -298,8 +298,14 @@ def test_an_engine_that_was_built_is_used(trt: Imitation, built: Bundle) -> None
         assert_right(backend, trt.compute, frames(count, count))
 
 
+@pytest.fixture
+def any_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a graph may hold anything: the imitation does not read them."""
+    monkeypatch.setattr("duallora_edge.runtime.bundle.check_graph", lambda content, reads, returns: None)
+
+
 def split(folder: Path, precision: str = "fp32") -> Bundle:
-    """The bundle in ``folder`` with its graph in two parts as well; what is in them, the imitation does not read."""
+    """The bundle in ``folder`` with its graph in two parts as well."""
     document = read_json(folder / MANIFEST)
     document["engine"].update(precision=precision, split=True)
     for name in {
@@ -313,6 +319,7 @@ def split(folder: Path, precision: str = "fp32") -> Bundle:
     return Bundle.open(folder)
 
 
+@pytest.mark.usefixtures("any_graph")
 def test_a_split_bundle_runs_as_two_engines(trt: Imitation, bundle: Path) -> None:
     opened = split(bundle)
     assert "has no engine" in open_backend(opened, threads=1).not_used["tensorrt"]
@@ -336,6 +343,7 @@ def split_again(folder: Path) -> Bundle:
     return Bundle.open(folder)
 
 
+@pytest.mark.usefixtures("any_graph")
 def test_a_split_bundle_with_wrong_results_is_tried_whole_in_fp32(trt: Imitation, bundle: Path) -> None:
     opened = split(bundle, "fp16")
     build_engines(opened)
@@ -452,7 +460,7 @@ def test_what_does_not_work_leaves_its_reason_and_nothing_else(
 def half_bundle(bundle: Path) -> Path:
     """A bundle that recommends fp16 and brings such a graph (here the same one, with a note in it)."""
     model = onnx.load(bundle / MODEL)
-    model.doc_string = "fp16"
+    model.producer_version = "fp16"
     onnx.save(model, bundle / MODEL_FP16)
     manifest = Manifest.from_json(read_json(bundle / MANIFEST))
     files = {**manifest.files, MODEL_FP16: FileRecord.of((bundle / MODEL_FP16).read_bytes())}
@@ -474,7 +482,7 @@ def test_half_precision_has_a_wider_tolerance(trt: Imitation, half_bundle: Path)
     off_by(trt, 0.01)
     backend = open_backend(Bundle.open(half_bundle), "tensorrt", build=True)
     assert (backend.name, backend.precision) == ("tensorrt", "fp16")
-    assert 0.009 < backend.check.max_difference < backend.check.tolerance == 0.02
+    assert 0.009 < backend.check.max_difference < 0.02 and backend.check.precision == "fp16"
     assert backend.to_json()["precision"] == "fp16"
 
 
