@@ -144,7 +144,7 @@ class _Message(Generic[T]):
             key, position = _varint(content, position, end)
             known = self.fields.get(key)
             if known is None:
-                raise ValueError(f"field {key >> 3} with wire type {key & 7} of a {self.name}")
+                raise ValueError(f"field {key >> 3} with wire type {key & 7} in {self.name}")
             name, kind, most = known
             value: Any
             value, position = (4, position) if kind == "float" else _varint(content, position, end)
@@ -161,10 +161,10 @@ class _Message(Generic[T]):
             if most > 1:
                 entries = values.setdefault(name, [])
                 if len(entries) == most:
-                    raise ValueError(f"more than {most} {name} of a {self.name}")
+                    raise ValueError(f"more than {most} {name} in {self.name}")
                 entries.append(value)
             elif name in values:
-                raise ValueError(f"{name} of a {self.name} twice")
+                raise ValueError(f"{name} twice in {self.name}")
             else:
                 values[name] = value
         return self.build(**values)
