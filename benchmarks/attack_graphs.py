@@ -77,27 +77,25 @@ def run(name):
             return "READ SECRET"
     return "answer"
 
+lines = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
+quiet = os.open(os.devnull, os.O_WRONLY)
+os.dup2(quiet, 1)
 for name in names:
-    sys.stdout.flush()
+    lines.flush()
     child = os.fork()
     if child == 0:
         os.chdir(os.path.dirname(name))
-        quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 2)
-        try:
-            said = run(name)
-        except MemoryError:
-            said = "error"
-        os.write(1, (json.dumps([name, said]) + "\n").encode())
+        print(json.dumps([name, run(name)]), file=lines, flush=True)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         said = "HANG" if number == signal.SIGALRM else "CRASH " + signal.Signals(number).name
-        os.write(1, (json.dumps([name, said]) + "\n").encode())
+        print(json.dumps([name, said]), file=lines)
     elif os.WEXITSTATUS(status):
-        os.write(1, (json.dumps([name, "CRASH exit %d" % os.WEXITSTATUS(status)]) + "\n").encode())
-print(json.dumps(["version", onnxruntime.__version__]))
+        print(json.dumps([name, "CRASH exit %d" % os.WEXITSTATUS(status)]), file=lines)
+print(json.dumps(["version", onnxruntime.__version__]), file=lines, flush=True)
 """
 
 Node = onnx.NodeProto
@@ -468,7 +466,7 @@ def external_beside_raw(folder: Path) -> onnx.ModelProto:
     return with_tensor(tensor)
 
 
-@attack("field 5 with wire type 2 in attribute")
+@attack("field 5 with wire type 2 in Attribute")
 def external_constant_node(folder: Path) -> onnx.ModelProto:
     tensor = external("../secret").graph.initializer[-1]
     nodes = [helper.make_node("Constant", [], ["c2"], value=tensor), helper.make_node("Add", ["x", "c2"], ["answer"])]
@@ -595,7 +593,7 @@ def nested_subgraphs(folder: Path) -> bytes:
 
 @attack("field 6 with")
 def nested_beyond_the_stack(folder: Path) -> bytes:
-    return nested(20_000)
+    return nested(2_000)
 
 
 @attack("field 6 with")
@@ -833,14 +831,14 @@ BYTES: dict[str, tuple[str, Make]] = {
         lambda _: chunk(7, chunk(11, chunk(2, chunk(1, chunk(2, chunk(1, b"") * 10**6))))),
     ),
     "packed_integers": ("field 8 with wire type 2", lambda _: chunk(7, chunk(1, chunk(5, chunk(8, b"\x01\x02"))))),
-    "empty_file": ("0 bytes", lambda _: b""),
+    "empty_file": ("a file of 0 bytes", lambda _: b""),
     "zeros": ("field 0 with wire type 0", lambda _: bytes(1000)),
     "text_file": ("with wire type", lambda _: b"this is no model"),
-    "ir_version_twice": ("ir_version twice in model", lambda _: b"\x08\x08" + PLAIN),
-    "graph_twice": ("graph twice in model", lambda _: PLAIN + chunk(7, b"")),
-    "truncated": ("the file ends within", lambda _: PLAIN[:-3]),
-    "length_beyond": ("the file ends within graph", lambda _: b"\x3a\xff\xff\xff\xff\x07" + PLAIN),
-    "length_of_64_bits": ("the file ends within graph", lambda _: b"\x3a" + b"\xff" * 9 + b"\x01" + PLAIN),
+    "ir_version_twice": ("ir_version twice in Model", lambda _: b"\x08\x08" + PLAIN),
+    "graph_twice": ("graph twice in Model", lambda _: PLAIN + chunk(7, b"")),
+    "truncated": ("the end of the file within", lambda _: PLAIN[:-3]),
+    "length_beyond": ("the end of the file within graph", lambda _: b"\x3a\xff\xff\xff\xff\x07" + PLAIN),
+    "length_of_64_bits": ("the end of the file within graph", lambda _: b"\x3a" + b"\xff" * 9 + b"\x01" + PLAIN),
     "varint_of_66_bits": ("longer than it has to be", lambda _: b"\x08" + b"\xff" * 9 + b"\x7f"),
     "varint_endless": ("longer than it has to be", lambda _: b"\x08" + b"\x80" * 10**6),
     "varint_overlong": ("longer than it has to be", lambda _: b"\x08\x88\x80\x00" + PLAIN[2:]),
