@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field, fields
-from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 MAX_BYTES = 2**31 - 1
 """The largest message that Protocol Buffers can hold."""
@@ -26,8 +25,6 @@ MAX_TEXT = 256
 _Kind = Literal["integer", "float", "text", "bytes"] | type[Any]
 _WIRE = {"integer": 0, "text": 2, "bytes": 2, "float": 5}
 _EMPTY = {"integer": 0, "text": "", "bytes": memoryview(b""), "float": 0.0}
-
-T = TypeVar("T")
 
 
 def _field(number: int, kind: _Kind, most: int = 1) -> Any:
@@ -140,10 +137,10 @@ def read_model(content: bytes | memoryview) -> Model:
     """The model in the bytes of a file. Raises ``ValueError`` with the reason, in words for a user."""
     if not 0 < len(content) <= MAX_BYTES:
         raise ValueError(f"a file of {len(content)} bytes")
-    return _read(Model, memoryview(content), 0, len(content))
+    model: Model = _read(Model, memoryview(content), 0, len(content))
+    return model
 
 
-@cache
 def _table(message: type[Any]) -> dict[int, _Entry]:
     """The fields of a message by what stands before their values: the number and the wire type."""
     entries = [(each.name, each.metadata) for each in fields(message)]
@@ -153,9 +150,13 @@ def _table(message: type[Any]) -> dict[int, _Entry]:
     }
 
 
-def _read(message: type[T], content: memoryview, position: int, end: int) -> T:
+_MESSAGES = (Attribute, Node, Tensor, Dimension, Shape, TensorType, Type, Edge, Graph, Opset, Model)
+_TABLES = {message: _table(message) for message in _MESSAGES}
+
+
+def _read(message: type[Any], content: memoryview, position: int, end: int) -> Any:
     """The message from ``position`` to ``end``."""
-    table = _table(message)
+    table = _TABLES[message]
     values: dict[str, Any] = {}
     while position < end:
         key, position = _varint(content, position, end)

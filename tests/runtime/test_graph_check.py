@@ -158,8 +158,9 @@ def test_random_features_of_a_ridge_classifier_are_accepted(
     accept(model, half=half)
 
 
-@pytest.mark.parametrize("size", [128, 224])
-def test_a_real_backbone_is_accepted(assets: Path, learn: Callable[..., list[TaskRecord]], size: int) -> None:
+@pytest.mark.assets
+def test_a_real_backbone_is_accepted(assets: Path, learn: Callable[..., list[TaskRecord]]) -> None:
+    size = 128
     weights = assets / "weights" / "vit_tiny_patch16_224.safetensors"
     backbone = load_backbone("vit_tiny_patch16_224", weights=weights, size=size)
     rng = np.random.default_rng(0)
