@@ -419,6 +419,16 @@ NODES: dict[str, tuple[str, Make]] = {
     "attribute_of_strings": ("field 9 with", lambda _: one("Relu", "x", names=["a", "b"])),
     "attribute_of_tensors": ("field 10 with", lambda _: one("Relu", "x", tensors=[numpy_helper.from_array(IMAGE4)])),
     "attributes_of_another_type": ("the type of the attribute 'axis'", lambda _: one("Softmax", "x", axis=[1, 2])),
+    "attribute_of_two_values": (
+        "the type of the attribute 'axis'",
+        lambda _: edited(
+            lambda m: [
+                setattr(m.graph.node[-1], "op_type", "Softmax"),
+                m.graph.node[-1].attribute.add(name="axis", type=2, i=1, f=0.0),
+            ]
+        ),
+    ),
+    "name_of_another_node": ("a name other than", lambda _: one("Relu", "x", name="answer")),
     "attribute_without_need": ("the attribute 'alpha'", lambda _: one("Relu", "x", alpha=1.0)),
     "attribute_missing": ("no attribute 'axis'", lambda _: one("Softmax", "x")),
     "types_mixed": ("an input of type 10", lambda _: one("Add", "x", np.ones(48, np.float16))),
@@ -721,6 +731,14 @@ def typed(kind: onnx.TypeProto) -> onnx.ModelProto:
     return edited(lambda m: m.graph.input.append(helper.make_value_info("more", kind)))
 
 
+def with_image(colours: bytes, rows: bytes = b"\x12\x01N") -> bytes:
+    """The input in raw bytes of its first and last size."""
+    built = edited(lambda m: m.graph.ClearField("input"))
+    sizes = b"".join(chunk(1, size) for size in (rows, b"\x08\x04", b"\x08\x04", colours))
+    image = chunk(1, b"image") + chunk(2, chunk(1, b"\x08\x02" + chunk(2, sizes)))
+    return b"\x08\x08" + chunk(7, built.graph.SerializeToString() + chunk(11, image)) + chunk(8, b"\x10\x11")
+
+
 FLOATS = helper.make_tensor_type_proto(TensorProto.FLOAT, [1])
 EDITS: dict[str, tuple[str, Make]] = {
     "input_of_sequence": ("field 4 with", lambda _: typed(helper.make_sequence_type_proto(FLOATS))),
@@ -749,11 +767,13 @@ EDITS: dict[str, tuple[str, Make]] = {
         lambda _: edited(lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_param", "H")),
     ),
     "input_without_a_shape": (
-        "'image' has no shape",
+        "no number of images",
         lambda _: edited(lambda m: m.graph.input[0].type.tensor_type.ClearField("shape")),
     ),
+    "input_of_a_size_and_a_name": ("a size of 'image' with a name", lambda _: with_image(b"\x08\x03\x12\x01C")),
+    "batch_of_a_size_and_a_name": ("no number of images", lambda _: with_image(b"\x08\x03", b"\x08\x00\x12\x01N")),
     "batch_giant": (
-        "no number of images",
+        "1099511627776 images",
         lambda _: edited(
             lambda m: [
                 setattr(value.type.tensor_type.shape.dim[0], "dim_value", 2**40)

@@ -24,12 +24,17 @@ MAX_TEXT = 256
 
 _Kind = Literal["integer", "float", "text", "bytes"] | type[Any]
 _WIRE = {"integer": 0, "text": 2, "bytes": 2, "float": 5}
-_EMPTY = {"integer": 0, "text": "", "bytes": memoryview(b""), "float": 0.0}
+_EMPTY = {"integer": 0, "text": "", "bytes": memoryview(b"")}
 
 
-def _field(number: int, kind: _Kind, most: int = 1) -> Any:
-    """A field that may stand up to ``most`` times in its message. Absent is 0 or empty, as the format has it."""
+def _field(number: int, kind: _Kind, most: int = 1, *, choice: bool = False) -> Any:
+    """A field that may stand up to ``most`` times in its message.
+
+    Absent is 0 or empty, as the format has it, and None for a ``choice``, one of several that exclude each other.
+    """
     metadata = {"number": number, "kind": kind, "most": most}
+    if choice:
+        return field(default=None, metadata=metadata)
     if most > 1:
         return field(default_factory=list, metadata=metadata)
     if isinstance(kind, str):
@@ -42,9 +47,9 @@ class Attribute:
     """A setting of a node; ``type`` says which of the three values counts (1: f, 2: i, 7: ints)."""
 
     name: str = _field(1, "text")
-    f: float = _field(2, "float")
-    i: int = _field(3, "integer")
-    ints: list[int] = _field(8, "integer", MAX_RANK)
+    f: float | None = _field(2, "float", choice=True)
+    i: int | None = _field(3, "integer", choice=True)
+    ints: list[int] | None = _field(8, "integer", MAX_RANK, choice=True)
     type: int = _field(20, "integer")
 
 
@@ -73,8 +78,8 @@ class Tensor:
 class Dimension:
     """A size, or a name in place of one."""
 
-    value: int = _field(1, "integer")
-    param: str = _field(2, "text")
+    value: int | None = _field(1, "integer", choice=True)
+    param: str | None = _field(2, "text", choice=True)
 
 
 @dataclass
