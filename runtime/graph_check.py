@@ -18,7 +18,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from duallora_edge.errors import BundleError
-from duallora_edge.runtime.graph_reader import Attribute, Edge, Model, Node, Tensor, read_model
+from duallora_edge.runtime.graph_reader import Attribute, Dimension, Edge, Model, Node, Tensor, read_model
 
 OPSETS = range(14, 21)
 IR_VERSIONS = range(7, 11)
@@ -104,16 +104,15 @@ def _edges(
 ) -> tuple[dict[str, _Value], dict[str, _Value]]:
     """The inputs and the outputs of the graph by name; all begin with the same number of images."""
     edges = (model.graph.inputs, model.graph.outputs)
-    batches = set()
+    batches = []
     for found, wanted in zip(edges, (reads, returns), strict=True):
         names = [edge.name for edge in found]
         _require(sorted(names) == sorted(wanted), f"inputs or outputs {names} instead of {[*wanted]}")
-        for edge in found:
-            dims = edge.type.tensor.shape.dims
-            _require(bool(dims), f"'{edge.name}' has no shape")
-            batches.add((dims[0].value, dims[0].param))
-    size, name = min(batches) if len(batches) == 1 else (0, "")
-    _require(bool(name) != (1 <= size <= MAX_BATCH), "no number of images common to inputs and outputs")
+        batches += [dims[0] if (dims := edge.type.tensor.shape.dims) else Dimension() for edge in found]
+    one = batches[0] if batches else Dimension()
+    counted = one.value is not None
+    _require(counted != bool(one.param) and all(each == one for each in batches), "no number of images common to all")
+    _require(not counted or 1 <= (one.value or 0) <= MAX_BATCH, f"{one.value} images in one run")
     inputs, outputs = ({edge.name: _edge(edge) for edge in found} for found in edges)
     _require(all(value.dtype == FLOAT for value in outputs.values()), "an output other than float32")
     return inputs, outputs
@@ -121,10 +120,10 @@ def _edges(
 
 def _edge(edge: Edge) -> _Value:
     dims = edge.type.tensor.shape.dims[1:]
+    shape = tuple(dim.value or 0 for dim in dims)
     _require(edge.type.tensor.dtype in (FLOAT, UINT8), f"type {edge.type.tensor.dtype} of '{edge.name}'")
-    shape = tuple(dim.value for dim in dims)
     _require(all(1 <= size <= _MAX_SIZE for size in shape), f"shape {list(shape)} of '{edge.name}'")
-    _require(not any(dim.param for dim in dims), f"'{edge.name}' has a size without a value")
+    _require(all(dim.param is None for dim in dims), f"a size of '{edge.name}' with a name")
     return _Value(edge.type.tensor.dtype, (_IMAGES, *shape))
 
 
@@ -167,6 +166,7 @@ def _follow(model: Model, values: dict[str, _Value], most_constant: int) -> None
                 constant += 0 if of_images else sizes[name]
                 work += sizes[name] // _BYTES[value.dtype] * products
                 _add(values, name, value)
+            _require(node.name in ("", node.outputs[0]), "a name other than that of what it makes")
             _require(live <= MAX_IMAGE_BYTES and work <= MAX_IMAGE_WORK, "too much memory or work for one image")
             _require(constant <= most_constant, "constants computed that are larger than the file")
         except ValueError as error:
@@ -224,8 +224,8 @@ def _attributes(operator: Operator, found: Sequence[Attribute]) -> Attributes:
         kind = operator.attributes.get(name)
         if kind is None or name in values:
             raise ValueError(f"the attribute '{name}'")
-        others = [getattr(attribute, other) for other in _KINDS if other != kind]
-        if attribute.type != _KINDS[kind] or any(others):
+        given = [other for other in _KINDS if getattr(attribute, other) is not None]
+        if attribute.type != _KINDS[kind] or given != [kind]:
             raise ValueError(f"the type of the attribute '{name}'")
         values[name] = getattr(attribute, kind)
     values = {**operator.defaults, **values}

@@ -1,186 +1,201 @@
 """ONNX files read without a library that a hostile file could bring down.
 
 A file is one message of Protocol Buffers: fields, each a number, a wire type and a value, and a value may be a message
-again. The tables at the end of this module name every field that `export.graph` writes. Any other field is refused, and
-with it all that hides behind one: external data, subgraphs, functions, sparse tensors, strings, metadata. No message
-contains one of its own kind, so the depth is fixed; numbers of entries and lengths of texts are limited; weights
-are views of the file and are never copied.
+again. The classes below name every field that `export.graph` writes. Any other field is refused, and with it all that
+hides behind one: external data, subgraphs, functions, sparse tensors, strings, metadata. No message contains one of its
+own kind, so the depth is fixed; numbers of entries and lengths of texts are limited; weights are views of the file and
+never copied.
 """
 
+# ruff: noqa: RUF009 - _field makes fields of dataclasses
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 MAX_BYTES = 2**31 - 1
 """The largest message that Protocol Buffers can hold."""
 MAX_NODES = 10_000
-MAX_TEXT = 256
-MAX_RANK = 8
 MAX_EDGES = 256
-"""The most inputs, outputs or attributes of a node."""
+"""The most inputs or outputs of a node or of the graph."""
+MAX_RANK = 8
+MAX_TEXT = 256
 
+_Kind = Literal["integer", "float", "text", "bytes"] | type[Any]
 _WIRE = {"integer": 0, "text": 2, "bytes": 2, "float": 5}
-_SIGN = 2**63
-_EMPTY = memoryview(b"")
+_EMPTY = {"integer": 0, "text": "", "bytes": memoryview(b"")}
 
-T = TypeVar("T")
+
+def _field(number: int, kind: _Kind, most: int = 1, *, choice: bool = False) -> Any:
+    """A field that may stand up to ``most`` times in its message.
+
+    Absent is 0 or empty, as the format has it, and None for a ``choice``, one of several that exclude each other.
+    """
+    metadata = {"number": number, "kind": kind, "most": most}
+    if choice:
+        return field(default=None, metadata=metadata)
+    if most > 1:
+        return field(default_factory=list, metadata=metadata)
+    if isinstance(kind, str):
+        return field(default=_EMPTY[kind], metadata=metadata)
+    return field(default_factory=kind, metadata=metadata)
 
 
 @dataclass
 class Attribute:
     """A setting of a node; ``type`` says which of the three values counts (1: f, 2: i, 7: ints)."""
 
-    name: str = ""
-    f: float = 0.0
-    i: int = 0
-    ints: list[int] = field(default_factory=list)
-    type: int = 0
+    name: str = _field(1, "text")
+    f: float | None = _field(2, "float", choice=True)
+    i: int | None = _field(3, "integer", choice=True)
+    ints: list[int] | None = _field(8, "integer", MAX_RANK, choice=True)
+    type: int = _field(20, "integer")
 
 
 @dataclass
 class Node:
     """One operation: names of the tensors it reads and of those it makes."""
 
-    name: str = ""
-    op_type: str = ""
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
-    attributes: list[Attribute] = field(default_factory=list)
+    inputs: list[str] = _field(1, "text", MAX_EDGES)
+    outputs: list[str] = _field(2, "text", MAX_EDGES)
+    name: str = _field(3, "text")
+    op_type: str = _field(4, "text")
+    attributes: list[Attribute] = _field(5, Attribute, MAX_RANK)
 
 
 @dataclass
 class Tensor:
     """A constant; ``raw`` holds its values in C order, little-endian."""
 
-    name: str = ""
-    dtype: int = 0
-    dims: list[int] = field(default_factory=list)
-    raw: memoryview = _EMPTY
+    dims: list[int] = _field(1, "integer", MAX_RANK)
+    dtype: int = _field(2, "integer")
+    name: str = _field(8, "text")
+    raw: memoryview = _field(9, "bytes")
 
 
 @dataclass
 class Dimension:
     """A size, or a name in place of one."""
 
-    value: int = 0
-    param: str = ""
+    value: int | None = _field(1, "integer", choice=True)
+    param: str | None = _field(2, "text", choice=True)
 
 
 @dataclass
 class Shape:
-    dims: list[Dimension] = field(default_factory=list)
+    dims: list[Dimension] = _field(1, Dimension, MAX_RANK)
 
 
 @dataclass
 class TensorType:
-    dtype: int = 0
-    shape: Shape = field(default_factory=Shape)
+    dtype: int = _field(1, "integer")
+    shape: Shape = _field(2, Shape)
 
 
 @dataclass
 class Type:
-    tensor: TensorType = field(default_factory=TensorType)
+    tensor: TensorType = _field(1, TensorType)
 
 
 @dataclass
 class Edge:
     """An input or output of the graph."""
 
-    name: str = ""
-    type: Type = field(default_factory=Type)
+    name: str = _field(1, "text")
+    type: Type = _field(2, Type)
 
 
 @dataclass
 class Graph:
-    name: str = ""
-    nodes: list[Node] = field(default_factory=list)
-    initializers: list[Tensor] = field(default_factory=list)
-    inputs: list[Edge] = field(default_factory=list)
-    outputs: list[Edge] = field(default_factory=list)
+    nodes: list[Node] = _field(1, Node, MAX_NODES)
+    name: str = _field(2, "text")
+    initializers: list[Tensor] = _field(5, Tensor, MAX_NODES)
+    inputs: list[Edge] = _field(11, Edge, MAX_EDGES)
+    outputs: list[Edge] = _field(12, Edge, MAX_EDGES)
 
 
 @dataclass
 class Opset:
-    domain: str = ""
-    version: int = 0
+    domain: str = _field(1, "text")
+    version: int = _field(2, "integer")
 
 
 @dataclass
 class Model:
     """A whole file."""
 
-    ir_version: int = 0
-    producer_name: str = ""
-    producer_version: str = ""
-    graph: Graph = field(default_factory=Graph)
-    opsets: list[Opset] = field(default_factory=list)
+    ir_version: int = _field(1, "integer")
+    producer_name: str = _field(2, "text")
+    producer_version: str = _field(3, "text")
+    graph: Graph = _field(7, Graph)
+    opsets: list[Opset] = _field(8, Opset, MAX_RANK)
 
 
-class _Field(NamedTuple):
+class _Entry(NamedTuple):
     name: str
-    kind: Literal["integer", "float", "text", "bytes"] | _Message[Any]
-    most: int = 1
-    """How often it may stand in a message; a list when that is more than once."""
-
-
-class _Message(Generic[T]):
-    """How one kind of message is read: its fields by number. What is absent is 0 or empty, as the format has it."""
-
-    def __init__(self, build: Callable[..., T], fields: Mapping[int, _Field]) -> None:
-        self.build = build
-        self.name = getattr(build, "__name__", "message").lower()
-        self.fields = {
-            number << 3 | (_WIRE[each.kind] if isinstance(each.kind, str) else 2): each
-            for number, each in fields.items()
-        }
-
-    def read(self, content: memoryview, position: int, end: int) -> T:
-        """The message from ``position`` to ``end``. Raises ``ValueError`` with the reason."""
-        values: dict[str, Any] = {}
-        while position < end:
-            key, position = _varint(content, position, end)
-            known = self.fields.get(key)
-            if known is None:
-                raise ValueError(f"field {key >> 3} with wire type {key & 7} in {self.name}")
-            name, kind, most = known
-            value: Any
-            value, position = (4, position) if kind == "float" else _varint(content, position, end)
-            if kind == "integer":
-                if value >= _SIGN:
-                    value -= 2 * _SIGN
-            else:
-                start, position = position, position + value
-                if position > end:
-                    raise ValueError(f"the file ends within {name}")
-                value = (
-                    _text(name, content[start:position]) if kind == "text" else _value(kind, content, start, position)
-                )
-            if most > 1:
-                entries = values.setdefault(name, [])
-                if len(entries) == most:
-                    raise ValueError(f"more than {most} {name} in {self.name}")
-                entries.append(value)
-            elif name in values:
-                raise ValueError(f"{name} twice in {self.name}")
-            else:
-                values[name] = value
-        return self.build(**values)
+    kind: _Kind
+    most: int
 
 
 def read_model(content: bytes | memoryview) -> Model:
     """The model in the bytes of a file. Raises ``ValueError`` with the reason, in words for a user."""
     if not 0 < len(content) <= MAX_BYTES:
-        raise ValueError(f"{len(content)} bytes")
-    return _MODEL.read(memoryview(content), 0, len(content))
+        raise ValueError(f"a file of {len(content)} bytes")
+    model: Model = _read(Model, memoryview(content), 0, len(content))
+    return model
 
 
-def _value(kind: str | _Message[Any], content: memoryview, start: int, end: int) -> Any:
-    if isinstance(kind, _Message):
-        return kind.read(content, start, end)
-    return content[start:end] if kind == "bytes" else struct.unpack_from("<f", content, start)[0]
+def _table(message: type[Any]) -> dict[int, _Entry]:
+    """The fields of a message by what stands before their values: the number and the wire type."""
+    entries = [(each.name, each.metadata) for each in fields(message)]
+    return {
+        data["number"] << 3 | _WIRE.get(data["kind"], 2): _Entry(name, data["kind"], data["most"])
+        for name, data in entries
+    }
+
+
+_MESSAGES = (Attribute, Node, Tensor, Dimension, Shape, TensorType, Type, Edge, Graph, Opset, Model)
+_TABLES = {message: _table(message) for message in _MESSAGES}
+
+
+def _read(message: type[Any], content: memoryview, position: int, end: int) -> Any:
+    """The message from ``position`` to ``end``."""
+    table = _TABLES[message]
+    values: dict[str, Any] = {}
+    while position < end:
+        key, position = _varint(content, position, end)
+        entry = table.get(key)
+        if entry is None:
+            raise ValueError(f"field {key >> 3} with wire type {key & 7} in {message.__name__}")
+        name, kind, most = entry
+        value: Any
+        value, position = (4, position) if kind == "float" else _varint(content, position, end)
+        if kind == "integer":
+            value -= value >> 63 << 64  # the sign
+        else:
+            start, position = position, position + value
+            if position > end:
+                raise ValueError(f"the end of the file within {name}")
+            value = _value(name, kind, content, start, position)
+        if most == 1:
+            if name in values:
+                raise ValueError(f"{name} twice in {message.__name__}")
+            values[name] = value
+        else:
+            several = values.setdefault(name, [])
+            several.append(value)
+            if len(several) > most:
+                raise ValueError(f"more than {most} {name} in {message.__name__}")
+    return message(**values)
+
+
+def _value(name: str, kind: _Kind, content: memoryview, start: int, end: int) -> Any:
+    if kind == "text":
+        return _text(name, content[start:end])
+    if kind == "bytes":
+        return content[start:end]
+    return struct.unpack_from("<f", content, start)[0] if isinstance(kind, str) else _read(kind, content, start, end)
 
 
 def _varint(content: memoryview, position: int, end: int) -> tuple[int, int]:
@@ -190,7 +205,7 @@ def _varint(content: memoryview, position: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if position >= end:
-            raise ValueError("the file ends within a number")
+            raise ValueError("the end of the file within a number")
         byte = content[position]
         position += 1
         value |= (byte & 0x7F) << shift
@@ -209,60 +224,3 @@ def _text(name: str, content: memoryview) -> str:
     if not (text.isascii() and text.isprintable()):
         raise ValueError(f"a {name} with characters other than printable ASCII")
     return text
-
-
-_ATTRIBUTE = _Message(
-    Attribute,
-    {
-        1: _Field("name", "text"),
-        2: _Field("f", "float"),
-        3: _Field("i", "integer"),
-        8: _Field("ints", "integer", MAX_RANK),
-        20: _Field("type", "integer"),
-    },
-)
-_NODE = _Message(
-    Node,
-    {
-        1: _Field("inputs", "text", MAX_EDGES),
-        2: _Field("outputs", "text", MAX_EDGES),
-        3: _Field("name", "text"),
-        4: _Field("op_type", "text"),
-        5: _Field("attributes", _ATTRIBUTE, MAX_RANK),
-    },
-)
-_TENSOR = _Message(
-    Tensor,
-    {
-        1: _Field("dims", "integer", MAX_RANK),
-        2: _Field("dtype", "integer"),
-        8: _Field("name", "text"),
-        9: _Field("raw", "bytes"),
-    },
-)
-_DIMENSION = _Message(Dimension, {1: _Field("value", "integer"), 2: _Field("param", "text")})
-_SHAPE = _Message(Shape, {1: _Field("dims", _DIMENSION, MAX_RANK)})
-_TENSOR_TYPE = _Message(TensorType, {1: _Field("dtype", "integer"), 2: _Field("shape", _SHAPE)})
-_TYPE = _Message(Type, {1: _Field("tensor", _TENSOR_TYPE)})
-_EDGE = _Message(Edge, {1: _Field("name", "text"), 2: _Field("type", _TYPE)})
-_GRAPH = _Message(
-    Graph,
-    {
-        1: _Field("nodes", _NODE, MAX_NODES),
-        2: _Field("name", "text"),
-        5: _Field("initializers", _TENSOR, MAX_NODES),
-        11: _Field("inputs", _EDGE, MAX_EDGES),
-        12: _Field("outputs", _EDGE, MAX_EDGES),
-    },
-)
-_OPSET = _Message(Opset, {1: _Field("domain", "text"), 2: _Field("version", "integer")})
-_MODEL = _Message(
-    Model,
-    {
-        1: _Field("ir_version", "integer"),
-        2: _Field("producer_name", "text"),
-        3: _Field("producer_version", "text"),
-        7: _Field("graph", _GRAPH),
-        8: _Field("opsets", _OPSET, MAX_RANK),
-    },
-)
