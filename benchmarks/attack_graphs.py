@@ -242,6 +242,7 @@ NODES: dict[str, tuple[str, Make]] = {
     "one_hot_giant": (UNKNOWN, lambda _: one("OneHot", np.array([1], I), np.array([2**31 - 1], I), np.zeros(2, F))),
     "reshape_giant": ("value too large", lambda _: one("Reshape", "x", np.array([LARGE, LARGE], I))),
     "reshape_overflow": ("that does not fit", lambda _: one("Reshape", "x", np.array([2**31 - 1] * 4, I))),
+    "reshape_to_many_axes": ("of the integers", lambda _: one("Reshape", "x", np.array([-1, 48, *[1] * 60], I))),
     "reshape_two_unknown": ("shape (-1, -1)", lambda _: one("Reshape", "x", np.array([-1, -1], I))),
     "reshape_negative": ("shape (-3, 48)", lambda _: one("Reshape", "x", np.array([-3, 48], I))),
     "reshape_zero_of_nothing": ("shape (48, -1, 0)", lambda _: one("Reshape", "x", np.array([48, -1, 0], I))),
@@ -839,7 +840,7 @@ BYTES: dict[str, tuple[str, Make]] = {
         lambda _: b"\x08\x08" + chunk(7, chunk(1, chunk(1, b"x") + chunk(2, b"y") + chunk(4, b"Relu")) * 10**6),
     ),
     "million_inputs": (
-        "more than 256 inputs",
+        "more than 128 inputs",
         lambda _: chunk(7, chunk(1, chunk(1, b"x") * 10**6 + chunk(4, b"Concat"))),
     ),
     "million_initializers": ("more than 10000 initializers", lambda _: chunk(7, chunk(5, b"\x10\x01") * 10**6)),

@@ -18,18 +18,29 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from duallora_edge.errors import BundleError
-from duallora_edge.runtime.graph_reader import Attribute, Dimension, Edge, Model, Node, Tensor, read_model
+from duallora_edge.runtime.graph_reader import (
+    MAX_EDGES,
+    MAX_RANK,
+    Attribute,
+    Dimension,
+    Edge,
+    Model,
+    Node,
+    Tensor,
+    read_model,
+)
 
 OPSETS = range(14, 21)
 IR_VERSIONS = range(7, 11)
 MAX_BATCH = 1024
 MAX_IMAGE_BYTES = 2**31
-"""The most memory that what is computed of one image may need at a time, nodes running in the order of the file."""
+"""The most memory that what is computed of one image may need at a time, nodes running in the order of the file.
+
+Attention of 12 heads over 4096 tokens (1024 pixels in patches of 16) needs 1.6 GB.
+"""
 MAX_IMAGE_WORK = 2**42
 """The most multiply-adds, or elements of results where there are none, for one image."""
 MAX_PADDING = 4096
-MAX_INTS = 256
-"""The most elements of a constant of integers: sizes of a shape, or one for each part of a tensor."""
 
 FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
 _BYTES = {FLOAT: 4, UINT8: 1, INT64: 8, FLOAT16: 2}
@@ -82,7 +93,7 @@ def check_graph(content: bytes | memoryview, reads: Collection[str], returns: Co
         _follow(model, values, len(content))
         for name, value in outputs.items():
             if values.get(name) != value:
-                raise ValueError(f"the output '{name}' is not made in the shape that is said")
+                raise ValueError(f"the output '{name}' is not made in the shape it is declared with")
     except ValueError as error:
         reason = str(error)[:300]
         raise BundleError(f"The graph is not one that the exporter writes ({reason}); export the run again.") from error
@@ -138,7 +149,7 @@ def _initializer(tensor: Tensor) -> _Value:
         raise ValueError(f"'{tensor.name}' has {len(tensor.raw)} bytes instead of {size}")
     if dtype != INT64:
         return _Value(dtype, shape)
-    _require(len(shape) == 1 and shape[0] <= MAX_INTS, f"shape {list(shape)} of the integers '{tensor.name}'")
+    _require(len(shape) == 1 and shape[0] <= MAX_RANK, f"shape {list(shape)} of the integers '{tensor.name}'")
     ints = struct.unpack(f"<{shape[0]}q", tensor.raw)
     _require(all(abs(value) <= _MAX_SIZE for value in ints), f"value too large in '{tensor.name}'")
     return _Value(INT64, shape, ints)
@@ -366,7 +377,7 @@ def operators(opset: int) -> dict[str, Operator]:
         "Pad": Operator(_pad, ints=1),
         "Slice": Operator(_slice, ints=3),
         "Split": Operator(_split, ints=1, attributes={"axis": "i"}),
-        "Concat": Operator(_concat, 1, optional=255, attributes={"axis": "i"}),
+        "Concat": Operator(_concat, 1, optional=MAX_EDGES, attributes={"axis": "i"}),
         "MatMul": Operator(_matmul, 2),
         "Gemm": Operator(_gemm, 2, optional=1, attributes={"transB": "i"}, defaults={"transB": 0}),
         "Softmax": Operator(_same, attributes={"axis": "i"}),

@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 MAX_BYTES = 2**31 - 1
 """The largest message that Protocol Buffers can hold."""
 MAX_NODES = 10_000
-MAX_EDGES = 256
+MAX_EDGES = 128
 """The most inputs or outputs of a node or of the graph."""
 MAX_RANK = 8
+"""The most sizes of a shape, elements of a constant of integers, attributes of a node."""
 MAX_TEXT = 256
 
 _Kind = Literal["integer", "float", "text", "bytes"] | type[Any]

@@ -209,7 +209,8 @@ def test_weights_are_not_copied(two_tasks: ComposedModel) -> None:
 
 
 def test_what_attacks_are_made_of_is_accepted() -> None:
-    check_graph(attack_graphs.PLAIN, attack_graphs.READS, attack_graphs.RETURNS)
+    for content in (attack_graphs.PLAIN, attack_graphs.with_image(b"\x08\x03")):
+        check_graph(content, attack_graphs.READS, attack_graphs.RETURNS)
 
 
 @pytest.mark.parametrize("name", attack_graphs.ATTACKS)
