@@ -32,7 +32,7 @@ MAX_FILE_BYTES = MAX_BYTES // 3
 MAX_EXIF_BYTES = 2**20  # cameras write 64 kB at most
 # Formats of cameras and photo collections; others (EPS, PDF, ...) reach decoders that should not see untrusted files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-# Measured, in bytes a pixel beside the pixels themselves; 4 where nothing is said. `benchmarks/attack_images.py` checks.
+# What decoders take beside the pixels themselves, in bytes a pixel, as measured; 4 where nothing is said.
 _DECODER_BYTES = {"WEBP": 26, "AVIF": 14, "JPEG2000": 24}
 _STREAMED = ("BMP", "PPM", "TIFF")  # formats of which no decoder holds parts of the file in memory
 _FILE_COPIES = 3  # of a chunk of text that is the whole file
