@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from duallora_edge.files import atomic_directory
+from duallora_edge.files import atomic_directory, own_folder
 from duallora_edge.runtime.backends import ENGINE_BATCH, UnavailableError
 from duallora_edge.runtime.bundle import Bundle
 from duallora_edge.runtime.engine_cache import (
@@ -33,6 +32,7 @@ from duallora_edge.runtime.engine_cache import (
     EngineError,
     EngineKey,
     RefusedModelError,
+    delete_engine,
     disk_errors,
     engines_folder,
     evict,
@@ -151,7 +151,8 @@ def build_engine(
     replaced, with ``force`` any. ``say`` is called with lines of progress; ``cancel`` ends the build when it is set.
     ``graph``: the ONNX file of the bundle, by default the whole of that precision.
 
-    Raises `EngineError`; a build that fails or is cancelled leaves nothing, and an engine that was there stays.
+    Raises `EngineError`, and `ConfigError` when others may write to the cache; a build that fails or is cancelled
+    leaves nothing, and an engine that was there stays.
     """
     tensorrt, gpu = _target(compute_capability)
     graph = graph or _graph(bundle)
@@ -167,14 +168,14 @@ def build_engine(
         if engine := stored():
             return engine
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder)
         with locked(folder, key, _Waiting(limits, say)):
             try:
                 if engine := stored():  # built while this one waited
                     return engine
             except EngineError:
                 say("the stored engine is damaged: it is deleted and built again")
-                shutil.rmtree(folder / key.digest)
+                delete_engine(folder / key.digest)
             _build(graph, key, folder / key.digest, workspace_mb or bundle.manifest.workspace_mb, limits, say)
             engine = find_engine(key)
         evict(folder, key)
@@ -221,10 +222,15 @@ def _target(compute_capability: str | None) -> tuple[TensorRT, Gpu | str]:
 def _build(graph: Path, key: EngineKey, folder: Path, workspace_mb: int, limits: _Limits, say: Say) -> None:
     granted_mb = _grant_workspace(workspace_mb, graph.stat().st_size, say)
     timing = key.timing_name
-    with atomic_directory(folder, replaces=(PLAN, RECORD)) as staging:
+
+    def kept(rest: Path) -> None:
+        say(f"files that are not of the engine are kept in {rest}")
+
+    with atomic_directory(folder, replaces=(PLAN, RECORD), on_kept=kept) as staging:
         job = Job(
             package=key.package,
             model=str(graph),
+            model_sha256=key.model_sha256,
             plan=str(staging / PLAN),
             max_batch=key.max_batch if key.batch is None else None,
             precision=key.precision,

@@ -12,7 +12,8 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from duallora_edge.errors import BackendError
-from duallora_edge.files import cache_folder, cache_limit, read_json, sha256_file, write_json
+from duallora_edge.files import (
+    cache_folder,
+    cache_limit,
+    lock_holder,
+    note_holder,
+    open_lock,
+    own_folder,
+    read_json,
+    read_limited,
+    sha256_file,
+    sweep,
+    write_json,
+)
 from duallora_edge.runtime.tensorrt_api import TENSORRT_RTX
 
 PLAN = "engine.plan"
@@ -29,6 +42,10 @@ LIMIT_VARIABLE = "DUALLORA_EDGE_ENGINES_GB"
 LIMIT_GB = 4
 _ABANDONED_AFTER_S = 24 * 3600
 _POLL_S = 0.2
+# The names of what is made here; nothing else in the folder is touched.
+_ENGINE = re.compile("[0-9a-f]{32}")
+_TIMING = re.compile(r"[0-9a-f]{32}\.timing")
+_UNFINISHED = re.compile(r"\.([0-9a-f]{32}(?:\.timing)?)\.[0-9a-f]{8}\.tmp")
 
 
 class EngineError(BackendError):
@@ -102,33 +119,61 @@ def engines_folder() -> Path:
 
 
 def find_engine(key: EngineKey) -> Engine | None:
-    """The engine of this key, or None. Raises `EngineError` when it is there but damaged."""
+    """The engine of this key, or None. Raises as `read_engine` does."""
+    found = read_engine(key)
+    return found[0] if found else None
+
+
+def read_engine(key: EngineKey) -> tuple[Engine, bytes] | None:
+    """The engine of this key and its plan, the very bytes that were compared with the record; or None.
+
+    Raises `EngineError` when it is there but damaged, and `ConfigError` when others may write to the folder.
+    """
     folder = engines_folder() / key.digest
+    if not os.path.lexists(folder):
+        return None
     plan = folder / PLAN
     try:
+        own_folder(engines_folder())
         record = read_json(folder / RECORD)
         if record["key"] != asdict(key):
             raise ValueError("it belongs to another key")
-        if (record["bytes"], record["sha256"]) != (plan.stat().st_size, sha256_file(plan)):
+        engine = _engine(key, plan, record)
+        content = read_limited(plan, engine.bytes) if plan.stat().st_size == engine.bytes else b""
+        if record["sha256"] != hashlib.sha256(content).hexdigest():
             raise ValueError("its size or SHA-256 is not the recorded one")
-        engine = Engine(
-            key=key,
-            plan=plan,
-            bytes=record["bytes"],
-            workspace_mb=record["workspace_mb"],
-            granted_mb=record["granted_mb"],
-            seconds=record["seconds"],
-            device_memory_bytes=record["device_memory_bytes"],
-        )
     except (OSError, ValueError, TypeError, KeyError) as error:
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return None
         raise EngineError(
             f"The engine in {folder} is damaged ({str(error)[:200]}); run 'duallora-edge build' again."
         ) from error
     with contextlib.suppress(OSError):  # a cache that cannot be written can still be read
         os.utime(folder / RECORD)
-    return engine
+    return engine, content
+
+
+def _engine(key: EngineKey, plan: Path, record: dict[str, Any]) -> Engine:
+    """Raises ``ValueError`` for values that no build wrote, ``KeyError`` for one that is missing."""
+
+    def count(name: str) -> int:
+        value = record[name]
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"its record has no number in '{name}'")
+        return value
+
+    seconds = record["seconds"]
+    if type(seconds) not in (int, float) or not 0 <= seconds < 2**31:
+        raise ValueError("its record has no number in 'seconds'")
+    return Engine(
+        key=key,
+        plan=plan,
+        bytes=count("bytes"),
+        workspace_mb=count("workspace_mb"),
+        granted_mb=count("granted_mb"),
+        seconds=seconds,
+        device_memory_bytes=None if record["device_memory_bytes"] is None else count("device_memory_bytes"),
+    )
 
 
 def write_record(folder: Path, key: EngineKey, facts: dict[str, Any]) -> None:
@@ -140,14 +185,15 @@ def write_record(folder: Path, key: EngineKey, facts: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, key: EngineKey, wait: Callable[[str], None]) -> Iterator[None]:
-    """Be the only one who builds the engine of ``key``, and delete what a killed builder left of it.
+    """Be the only one who builds the engine of ``key``.
 
     While another one does, ``wait`` is called again and again with its process id; it may raise. The lock belongs to
-    the process (flock), so that the file of a process that was killed holds nobody up.
+    the process (flock), so that the file of a process that was killed holds nobody up. Raises `ConfigError` when
+    something else has the name of the lock.
     """
     path = folder / f"{key.digest}.lock"
     while True:
-        file = path.open("a+", encoding="ascii")
+        file = open_lock(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The one who held it has deleted the file by now, and another may hold a new one of the same name.
@@ -155,18 +201,13 @@ def locked(folder: Path, key: EngineKey, wait: Callable[[str], None]) -> Iterato
                 break
             file.close()
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "?"
+            holder = lock_holder(file)
             file.close()
             wait(holder)
             time.sleep(_POLL_S)
     with file:
         try:
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            for leftover in folder.glob(f".{key.digest}.*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            note_holder(file)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -202,24 +243,32 @@ def evict(folder: Path, keep: EngineKey) -> None:
     used: dict[Path, float] = {}
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # another process may delete it meanwhile
-            if path.name.startswith("."):
-                if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
-                    _delete(path)
-            elif path.suffix != ".lock":
-                sizes[path] = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
-                used[path] = (path / RECORD if (path / RECORD).exists() else path).stat().st_mtime
+            facts = path.lstat()
+            if unfinished := _UNFINISHED.fullmatch(path.name):
+                if time.time() - facts.st_mtime > _ABANDONED_AFTER_S:
+                    sweep(folder / unfinished[1])
+            elif _TIMING.fullmatch(path.name) and stat.S_ISREG(facts.st_mode):
+                sizes[path], used[path] = facts.st_size, facts.st_mtime
+            elif _ENGINE.fullmatch(path.name) and stat.S_ISDIR(facts.st_mode):
+                sizes[path] = sum((path / name).lstat().st_size for name in (PLAN, RECORD))
+                used[path] = (path / RECORD).lstat().st_mtime
     total = sum(sizes.values())
     for path in sorted(used, key=used.__getitem__):
         if total > limit and path.name not in (keep.digest, keep.timing_name):
-            _delete(path)
+            if _TIMING.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+            else:
+                delete_engine(path)
             total -= sizes[path]
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def delete_engine(folder: Path) -> None:
+    """Delete the two files of an engine, and its folder unless somebody put something else there."""
+    for name in (RECORD, PLAN):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _digest(value: Any) -> str:

@@ -9,6 +9,7 @@ process ends at once when its standard input does, that is, when the process tha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -41,6 +42,7 @@ Say = Callable[[str], None]
 class Job:
     """What to build: the ONNX file ``model`` with package ``package``, into the file ``plan``.
 
+    ``model_sha256`` (hexadecimal) is what the file must still hold when it is read.
     ``max_batch`` is the largest number of images where the graph takes any number, otherwise None.
     ``compute_capability`` ("sm86") is None for the GPU of this machine. ``timing_cache`` names a file that makes later
     builds faster, or is None.
@@ -48,6 +50,7 @@ class Job:
 
     package: str
     model: str
+    model_sha256: str
     plan: str
     max_batch: int | None
     precision: str
@@ -79,7 +82,7 @@ def build(job: Job, say: Say) -> dict[str, Any]:
     network = builder.create_network(network_flags(tensorrt))
     say(f"{tensorrt} reads {Path(job.model).name}")
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(job.model):
+    if not parser.parse(_read_model(job)):
         found = [str(parser.get_error(index)) for index in range(parser.num_errors)]
         raise BuildError(f"its parser refuses the model: {_joined(found or errors)}")
     config = builder.create_builder_config()
@@ -103,6 +106,13 @@ def build(job: Job, say: Say) -> dict[str, Any]:
             raise BuildError(f"the engine was built, but cannot be loaded: {_joined(errors)}")
         memory = device_memory_bytes(engine)
     return {"seconds": time.perf_counter() - start, "device_memory_bytes": memory}
+
+
+def _read_model(job: Job) -> bytes:
+    content = Path(job.model).read_bytes()
+    if hashlib.sha256(content).hexdigest() != job.model_sha256:
+        raise BuildError(f"{Path(job.model).name} has changed since it was verified")
+    return content
 
 
 def _configure(tensorrt: TensorRT, builder: Any, network: Any, config: Any, job: Job) -> None:

@@ -27,7 +27,7 @@ from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends import ENGINE_BATCH, Run, UnavailableError, at_most
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS, Bundle, Outputs
 from duallora_edge.runtime.engine import build_engines, engine_keys, local_target
-from duallora_edge.runtime.engine_cache import find_engine
+from duallora_edge.runtime.engine_cache import read_engine
 from duallora_edge.runtime.preprocess import Pixels
 from duallora_edge.runtime.tensorrt_api import TensorRT, make_logger, make_runtime
 
@@ -47,12 +47,12 @@ def open_tensorrt(bundle: Bundle, build: bool = False) -> Run:
         build_engines(bundle)
     plans = []
     for key in engine_keys(bundle, tensorrt, gpu):
-        stored = find_engine(key)
+        stored = read_engine(key)
         if stored is None:
             raise UnavailableError(
                 f"{tensorrt} has no engine of this model for {gpu.name} yet: run 'duallora-edge build {bundle.path}'"
             )
-        plans.append(stored.plan.read_bytes())
+        plans.append(stored[1])
     session = TensorRTSession(tensorrt, cudart, plans, bundle)
     return at_most(session.run, bundle.manifest.batch or ENGINE_BATCH)
 

@@ -1,7 +1,8 @@
 """Decoded images on disk: one file for each set of images, mapped into memory, written whole or not at all.
 
 A file holds the pixels ``uint8 [N, S, S, 3]``, then the facts ``uint8 [N, 17]`` (see `Decoded`), then a
-checksum of key and facts. Its name is the key. A file of the wrong size or checksum does not count as there.
+checksum of the key and all of these. Its name is the key. A file of the wrong size or checksum does not count as
+there. The checksum finds damage; against people it is the folder that protects, which must be the user's own.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import re
+import stat
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import DataError
-from duallora_edge.files import cache_limit
+from duallora_edge.files import cache_limit, own_folder
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,6 +31,11 @@ HASH_BYTES = 16
 FACT_BYTES = HASH_BYTES + 1
 LIMIT_GB = 8
 _ABANDONED_AFTER_S = 24 * 3600
+_BLOCK_BYTES = 2**20
+_TEMPORARY = ".decoded."
+# The names of what is written here; nothing else in the folder is touched.
+_ENTRY = re.compile(r"[0-9a-f]{64}\.u8")
+_UNFINISHED = re.compile(r"\.decoded\.\w{8}\.tmp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,51 +58,57 @@ class DecodedCache:
         self._used: set[str] = set()
 
     def load(self, key: str, count: int, size: int) -> Decoded | None:
-        """The ``count`` images of ``size`` pixels under ``key``; ``None`` when absent, short or damaged."""
+        """The ``count`` images of ``size`` pixels under ``key``; ``None`` when absent, short or damaged.
+
+        All of it is read once (about a second for 500 MB). Raises `ConfigError` when others may write to the folder.
+        """
         path = self.folder / f"{key}.u8"
-        pixel_bytes = count * size * size * 3
+        if not path.is_file():
+            return None
         try:
-            if path.stat().st_size != pixel_bytes + count * FACT_BYTES + HASH_BYTES:
+            own_folder(self.folder)
+            if not _is_whole(path, key, count * (size * size * 3 + FACT_BYTES)):
                 return None
-            with path.open("rb") as file:
-                file.seek(pixel_bytes)
-                trailer = file.read()
-            if trailer[count * FACT_BYTES :] != _checksum(key, trailer[: count * FACT_BYTES]):
-                return None
+            entry = self._map(key, count, size)
+        except OSError:  # what cannot be read is decoded again
+            return None
+        with suppress(OSError):  # a cache that cannot be written can still be read
+            os.utime(path)
+        return entry
+
+    def _map(self, key: str, count: int, size: int) -> Decoded:
+        with (self.folder / f"{key}.u8").open("rb") as file:
             pixels = (
-                np.asarray(np.memmap(path, np.uint8, "r", shape=(count, size, size, 3)))
+                np.asarray(np.memmap(file, np.uint8, "r", shape=(count, size, size, 3)))
                 if count
                 else np.zeros((0, size, size, 3), np.uint8)
             )
-            os.utime(path)
-        except FileNotFoundError:
-            return None
+            file.seek(pixels.nbytes)
+            facts = np.frombuffer(file.read(count * FACT_BYTES), np.uint8).reshape(count, FACT_BYTES)
         self._used.add(key)
-        return Decoded(pixels, np.frombuffer(trailer, np.uint8, count * FACT_BYTES).reshape(count, FACT_BYTES))
+        return Decoded(pixels, facts)
 
     def store(self, key: str, count: int, size: int, batches: Iterable[Decoded]) -> Decoded:
         """Write the ``count`` images that ``batches`` yield, in order, and return them as `load` does.
 
-        Raises `DataError` when the folder cannot be written or has too little space; nothing is left behind.
+        Raises `DataError` when the folder cannot be written or has too little space; nothing is left behind. Raises
+        `ConfigError` when others may write to the folder.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+            own_folder(self.folder)
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix=_TEMPORARY, suffix=".tmp")
             try:
                 _write(handle, key, count * (size * size * 3 + FACT_BYTES) + HASH_BYTES, batches)
                 Path(name).replace(self.folder / f"{key}.u8")
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
-            stored = self.load(key, count, size)
+            return self._map(key, count, size)
         except OSError as error:
             raise DataError(
                 f"Decoded images cannot be written to {self.folder} ({error.strerror or error}); free some space, "
                 f"or name another folder in DUALLORA_EDGE_CACHE."
             ) from error
-        if stored is None:
-            raise DataError(f"{self.folder} lost a file just written to it; is another program emptying it?")
-        return stored
 
     def trim(self) -> None:
         """Delete the files used longest ago until the rest fits ``$DUALLORA_EDGE_CACHE_GB`` (default 8).
@@ -102,14 +117,14 @@ class DecodedCache:
         process has mapped stays readable there.
         """
         limit = cache_limit("DUALLORA_EDGE_CACHE_GB", LIMIT_GB)
-        entries = [(path, path.stat()) for path in _listed(self.folder, "*.u8")]
+        entries = list(_listed(self.folder, _ENTRY))
         total = sum(facts.st_size for _, facts in entries)
         for path, facts in sorted(entries, key=lambda entry: entry[1].st_mtime):
             if total > limit and path.stem not in self._used:
                 path.unlink(missing_ok=True)
                 total -= facts.st_size
-        for path in _listed(self.folder, "*.tmp"):
-            if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
+        for path, facts in _listed(self.folder, _UNFINISHED):
+            if time.time() - facts.st_mtime > _ABANDONED_AFTER_S:
                 path.unlink(missing_ok=True)
 
 
@@ -126,19 +141,39 @@ def _write(handle: int, key: str, size: int, batches: Iterable[Decoded]) -> None
     with os.fdopen(handle, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)  # a full disk shows now, not after minutes of decoding
+        checksum = _new_checksum(key)
         facts = bytearray()
         for batch in batches:
-            file.write(np.ascontiguousarray(batch.pixels).data)
+            pixels = np.ascontiguousarray(batch.pixels).data
+            checksum.update(pixels)
+            file.write(pixels)
             facts += batch.facts.tobytes()
+        checksum.update(facts)
         file.write(facts)
-        file.write(_checksum(key, bytes(facts)))
+        file.write(checksum.digest())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _checksum(key: str, facts: bytes) -> bytes:
-    return hashlib.blake2b(key.encode() + facts, digest_size=HASH_BYTES).digest()
+def _is_whole(path: Path, key: str, content_bytes: int) -> bool:
+    checksum = _new_checksum(key)
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != content_bytes + HASH_BYTES:
+            return False
+        for start in range(0, content_bytes, _BLOCK_BYTES):
+            checksum.update(file.read(min(_BLOCK_BYTES, content_bytes - start)))
+        return file.read() == checksum.digest()
 
 
-def _listed(folder: Path, pattern: str) -> Collection[Path]:
-    return [path for path in folder.glob(pattern) if path.is_file()]
+def _new_checksum(key: str) -> hashlib.blake2b:
+    return hashlib.blake2b(key.encode(), digest_size=HASH_BYTES)
+
+
+def _listed(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of this pattern that are there, links left out."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if pattern.fullmatch(path.name):
+            with suppress(OSError):  # another process may delete it meanwhile
+                facts = path.lstat()
+                if stat.S_ISREG(facts.st_mode):
+                    yield path, facts

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from duallora_edge.errors import DataError
-from duallora_edge.runtime.preprocess import Pixels, read_image
+from duallora_edge.runtime.preprocess import Pixels, open_image, read_image
 
 _EXIF_ORIENTATION = 0x0112
 _DATASET_LOCK = Lock()  # not every dataset may be indexed from two threads (FakeData sets the global seed)
@@ -51,7 +51,7 @@ class ImageFile:
 
     def traits(self) -> set[str]:
         """What has to be converted, from the header alone: any of ``grey``, ``alpha``, ``rotated``."""
-        with Image.open(self.path) as image:
+        with self.path.open("rb") as file, open_image(file) as image:
             # Pillow would decode a PNG in search of EXIF, hence the first condition.
             turned = "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
             return _mode_traits(image) | ({"rotated"} if turned else set())

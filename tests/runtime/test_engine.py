@@ -31,7 +31,7 @@ from duallora_edge.runtime import engine as engines
 from duallora_edge.runtime import engine_cache
 from duallora_edge.runtime.bundle import MANIFEST, MODEL, Bundle, Manifest
 from duallora_edge.runtime.engine import build_engine, engine_key
-from duallora_edge.runtime.engine_cache import EngineError, EngineKey, engines_folder, evict, find_engine
+from duallora_edge.runtime.engine_cache import EngineError, EngineKey, engines_folder, evict, find_engine, read_engine
 from duallora_edge.runtime.memory import Reading, read_memory
 from duallora_edge.runtime.tensorrt_api import Gpu, TensorRT
 
@@ -270,7 +270,27 @@ def other_key(engine: Path) -> None:
     write_json(engine / "engine.json", record)
 
 
-DAMAGES = [cut, flip, forget("engine.plan"), forget("engine.json"), write("{"), write("[]"), write("{}"), other_key]
+def put(name: str, value: Any) -> Callable[[Path], None]:
+    def change(engine: Path) -> None:
+        record = json.loads((engine / "engine.json").read_text())
+        (engine / "engine.json").write_text(json.dumps({**record, name: value}))
+
+    return change
+
+
+def other_plan(engine: Path) -> None:
+    (engine / "engine.plan").unlink()
+    os.mkfifo(engine / "engine.plan")  # opening it would wait for ever
+
+
+DAMAGES = [
+    *(cut, flip, other_key, other_plan, forget("engine.plan"), forget("engine.json")),
+    *map(write, ("{", "[]", "{}", "[" * 10**6)),
+    *(put("bytes", value) for value in (-1, True, "9", None, 1.5, 10**30)),
+    *(put("seconds", value) for value in (-1, "1", None, float("nan"), 10**30)),
+    *(put(name, -1) for name in ("workspace_mb", "granted_mb", "device_memory_bytes")),
+    *(put("sha256", value) for value in (None, 1, "0" * 64)),
+]
 
 
 def test_a_damaged_engine_is_noticed(shared_bundle: Path, tmp_path: Path) -> None:
@@ -280,7 +300,10 @@ def test_a_damaged_engine_is_noticed(shared_bundle: Path, tmp_path: Path) -> Non
     for damage in DAMAGES:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "whole", folder)
-        assert find_engine(engine.key) is not None
+        assert read_engine(engine.key) == (
+            replace(engine, from_cache=True),
+            (tmp_path / "whole/engine.plan").read_bytes(),
+        )
         damage(folder)
         with pytest.raises(EngineError, match=r"is damaged .*run 'duallora-edge build' again"):
             find_engine(engine.key)
@@ -292,6 +315,50 @@ def test_a_damaged_engine_is_built_again(shared_bundle: Path) -> None:
     again = build_engine(bundle, "sm86", say=lines.append)
     assert not again.from_cache and lines[0] == "the stored engine is damaged: it is deleted and built again"
     assert build_engine(bundle, "sm86").from_cache
+
+
+def test_a_model_that_changed_after_it_was_verified(bundle: Path, cache: Path) -> None:
+    opened = Bundle.open(bundle)
+    (bundle / MODEL).write_bytes((bundle / MODEL).read_bytes()[:-1])
+    with pytest.raises(EngineError, match=r"cannot build the engine, model\.onnx has changed since it was verified; "):
+        build_engine(opened, "sm86")
+    assert contents(cache) == {}
+
+
+def test_what_somebody_put_beside_an_engine_is_kept(shared_bundle: Path, cache: Path) -> None:
+    bundle, lines = Bundle.open(shared_bundle), list[str]()
+    folder = build_engine(bundle, "sm86").plan.parent
+    (folder / "notes.txt").write_text("mine")
+    flip(folder)
+    assert build_engine(bundle, "sm86", say=lines.append).plan.parent == folder
+    (kept,) = (line.removeprefix("files that are not of the engine are kept in ") for line in lines if "kept" in line)
+    assert (Path(kept) / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["world-writable", "foreign"])
+def test_engines_in_a_folder_that_others_can_change_are_refused(
+    shared_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    bundle = Bundle.open(shared_bundle)
+    key = build_engine(bundle, "sm86").key
+    if what == "foreign":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    else:
+        cache.chmod(0o777)
+    for use in (lambda: find_engine(key), lambda: build_engine(bundle, "sm86")):
+        with pytest.raises(ConfigError, match="DUALLORA_EDGE_CACHE"):
+            use()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(shared_bundle: Path, cache: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shared_bundle)
+    key = engine_key(bundle, engines.load_tensorrt(("tensorrt_rtx",)), "sm86")
+    cache.mkdir(parents=True)
+    (tmp_path / "precious").write_text("mine")
+    (cache / f"{key.digest}.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match="is not a lock file"):
+        build_engine(bundle, "sm86")
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 class Spy:
@@ -431,7 +498,7 @@ def test_progress_is_reported_even_when_the_builder_is_silent(
 def test_a_disk_that_cannot_be_written(
     shared_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(engines, name, full)
@@ -487,7 +554,6 @@ def test_a_lock_of_a_dead_process_holds_nobody_up(shared_bundle: Path, cache: Pa
     key = engine_key(bundle, engines.load_tensorrt(("tensorrt_rtx",)), "sm86")
     cache.mkdir(parents=True)
     (cache / f"{key.digest}.lock").write_text("1")  # a process that runs, but does not hold the lock
-    (cache / f".{key.digest}.abc.tmp").mkdir()
     build_engine(bundle, "sm86", say=lines.append)
     assert not any("waiting" in line for line in lines) and len(contents(cache)) == 3
 
@@ -540,13 +606,27 @@ def test_what_was_used_longest_ago_goes_first(
         "e": make_entry(cache, keep.timing_name, 100, 400),
     }
     (cache / f"{keep.digest}.lock").touch()
-    make_entry(cache, ".old.tmp", 1, 0)
-    os.utime(cache / ".old.tmp", (time.time() - 2 * 24 * 3600,) * 2)
-    make_entry(cache, ".new.tmp", 1, 0)
+    old, new = (cache / f".{'5' * 32}.timing.0000000{number}.tmp" for number in (0, 1))
+    foreign = [cache / name for name in (".mine.tmp", "notes.timing", f"{'6' * 32}.kept-00000000/file")]
+    for path in (old, new, *foreign):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    for path in (old, *foreign):
+        os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
+    (cache / ("7" * 32)).symlink_to(cache / foreign[2].parent)
     evict(cache, keep)
     assert "".join(name for name, path in entries.items() if path.exists()) == left
     assert (cache / f"{keep.digest}.lock").exists()
-    assert (cache / ".new.tmp").exists() and not (cache / ".old.tmp").exists()
+    assert new.exists() and not old.exists()
+    assert all(path.exists() for path in foreign) and (cache / ("7" * 32)).is_symlink()
+
+
+def test_eviction_keeps_what_somebody_put_beside_an_engine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALLORA_EDGE_ENGINES_GB", "0")
+    entry = make_entry(cache, "1" * 32, 1000, 10)
+    (entry / "notes.txt").write_text("mine")
+    evict(cache, key_of("10.3"))
+    assert contents(cache) == {entry.name: None, f"{entry.name}/notes.txt": b"mine"}
 
 
 def test_finding_an_engine_counts_as_use(shared_bundle: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from duallora_edge.files import sha256_file
 from duallora_edge.runtime import engine_worker, tensorrt_api, tensorrt_backend
 from duallora_edge.runtime.backends import UnavailableError
 from duallora_edge.runtime.engine_worker import BuildError, Job
@@ -313,7 +314,7 @@ class Imitation:
         return Strict(
             "OnnxParser",
             self.version,
-            parse_from_file=lambda path: self.parses,
+            parse=lambda content: self.parses,
             num_errors=5,
             get_error=lambda index: f"error {index}\nof the parser",
         )
@@ -348,9 +349,12 @@ def imitate(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], Imit
 
 
 def job(folder: Path, **changes: Any) -> Job:
+    model = folder / "model.onnx"
+    model.write_bytes(b"model")
     values = {
         "package": "tensorrt",
-        "model": "model.onnx",
+        "model": str(model),
+        "model_sha256": sha256_file(model),
         "plan": str(folder / "engine.plan"),
         "max_batch": 4,
         "precision": "fp32",
@@ -420,6 +424,15 @@ def test_what_the_worker_reports(
     vars(imitate((10, 3))).update(change)
     with pytest.raises(BuildError, match=words):
         engine_worker.build(job(tmp_path), lambda text: None)
+
+
+def test_only_the_verified_model_is_built(imitate: Callable[..., Imitation], tmp_path: Path) -> None:
+    imitate((10, 3))
+    wanted = job(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"moder")
+    with pytest.raises(BuildError, match=r"^model\.onnx has changed since it was verified$"):
+        engine_worker.build(wanted, lambda text: None)
+    assert not (tmp_path / "engine.plan").exists()
 
 
 def test_a_job_survives_the_command_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from duallora_edge.learner.data import cache as cache_module
 from duallora_edge.learner.data.cache import FACT_BYTES, Decoded, DecodedCache
 
 COUNT, SIZE = 5, 8
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 
 def content(seed: int = 0) -> Decoded:
@@ -39,7 +40,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert DecodedCache(tmp_path).load("k", COUNT + 1, SIZE) is None
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "facts", "renamed"])
+@pytest.mark.parametrize(
+    "damage", ["short", "long", "first pixel", "last pixel", "facts", "checksum", "renamed", "folder"]
+)
 def test_a_damaged_file_does_not_count_and_is_replaced(tmp_path: Path, damage: str) -> None:
     cache = DecodedCache(tmp_path)
     store(cache, "k")
@@ -49,8 +52,15 @@ def test_a_damaged_file_does_not_count_and_is_replaced(tmp_path: Path, damage: s
         file.write_bytes(data[:-1])
     elif damage == "long":
         file.write_bytes(data + b"x")
-    elif damage == "facts":
-        file.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    elif damage == "folder":
+        file.unlink()
+        file.mkdir()
+        assert cache.load("k", COUNT, SIZE) is None
+        file.rmdir()
+    elif damage != "renamed":
+        pixels = COUNT * SIZE * SIZE * 3
+        place = {"first pixel": 0, "last pixel": pixels - 1, "facts": pixels, "checksum": len(data) - 1}[damage]
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     else:
         store(cache, "other")
         (cache.folder / "other.u8").replace(file)
@@ -78,20 +88,49 @@ def test_a_cache_folder_that_is_a_file(tmp_path: Path) -> None:
 
 def test_trim_drops_the_oldest_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = DecodedCache(tmp_path)
-    for age, key in enumerate(("a", "b", "c")):
+    for age, key in enumerate((A, B, C)):
         store(old, key)
         os.utime(old.folder / f"{key}.u8", (1000 + age, 1000 + age))
-    (old.folder / "abandoned.tmp").write_text("x")
-    os.utime(old.folder / "abandoned.tmp", (0, 0))
-    size = (old.folder / "a.u8").stat().st_size
+    (old.folder / ".decoded.abcdefgh.tmp").write_text("x")
+    os.utime(old.folder / ".decoded.abcdefgh.tmp", (0, 0))
+    size = (old.folder / f"{A}.u8").stat().st_size
     monkeypatch.setenv("DUALLORA_EDGE_CACHE_GB", str(2.5 * size / 1e9))
     fresh = DecodedCache(tmp_path)
     fresh.trim()
-    assert sorted(path.name for path in fresh.folder.iterdir()) == ["b.u8", "c.u8"]
+    assert sorted(path.name for path in fresh.folder.iterdir()) == [f"{B}.u8", f"{C}.u8"]
     monkeypatch.setenv("DUALLORA_EDGE_CACHE_GB", "0")
-    fresh.load("b", COUNT, SIZE)
+    fresh.load(B, COUNT, SIZE)
     fresh.trim()
-    assert [path.name for path in fresh.folder.iterdir()] == ["b.u8"]
+    assert [path.name for path in fresh.folder.iterdir()] == [f"{B}.u8"]
+
+
+def test_trim_touches_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DecodedCache(tmp_path)
+    store(cache, A)
+    for name in ("notes.u8", "a.tmp", ".decoded.x.tmp", "sub/deep.u8", f"{B}.u8.bak"):
+        (cache.folder / name).parent.mkdir(exist_ok=True)
+        (cache.folder / name).write_text("x")
+        os.utime(cache.folder / name, (0, 0))
+    (cache.folder / f"{C}.u8").symlink_to(cache.folder / "notes.u8")
+    before = sorted(path.name for path in cache.folder.iterdir())
+    monkeypatch.setenv("DUALLORA_EDGE_CACHE_GB", "0")
+    DecodedCache(tmp_path).trim()
+    assert sorted(path.name for path in cache.folder.iterdir()) == [name for name in before if name != f"{A}.u8"]
+
+
+@pytest.mark.parametrize("what", ["world-writable", "foreign"])
+def test_pixels_from_a_folder_that_others_can_change_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    cache = DecodedCache(tmp_path)
+    store(cache, "k")
+    if what == "foreign":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    else:
+        cache.folder.chmod(0o777)
+    for use in (lambda: cache.load("k", COUNT, SIZE), lambda: store(cache, "k")):
+        with pytest.raises(ConfigError, match="DUALLORA_EDGE_CACHE"):
+            use()
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "nan"])
