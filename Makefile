@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint lock sbom audit clean
 
 # Learn five tasks of handwritten digits, export, verify and measure: about two minutes on two CPU cores.
 demo: $(READY)
@@ -26,11 +26,43 @@ lint: $(READY)
 	for part in learner export runtime device_profiles; do ln -s $(CURDIR)/$$part .build/types/duallora_edge/$$part; done
 	cd .build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p duallora_edge
 
-$(READY): pyproject.toml constraints.txt
+# requirements-dev.lock has the exact versions and the hashes of everything for one platform. Nothing is built from
+# source there but what has no wheel (LOCKED_SOURCES, small Python packages), by the setuptools of the lock.
+LOCK := requirements-dev.lock
+LOCK_PLATFORM := CPython 3.11 Linux x86_64
+LOCKED_SOURCES := tensorrt-rtx,tensorrt-rtx-cu13
+PLATFORM := $(shell $(PYTHON) -c "import platform as p; \
+	print(p.python_implementation(), '.'.join(p.python_version_tuple()[:2]), p.system(), p.machine())")
+
+$(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(PLATFORM),$(LOCK_PLATFORM))
+	awk '/^[a-z]/ {wanted = /^(pip|setuptools)==/} wanted' $(LOCK) > $(VENV)/build.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r $(VENV)/build.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: --no-binary $(LOCKED_SOURCES) --no-build-isolation -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+else
+	@echo "$(LOCK) is for $(LOCK_PLATFORM), this is $(PLATFORM): installing what pyproject.toml allows, without hashes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+endif
 	touch $@
+
+# Writes the lock anew, keeping the versions it has (UPGRADE=--upgrade: the newest). Needs uv.
+lock:
+	uv pip compile $(UPGRADE) --generate-hashes --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--custom-compile-command "make lock" --quiet --output-file $(LOCK) pyproject.toml
+
+# What the environment of the tests consists of, in the format CycloneDX: names, versions, licences, hashes.
+sbom: $(READY)
+	mkdir -p out
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate --of JSON -o out/sbom.cdx.json $(BIN)/python
+
+# Known vulnerabilities of everything in the lock; asks a database on the internet. Strict: what it cannot be asked about
+# fails the audit, and does not pass it.
+audit: $(READY)
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r $(LOCK) || { \
+		echo "The audit did not pass: see above for vulnerabilities, or for the database that could not be asked." >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) .build out

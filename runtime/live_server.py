@@ -217,6 +217,7 @@ class _Server(ThreadingHTTPServer):
     """A thread a connection, and not too many of them."""
 
     daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS  # who comes while others do waits here, not for TCP to try again
 
     def __init__(self, host: str, port: int, site: _Site) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -224,6 +225,7 @@ class _Server(ThreadingHTTPServer):
         self.closing = threading.Event()
         self.viewers = threading.BoundedSemaphore(MAX_VIEWERS)
         self._connections: set[socket.socket] = set()
+        self._waiting: dict[socket.socket, None] = {}  # those without a whole request, the oldest first
         super().__init__((host, port), _Handler)
         self.address = ipaddress.ip_address(str(self.server_address[0]))
         self._names = {"localhost", host.lower()}
@@ -252,13 +254,36 @@ class _Server(ThreadingHTTPServer):
         return address.is_loopback or not self.address.is_loopback
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return len(self._connections) < MAX_CONNECTIONS
+        """Whether there is room. The client that has waited for longest makes it, so that slow ones block nobody."""
+        if len(self._connections) < MAX_CONNECTIONS:
+            return True
+        for silent in list(self._waiting):
+            if self.ends_waiting(silent):
+                self._connections.discard(silent)
+                with suppress(OSError):
+                    silent.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
+
+    def waits(self, connection: socket.socket) -> None:
+        """A connection begins to wait for a request."""
+        self._waiting[connection] = None
+
+    def ends_waiting(self, connection: socket.socket) -> bool:
+        """Whether it was still waiting: only the first who asks is told so."""
+        try:
+            del self._waiting[connection]
+        except KeyError:
+            return False
+        return True
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
+        self.waits(request)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
+        self._waiting.pop(request, None)
         self._connections.discard(request)
         super().shutdown_request(request)
 
@@ -304,6 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
         The base class limits each line and each wait by itself, so that a client could go on for hours.
         """
         deadline = time.monotonic() + self.timeout
+        self.server.waits(self.connection)
         while b"\r\n\r\n" not in self._received:
             if len(self._received) >= MAX_HEAD:
                 return self._received
@@ -312,6 +338,8 @@ class _Handler(BaseHTTPRequestHandler):
             if not received:
                 return b""
             self._received += received
+        if not self.server.ends_waiting(self.connection):
+            return b""
         self.connection.settimeout(self.timeout)
         head, end, self._received = self._received.partition(b"\r\n\r\n")
         return head + end

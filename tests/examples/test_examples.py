@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import io
 import json
 import os
@@ -13,15 +14,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import uvicorn
 from PIL import Image
 
+from duallora_edge.errors import BackendError
 from duallora_edge.runtime import Classifier, open_source
 from duallora_edge.runtime.preprocess import read_image
 
@@ -140,6 +145,15 @@ class Web:
         return json.loads(text)
 
 
+@pytest.fixture(scope="module")
+def shared_web(colour_bundle: Path) -> Iterator[Web]:
+    """The service for several tests."""
+    command = [sys.executable, str(EXAMPLES / "http_service.py"), str(colour_bundle), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield Web(process)
+        assert stop(process) == ""
+
+
 @pytest.fixture
 def web(start: Start, colour_bundle: Path, tmp_path: Path) -> Web:
     """The service on a bundle at ``tmp_path / "current"``, a link."""
@@ -147,39 +161,74 @@ def web(start: Start, colour_bundle: Path, tmp_path: Path) -> Web:
     return Web(start("http_service.py", "current", "--port", 0))
 
 
+def chunked(body: bytes) -> bytes:
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+
 def test_http_service_answers_and_refuses(web: Web) -> None:
     red, jpeg, huge = image((250, 5, 5)), image((5, 250, 5), "JPEG", (400, 300)), bytes(21 * 2**20)
+    in_chunks: dict[str, str | int] = {"Transfer-Encoding": "chunked"}
     cases: list[tuple[int, str, str, str, bytes, dict[str, str | int] | None]] = [
-        (200, '"label": "red"', "POST", "/classify", red, None),
-        (200, '"label": "green"', "POST", "/classify", jpeg, {"Content-Length": len(jpeg), "Content-Type": "image/x"}),
+        (200, '"label":"red"', "POST", "/classify", red, None),
+        (200, '"label":"green"', "POST", "/classify", jpeg, {"Content-Length": len(jpeg), "Content-Type": "image/x"}),
+        (200, '"label":"red"', "POST", "/classify", chunked(red), in_chunks),
         (400, "image", "POST", "/classify", b"not an image", None),
         (400, "truncated", "POST", "/classify", jpeg[:-99], None),
         (400, "image", "POST", "/classify", b"", None),
         (400, "25000000 pixels", "POST", "/classify", image(0, size=(5001, 5000), mode="1"), None),
-        (400, "number", "POST", "/classify", red, {"Content-Length": "-1"}),
-        (400, "number", "POST", "/classify", red, {"Content-Length": "9" * 5000}),
-        (404, "/classify", "POST", "/clasify", red, None),
-        (404, "/classify", "GET", "/classify", b"", {}),
-        (411, "Content-Length", "POST", "/classify", b"", {}),
-        (411, "Content-Length", "POST", "/classify", b"0\r\n\r\n", {"Transfer-Encoding": "chunked"}),
-        (413, "21,500,000", "POST", "/classify", b"", {"Content-Length": 21_500_000}),
-        (413, f"{len(huge):,}", "POST", "/classify", huge, None),
+        (404, "Not Found", "POST", "/clasify", red, None),
+        (405, "Not Allowed", "GET", "/classify", b"", {}),
+        (405, "Not Allowed", "PUT", "/classify", red, None),
+        (413, "20,971,520", "POST", "/classify", huge, None),
+        (413, "20,971,520", "POST", "/classify", chunked(huge), in_chunks),
         (415, "text/plain", "POST", "/classify", red, {"Content-Length": len(red), "Content-Type": "text/plain"}),
-        (501, "PUT", "PUT", "/classify", red, None),
-        (200, '"status": "ok"', "GET", "/health", b"", {}),
-        (200, 'duallora_edge_bundle_info{bundle="colours, version 3"', "GET", "/metrics", b"", {}),
-        (200, "duallora_edge_answers_total 2\n", "GET", "/metrics", b"", {}),
+        (200, '"status":"ok"', "GET", "/health", b"", {}),
+        (200, '"answers":3', "GET", "/health", b"", {}),
     ]
     for status, words, method, path, body, headers in cases:
         got, text = web.ask(method, path, body, headers)
         assert (got, words in text) == (status, True), (method, path, headers, text)
-        assert path == "/metrics" or (status == 200) != ("error" in json.loads(text))
-    with socket.create_connection(("127.0.0.1", web.port), timeout=SECONDS) as connection:
-        connection.sendall(b"POST /classify HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf of it")
-        connection.shutdown(socket.SHUT_WR)
-        text = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
-    assert " 400 " in text and "Only 10 of 100 bytes" in text
-    stop(web.process)
+        assert (status == 200) != ("error" in json.loads(text))
+    assert stop(web.process) == ""
+
+
+@pytest.mark.parametrize(
+    ("raw", "answer"),
+    [
+        (b"hello\r\n\r\n", b"400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * 60_000, b"400"),
+        (b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\nx", b"400"),
+        (b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"400"),
+        (b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx", b"400"),
+        (b"POST /classify HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhalf of it", None),
+        (b"POST /classify HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nha", None),
+        (b"", None),
+    ],
+)
+def test_http_service_survives_what_is_no_request(shared_web: Web, raw: bytes, answer: bytes | None) -> None:
+    with socket.create_connection(("127.0.0.1", shared_web.port), timeout=SECONDS) as connection, suppress(OSError):
+        connection.sendall(raw)
+        if answer is None:
+            connection.shutdown(socket.SHUT_WR)
+        received = connection.recv(4096)
+        assert received.startswith(b"HTTP/1.1 %s " % answer if answer else b"")
+        assert received if answer else not received
+    assert shared_web.ask("GET", "/health", headers={})[0] == 200
+
+
+def test_http_service_is_not_stopped_by_slow_clients(web: Web) -> None:
+    heads = (
+        b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhalf of it",
+        b"GET /health HTTP/1.1\r\n",
+    )
+    with ExitStack() as stack:
+        for number in range(128):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", web.port), timeout=SECONDS))
+            slow.sendall(heads[number % 2])
+        assert web.classify(image((5, 5, 250)))["label"] == "blue"
+        stop(web.process)
 
 
 def test_http_service_answers_eight_clients_as_one(web: Web, colour_bundle: Path) -> None:
@@ -226,12 +275,94 @@ def test_http_service_swaps_on_sighup(web: Web, colour_bundle: Path, tmp_path: P
     assert "swapped to colours, version 4" in written and "cannot be swapped in" in written
 
 
-def test_http_service_ends_while_clients_are_silent(web: Web) -> None:
-    with closing(web.connect()) as waiting, socket.create_connection(("127.0.0.1", web.port)) as half:
-        waiting.connect()
-        half.sendall(b"POST /classify HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf of it")
-        assert web.classify(image((5, 5, 250)))["label"] == "blue"
-        stop(web.process)
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``http_service.py`` as a module with small limits."""
+    spec = importlib.util.spec_from_file_location("http_service", EXAMPLES / "http_service.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in {"BODY_S": 0.2, "IDLE_S": 0.2, "MAX_BYTES": 5000, "MAX_HELD": 6000, "MAX_WAITING": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+class Blocked:
+    """A classifier that works on an image until it is let go."""
+
+    def __init__(self) -> None:
+        self.go, self.begun = threading.Event(), threading.Event()
+
+    def __call__(self, pixels: object) -> Any:
+        self.begun.set()
+        assert self.go.wait(SECONDS)
+        raise BackendError("The model failed; restart it.")
+
+
+@contextmanager
+def serving(service: ModuleType, routes: Any) -> Iterator[int]:
+    """The port of the service, in a thread of this process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(service.configure(routes))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+def test_http_service_has_a_bounded_queue(service: ModuleType, until: Until) -> None:
+    classifier, png = Blocked(), image((5, 5, 250))
+    routes = service.Service(classifier, 1)
+
+    def post(body: bytes = png) -> tuple[int, str]:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)) as connection:
+            connection.request("POST", "/classify", body)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())["error"]
+
+    with serving(service, routes) as port, ThreadPoolExecutor(2) as clients:
+        first = clients.submit(post)
+        assert classifier.begun.wait(SECONDS)
+        second = clients.submit(post)
+        until(lambda: routes.held == 2 * len(png))
+        assert post() == (503, "Too many images at once; send it again later.")
+        classifier.go.set()
+        assert {first.result(), second.result()} == {(503, "The model failed; restart it.")}
+        assert post(bytes(5001))[0] == 413 and post(bytes(4999))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("raw", "answer"),
+    [
+        (b"", b""),
+        (b"GET /health HTTP/1.1\r\nX: ", b""),
+        (b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhalf", b"HTTP/1.1 408 "),
+        (b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhalf", b"HTTP/1.1 404 "),
+    ],
+)
+def test_http_service_closes_slow_connections(service: ModuleType, raw: bytes, answer: bytes) -> None:
+    with (
+        serving(service, service.Service(Blocked(), 1)) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as slow,
+    ):
+        slow.sendall(raw)
+        received = b""
+        with suppress(ConnectionError):  # the rest of its body was not read
+            while chunk := slow.recv(4096):
+                received += chunk
+                slow.sendall(b"x")
+        assert received.startswith(answer) and bool(received) == bool(answer)
+
+
+def test_http_service_says_that_it_has_no_password(start: Start, colour_bundle: Path) -> None:
+    process = start("http_service.py", colour_bundle, "--port", 0, "--host", "0.0.0.0")
+    assert process.stderr is not None
+    assert "http://0.0.0.0:" in process.stderr.readline() and "no password" in process.stderr.readline()
+    stop(process)
 
 
 @pytest.fixture

@@ -365,13 +365,24 @@ def test_requests_one_after_the_other(server: LiveServer) -> None:
         assert b"".join(iter(lambda: client.recv(4096), b"")).count(b"HTTP/1.1") == 1
 
 
-def test_so_many_connections_and_no_more(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_clients_make_room_for_others(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_server, "MAX_CONNECTIONS", 4)
+    slow = [connect(server, "GET /health HTTP/1.1\nX: ") for _ in range(12)]
+    assert [ask(server, "/health")[0] for _ in range(3)] == [200] * 3
+    assert slow[0].recv(1) == b""  # it had waited for longest
+    for client in slow:
+        client.close()
+    wait_for(lambda: not server._server._connections and not server._server._waiting)
+
+
+def test_so_many_connections_and_no_more(known: Known, server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_server, "MAX_CONNECTIONS", 2)
-    clients = [connect(server, "") for _ in range(2)]
+    clients = [watch(server)[1] for _ in range(2)]  # these do not wait for anything
     with closing(connect(server, "")) as refused:
         assert refused.recv(1) == b""
     for client in clients:
         client.close()
+    known.last = noise(1)  # sending it, the server finds out
     wait_for(lambda: not server._server._connections)
     assert ask(server, "/health")[0] == 200
 
