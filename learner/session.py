@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from duallora_edge import interrupts
 from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner import memory, ranks
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
@@ -42,6 +43,11 @@ class Listener:
 
     def row(self, state: int, row: Row) -> None:
         """The state after ``state`` tasks was measured."""
+
+
+def _progress(listener: Listener, stage: str, done: int, total: int) -> None:
+    interrupts.check()
+    listener.progress(stage, done, total)
 
 
 def pick_device(name: str) -> torch.device:
@@ -159,7 +165,7 @@ def read_images(
         _check_images_apart(apart_from, stream)
     listener.say(stream.describe())
     preprocessing = Preprocessing(info.size, config.resize, info.interpolation)
-    on_progress = partial(listener.progress, "decode")
+    on_progress = partial(_progress, listener, "decode")
     prepared = ranks.in_turn(lambda: prepare(stream, preprocessing, on_progress=on_progress))
     if config.develop:
         listener.say("Measuring on a fifth of the training images; the test images are left alone")
@@ -273,7 +279,7 @@ def _learn(
         listener.say("  one class gives no gradient: its statistics are learned, no adapter")
     checkpoint = run.checkpoint(_training_key(run, task, config))
     started = time.monotonic()
-    record = learn_task(backbone, past, task, config, checkpoint, listener.progress, cache)
+    record = learn_task(backbone, past, task, config, checkpoint, partial(_progress, listener), cache)
     record = ranks.same(record)
     with phase("checkpoint"):
         ranks.first(partial(run.commit, record))
