@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from duallora_edge import __version__
+from duallora_edge import __version__, interrupts
 from duallora_edge.errors import DualLoraEdgeError
 
 # name -> ("module:attribute", extra that brings what the module imports, one-line help)
@@ -85,7 +85,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point: exit code 0 ok, 1 failed, 2 wrong usage; errors are one sentence without a traceback."""
     arguments = sys.argv[1:] if args is None else args
     try:
-        result: Any = cli.main(arguments, standalone_mode=False)
+        with interrupts.noted():
+            result: Any = cli.main(arguments, standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         click.echo("Interrupted; what was committed is kept.", err=True)

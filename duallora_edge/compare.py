@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import yaml
 
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.export.graph import build_model
-from duallora_edge.files import read_json, write_atomic, write_json
+from duallora_edge.files import open_lock, read_json, write_atomic, write_json
 from duallora_edge.learner.commands import TerminalListener, folder_bytes
 from duallora_edge.learner.config import PER_CALL, TrainConfig, load_config, sort_out
 from duallora_edge.learner.encode import PrefixCache
@@ -29,6 +30,8 @@ from duallora_edge.learner.report.comparison import Result, comparison_png, mark
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import open_run, train_run
 from duallora_edge.runtime.bundle import INPUT
+
+TABLE, PICTURE = "comparison.md", "comparison.png"
 
 PEERS = (
     "dual_lora", "inflora", "sequential", "sequential:classifier=lda", "frozen:classifier=mean_f",
@@ -136,7 +139,7 @@ def compare(
     base = load_config(config_path, {**flags, "data": stream})
     variants = [Variant.parse(text) for text in GROUPS.get(methods, methods.split(","))]
     numbers = _seeds(seeds)
-    out.mkdir(parents=True, exist_ok=True)
+    _check_free(out)
     caches: dict[tuple[int | None, int | None, str], PrefixCache] = {}
     found: dict[str, dict[int, Result]] = {variant.label: {} for variant in variants}
     for seed in numbers:
@@ -151,23 +154,35 @@ def compare(
         results = {label: [by_seed[seed] for seed in sorted(by_seed)] for label, by_seed in found.items()}
         keeps = {label for label in results if METHODS[Variant.parse(label).settings["method"]].keeps_images}
         table = markdown(name, results, latencies, keeps)
-        write_atomic(out / "comparison.md", table)
-        write_atomic(out / "comparison.png", comparison_png(name, results))
+        write_atomic(out / TABLE, table)
+        write_atomic(out / PICTURE, comparison_png(name, results))
     click.echo(table)
     click.echo(f"Table: {out / 'comparison.md'}  picture: {out / 'comparison.png'}")
+
+
+def _check_free(out: Path) -> None:
+    """Raises `ConfigError` when the table or the picture would replace a file that no comparison wrote."""
+    for name in (TABLE, PICTURE):
+        if os.path.lexists(out / name) and not any(_results(out)):
+            raise ConfigError(f"{out / name} was not written by a comparison; give another folder with --out.")
+
+
+def _results(out: Path) -> Iterator[Path]:
+    """The stored results in ``out``: a JSON file beside the run that it is of."""
+    return (path for path in sorted(out.glob("*.json")) if Run.exists(path.with_suffix("")))
 
 
 @contextmanager
 def _one_at_a_time(out: Path) -> Iterator[None]:
     """Wait until no other call writes the table in ``out``; the lock is gone with its process (flock)."""
-    with (out / ".lock").open("a", encoding="ascii") as file:
+    with open_lock(out / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _add_others(found: dict[str, dict[int, Result]], out: Path, base: TrainConfig, shuffle: bool) -> None:
     """Add the results that other calls left in ``out``. Raises `ConfigError` when one was made with other settings."""
-    for path in sorted(out.glob("*.json")):
+    for path in _results(out):
         label, seed, result = _read(path)
         if label is not None and seed not in found.get(label, {}):
             _check_settings(path.with_suffix(""), _config(Variant.parse(label), seed, base, shuffle))

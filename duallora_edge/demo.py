@@ -86,4 +86,6 @@ def write_digits(folder: Path) -> None:
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
-            picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(target)
+            whole = target.with_suffix(".part")  # which a kill leaves, and the next call writes again
+            picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(whole, "PNG")
+            whole.replace(target)

@@ -230,7 +230,8 @@ def rollback(run: Path) -> None:
         if not head:
             raise RunError(f"The run {run} has no task to undo.")
         name = opened.read_info(head[-1]).name
-        opened.set_head(head[:-1])
+        kept = opened.set_head(head[:-1])
+    say_kept(kept)
     click.echo(f"Undid {name}; {len(head) - 1} task(s) left.  Run: {run}")
 
 
@@ -253,10 +254,17 @@ def remove(run: Path, task: str) -> None:
         head = opened.head()
         if entry != head[-1] and not METHODS[opened.config.method].removable:
             raise RunError(f"Later tasks of {opened.config.method} build on {task}; only the newest can be removed.")
-        opened.set_head([other for other in head if other != entry])
+        kept = opened.set_head([other for other in head if other != entry])
+    say_kept(kept)
     click.echo(
         f"Removed {task}; {len(head) - 1} task(s) left. 'duallora-edge evaluate {run}' measures them.  Run: {run}"
     )
+
+
+def say_kept(folders: Sequence[Path]) -> None:
+    """Tell which folders of deleted tasks stay."""
+    for folder in folders:
+        click.echo(f"{folder} stays: it holds files that the task did not write.", err=True)
 
 
 def config_keys(path: Path | None) -> list[str]:

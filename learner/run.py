@@ -2,6 +2,10 @@
 
 Every state is committed by rename, so a kill at any moment leaves the last committed state or a checkpoint that can
 be continued. Nothing is pickled and no pixel is stored.
+
+Only an empty folder becomes a run. An empty file, `MARKER`, then says that it is ours, so that a creation that was
+killed can be done again; a run.yaml with backbone.json and HEAD.json says the same of runs made before there was one.
+What is deleted has a name that is fixed here, or stands in a task.json whose id HEAD.json holds.
 """
 
 from __future__ import annotations
@@ -10,9 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +26,32 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from duallora_edge.errors import ConfigError, RunError
-from duallora_edge.files import atomic_directory, read_json, sha256_file, write_atomic, write_json
+from duallora_edge.files import (
+    atomic_directory,
+    keep_spare,
+    lock_holder,
+    note_holder,
+    open_lock,
+    read_json,
+    sha256_file,
+    sweep,
+    write_atomic,
+    write_json,
+)
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
 SCHEMA = 3
+MARKER = ".duallora-edge-run"
+SPARE = ".duallora-edge-spare"
+_LOCK = ".lock"
+# What is written under a temporary name first, which a kill leaves.
+_WRITTEN = (
+    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory.json", SPARE, "checkpoint/state.safetensors",
+    "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
+    "reports/matrix.png", "reports/reliability.png",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,9 @@ class StoredTask:
     @property
     def number(self) -> int:
         return int(self.folder.split("-", 1)[0])
+
+    def to_json(self) -> dict[str, str]:
+        return {"folder": self.folder, "id": self.id}
 
 
 class Run:
@@ -65,18 +90,24 @@ class Run:
         """Make a new run directory. Raises `RunError` when something else is there."""
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is not a folder; give another name with --run.")
-        foreign = [p.name for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else []
-        # A creation that was killed may have left these; it is done again.
-        if others := sorted(set(foreign) - {"backbone.json", "tasks", "HEAD.json"}):
-            raise RunError(f"{path} holds other files ({others[0]}, ...); give an empty or new folder with --run.")
-        (path / "tasks").mkdir(parents=True, exist_ok=True)
-        write_json(path / "backbone.json", info.to_json())
-        if not (path / "HEAD.json").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        marker, names = path / MARKER, sorted(entry.name for entry in path.iterdir())
+        if names and (marker.is_symlink() or not marker.is_file()):
+            raise RunError(f"{path} holds other files ({names[0]}, ...); give an empty or new folder with --run.")
+        marker.touch()
+        with _locked(path):
+            # A creation that was killed is done again: it left no run.yaml, which comes last, and no task.
+            if cls.exists(path):
+                raise RunError(f"Another process has just made the run {path}; run the same command again.")
+            (path / "tasks").mkdir(exist_ok=True)
+            if any((path / "tasks").iterdir()):
+                raise RunError(f"The run {path} has tasks but no run.yaml; restore it from a copy.")
+            write_json(path / "backbone.json", info.to_json())
             write_json(path / "HEAD.json", {"schema": SCHEMA, "tasks": []})
-        # run.yaml comes last: a folder that has it has everything.
-        settings = {key: value for key, value in config.to_json().items() if key not in PER_CALL}
-        settings["weights"] = str(Path(config.weights).resolve()) if config.weights else None
-        write_atomic(path / "run.yaml", yaml.safe_dump({"schema": SCHEMA, **settings}, sort_keys=False))
+            keep_spare(path / SPARE)
+            settings = {key: value for key, value in config.to_json().items() if key not in PER_CALL}
+            settings["weights"] = str(Path(config.weights).resolve()) if config.weights else None
+            write_atomic(path / "run.yaml", yaml.safe_dump({"schema": SCHEMA, **settings}, sort_keys=False))
         return cls(path, config, info)
 
     @classmethod
@@ -181,33 +212,19 @@ class Run:
 
         The lock belongs to the process (flock), so it is gone when the process dies, however it dies.
         """
-        path = self.path / ".lock"
-        with path.open("a+", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                raise RunError(
-                    f"Process {file.read().strip() or '?'} is writing to {self.path}; wait for it or stop it first."
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            self._sweep()
+        with _locked(self.path):
+            for name in _WRITTEN:
+                sweep(self.path / name)
+            self._delete_dropped()
+            keep_spare(self.path / SPARE)
             yield
-
-    def _sweep(self) -> None:
-        """Delete what a killed writer left half-written; committed tasks and checkpoints are never touched."""
-        for folder in (self.path, self.path / "tasks", self.path / "checkpoint", self.path / "reports"):
-            if folder.is_dir():
-                for leftover in folder.glob(".*.tmp"):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def commit(self, record: TaskRecord) -> StoredTask:
         """Write a task as a whole, then make it the newest active one."""
         head = self.head()
         number = 1 + max((task.number for task in head), default=0)
-        folder = f"{number:04d}-{_slug(record.info.name)}"
+        while (self.path / "tasks" / (folder := f"{number:04d}-{_slug(record.info.name)}")).exists():
+            number += 1  # somebody else's folder has this name
         description = {
             "schema": SCHEMA,
             **record.info.to_json(),
@@ -215,29 +232,69 @@ class Run:
         }
         contents = {f"{name}.safetensors": save(tensors) for name, tensors in record.tensors().items()}
         description["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-        # A rolled-back task of the same number may lie there; it is no longer part of any state.
+        task = StoredTask(folder, _content_id(description))
+        self._write_head(head, dropped=[task])  # a kill before it is active leaves a folder that is known as ours
         with atomic_directory(self.path / "tasks" / folder) as staging:
             for name, data in contents.items():
                 (staging / name).write_bytes(data)
             (staging / "task.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        task = StoredTask(folder, _content_id(description))
-        self.set_head([*head, task])
+        self._write_head([*head, task])
+        self._delete_checkpoint()
         return task
 
-    def set_head(self, tasks: Sequence[StoredTask]) -> None:
-        """Make exactly these tasks the active ones, then delete the folders of tasks that no longer are.
+    def set_head(self, tasks: Sequence[StoredTask]) -> list[Path]:
+        """Make exactly these tasks the active ones, then delete the files of tasks that no longer are.
 
-        The checkpoint goes too: training that began on another state cannot continue on this one.
+        The checkpoint goes too: training that began on another state cannot continue on this one. Works on a full
+        disk. Returns the folders of deleted tasks that stay, as they hold something that the task did not write.
         """
-        write_json(
-            self.path / "HEAD.json",
-            {"schema": SCHEMA, "tasks": [{"folder": task.folder, "id": task.id} for task in tasks]},
-        )
-        active = {task.folder for task in tasks}
-        for folder in (self.path / "tasks").iterdir():
-            if folder.is_dir() and folder.name not in active and not folder.name.startswith("."):
-                shutil.rmtree(folder)
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        self._write_head(tasks, dropped=[task for task in self.head() if task not in tasks])
+        self._delete_checkpoint()
+        kept = self._delete_dropped()
+        keep_spare(self.path / SPARE)
+        return kept
+
+    def _write_head(self, tasks: Sequence[StoredTask], dropped: Sequence[StoredTask] = ()) -> None:
+        """Replace HEAD.json. Tasks that are ``dropped`` belong to no state; their folders are deleted."""
+        value: dict[str, Any] = {"schema": SCHEMA, "tasks": [task.to_json() for task in tasks]}
+        if dropped:
+            value["dropped"] = [task.to_json() for task in dropped]
+        write_atomic(self.path / "HEAD.json", json.dumps(value, indent=2) + "\n", spare=self.path / SPARE)
+
+    def _delete_dropped(self) -> list[Path]:
+        """Delete what HEAD says is dropped, and say so in HEAD; returns the folders that stay."""
+        tasks = self.head()
+        try:
+            entries = read_json(self.path / "HEAD.json").get("dropped", [])
+            dropped = [StoredTask(str(entry["folder"]), str(entry["id"])) for entry in entries]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"{self.path}/HEAD.json is damaged ({error}); restore it from a copy of the run.") from error
+        kept = [self.path / "tasks" / task.folder for task in dropped if not self._delete_task(task)]
+        if dropped:
+            with contextlib.suppress(OSError):  # on a full disk: the next one who changes the run says it
+                self._write_head(tasks)
+        return kept
+
+    def _delete_task(self, task: StoredTask) -> bool:
+        """Delete the files that a task.json of this id lists, and the folder if nothing else is in it."""
+        folder = self.path / "tasks" / task.folder
+        sweep(folder)
+        if folder in {self.path / "tasks" / active.folder for active in self.head()} or folder.is_symlink():
+            return False
+        with contextlib.suppress(RunError):  # of another id, or gone: deleted but for the folder
+            for name in (*self._task_json(task)["files"], "task.json"):  # the list comes last
+                with contextlib.suppress(OSError):
+                    (folder / Path(name).name).unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return not folder.exists()
+
+    def _delete_checkpoint(self) -> None:
+        path = FileCheckpoint(self.path / "checkpoint", "").path
+        sweep(path)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # missing, or with a file of somebody else
+            path.parent.rmdir()
 
     def checkpoint(self, key: str) -> FileCheckpoint:
         """The checkpoint of the task in training; one left by a task of another key is ignored and replaced."""
@@ -297,6 +354,20 @@ class FileCheckpoint:
         self.folder.mkdir(exist_ok=True)
         metadata = {"key": self.key, "step": str(step)}
         write_atomic(self.path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a run directory. Raises `RunError` naming the process that holds it."""
+    with open_lock(path / _LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"Process {lock_holder(file)} is writing to {path}; wait for it or stop it first."
+            ) from error
+        note_holder(file)
+        yield
 
 
 def _content_id(description: dict[str, Any]) -> str:

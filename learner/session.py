@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 
+from duallora_edge import interrupts
 from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner import memory, ranks
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
-from duallora_edge.learner.data import PreparedStream, PreparedTask, open_stream, prepare
+from duallora_edge.learner.data import ImageFile, PreparedStream, PreparedTask, Stream, open_stream, prepare
 from duallora_edge.learner.encode import PrefixCache
 from duallora_edge.learner.evaluation import Tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
@@ -41,6 +43,11 @@ class Listener:
 
     def row(self, state: int, row: Row) -> None:
         """The state after ``state`` tasks was measured."""
+
+
+def _progress(listener: Listener, stage: str, done: int, total: int) -> None:
+    interrupts.check()
+    listener.progress(stage, done, total)
 
 
 def pick_device(name: str) -> torch.device:
@@ -101,9 +108,44 @@ def open_run(path: Path, config: TrainConfig, given: Sequence[str]) -> Run:
     return run
 
 
+def check_apart(run: Path, config: TrainConfig) -> None:
+    """Raises `DataError` when the run would share a folder with what it learns from; links are followed."""
+    data = "" if config.data.startswith("torchvision:") else config.data
+    for what, name in (("The images", data), ("The weights", config.weights), ("The data sets", config.data_root)):
+        if name and _inside(Path(name), run):
+            raise DataError(f"{what} in {name} lie inside the run {run}; give another folder with --run.")
+    if data and Path(data).is_dir() and _inside(run, Path(data)):
+        raise DataError(f"The run {run} lies inside the images in {data}; give another folder with --run.")
+
+
+def _check_images_apart(run: Path, stream: Stream) -> None:
+    """Raises `DataError` when an image of the stream, which a manifest may take from anywhere, lies in the run."""
+    paths = {
+        image.path if image.path.is_symlink() else image.path.parent
+        for task in stream.tasks
+        for image in (*task.train.images, *task.validation.images, *task.test.images)
+        if isinstance(image, ImageFile)
+    }
+    for path in sorted(paths):
+        if _inside(path, run):
+            raise DataError(f"Images of {stream.source} lie inside the run {run} ({path}); give another --run.")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a null byte: no such file exists
+        return False
+
+
 @timed("decode")
-def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> PreparedStream:
-    """List, check and decode the images that a configuration names, at the input size of the backbone."""
+def read_images(
+    config: TrainConfig, info: BackboneInfo, listener: Listener, apart_from: Path | None = None
+) -> PreparedStream:
+    """List, check and decode the images that a configuration names, at the input size of the backbone.
+
+    Raises `DataError` when one of them lies in the folder ``apart_from``.
+    """
     if not config.data:
         raise ConfigError("Name the images with --data DIR.")
     open_source = partial(
@@ -119,9 +161,11 @@ def read_images(config: TrainConfig, info: BackboneInfo, listener: Listener) -> 
         data_root=Path(config.data_root) if config.data_root else None,
     )
     stream = ranks.in_turn(open_source)
+    if apart_from is not None:
+        _check_images_apart(apart_from, stream)
     listener.say(stream.describe())
     preprocessing = Preprocessing(info.size, config.resize, info.interpolation)
-    on_progress = partial(listener.progress, "decode")
+    on_progress = partial(_progress, listener, "decode")
     prepared = ranks.in_turn(lambda: prepare(stream, preprocessing, on_progress=on_progress))
     if config.develop:
         listener.say("Measuring on a fifth of the training images; the test images are left alone")
@@ -151,6 +195,7 @@ def train_run(
         if run is None:
             raise ConfigError("Name the images to learn from with --data DIR.")
         config = replace(config, **ranks.first(partial(_last_source, run)))
+    ranks.first(partial(check_apart, path, config))
     device = pick_device(config.device)
     free: set[str] = set()
     if run is None:
@@ -163,7 +208,7 @@ def train_run(
     else:
         backbone = ranks.in_turn(partial(run.backbone, config.weights))
         config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
-    stream = read_images(config, backbone.info, listener)
+    stream = read_images(config, backbone.info, listener, apart_from=path)
     listener.say(stream.health.table())
     if METHODS[config.method].single_task:
         stream = stream.merged()
@@ -234,7 +279,7 @@ def _learn(
         listener.say("  one class gives no gradient: its statistics are learned, no adapter")
     checkpoint = run.checkpoint(_training_key(run, task, config))
     started = time.monotonic()
-    record = learn_task(backbone, past, task, config, checkpoint, listener.progress, cache)
+    record = learn_task(backbone, past, task, config, checkpoint, partial(_progress, listener), cache)
     record = ranks.same(record)
     with phase("checkpoint"):
         ranks.first(partial(run.commit, record))

@@ -91,12 +91,25 @@ def test_command(call: Callable[..., tuple[int, str, str]], image_stream: Path, 
     assert (out / "comparison.png").is_file()
     stored = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert len(stored) == 3
+    (out / "package.json").write_text("{}")  # no run lies beside it: no result
+    stored[out / "package.json"] = (out / "package.json").stat().st_mtime_ns
     assert call(*arguments, "--out", out, *QUICK, quick)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.json")} == stored
     # Results made with other settings are not mixed in.
     code, _, errors = call(*arguments, "--out", out, "--size", "32", *QUICK, quick)
     assert code == 1
     assert "size" in errors
+
+
+@pytest.mark.parametrize("name", ["comparison.md", "comparison.png"])
+def test_files_of_others_are_left_alone(
+    call: Callable[..., tuple[int, str, str]], image_stream: Path, tmp_path: Path, quick: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("years of work")
+    code, _, errors = call("compare", "--stream", image_stream, "--out", tmp_path, *QUICK, quick)
+    assert code == 1 and errors.count("\n") == 1
+    assert f"{name} was not written by a comparison; give another folder with --out" in errors
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path != quick} == {name: "years of work"}
 
 
 def test_calls_at_once_fill_one_table(image_stream: Path, tmp_path: Path, quick: Path) -> None:

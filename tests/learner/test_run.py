@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from duallora_edge.errors import RunError
+from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.record import TaskRecord
-from duallora_edge.learner.run import SCHEMA, FileCheckpoint, Run
+from duallora_edge.learner.run import MARKER, SCHEMA, SPARE, FileCheckpoint, Run
 
 CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
 
@@ -188,20 +190,69 @@ def test_a_damaged_run_does_not_open(run: Run, damage: Callable[[Path], object],
     assert "\n" not in str(caught.value)
 
 
-def test_a_foreign_folder_is_refused(tmp_path: Path, tiny_backbone: Backbone) -> None:
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match=r"holds other files \(thesis\.tex"):
-        Run.create(tmp_path, CONFIG, tiny_backbone.info)
+@pytest.mark.parametrize("name", ["tasks/one/train/cat/1.png", "thesis.tex", ".hidden", "HEAD.json", "backbone.json"])
+@pytest.mark.parametrize("marker", [None, "link", "folder"])
+def test_a_foreign_folder_is_refused(tmp_path: Path, tiny_backbone: Backbone, name: str, marker: str | None) -> None:
+    """Names that a run has, too: only a marker that was written here makes a folder ours."""
+    path = tmp_path / "site"
+    (path / name).parent.mkdir(parents=True)
+    (path / name).write_text("years of work")
+    if marker == "link":
+        (path / MARKER).symlink_to(path / name)
+    elif marker == "folder":
+        (path / MARKER).mkdir()
+    before = snapshot(path)
+    with pytest.raises(RunError, match=r"holds other files \(.*give an empty or new folder"):
+        Run.create(path, CONFIG, tiny_backbone.info)
     with pytest.raises(RunError, match="is not a folder"):
-        Run.create(tmp_path / "thesis.tex", CONFIG, tiny_backbone.info)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+        Run.create(path / name, CONFIG, tiny_backbone.info)
+    assert snapshot(path) == before
 
 
-def test_a_creation_that_was_killed_is_done_again(run: Run, tiny_backbone: Backbone) -> None:
-    (run.path / "run.yaml").unlink()  # it is written last
-    assert not Run.exists(run.path)
-    assert Run.create(run.path, CONFIG, tiny_backbone.info).head() == []
+def test_a_creation_that_was_killed_is_done_again(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    """Killed before each file that it writes; a file that somebody put there meanwhile stays."""
+    expected = snapshot(Run.create(tmp_path / "whole", CONFIG, tiny_backbone.info).path)
+    for number in range(1, 5):
+        path = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", dying_at(number, Path.replace))
+            Run.create(path, CONFIG, tiny_backbone.info)
+        assert not Run.exists(path)
+        (path / "tasks.txt").write_text("mine")
+        run = Run.create(path, CONFIG, tiny_backbone.info)
+        found = snapshot(path)
+        assert found.pop("tasks.txt") == b"mine" and found == expected
+        with pytest.raises(RunError, match="Another process has just made"):
+            Run.create(path, replace(CONFIG, seed=4), tiny_backbone.info)
+    run.path.joinpath("run.yaml").unlink()
+    (run.path / "tasks" / "0001-first").mkdir()
+    with pytest.raises(RunError, match=r"has tasks but no run\.yaml; restore it"):
+        Run.create(run.path, CONFIG, tiny_backbone.info)
+
+
+def dying_at(number: int, function: Callable[..., object]) -> Callable[..., object]:
+    """The function, which from a call of this number on does not return."""
+    count = [0]
+
+    def call(*arguments: object, **options: object) -> object:
+        count[0] += 1
+        if count[0] >= number:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_a_run_without_a_marker(run: Run, two_tasks: list[TaskRecord]) -> None:
+    """The version before this one wrote none: its run.yaml, backbone.json and HEAD.json say whose the run is."""
+    run.commit(two_tasks[0])
+    for name in (MARKER, SPARE, ".lock"):
+        (run.path / name).unlink()
+    old = Run.open(run.path)
+    with old.locked():
+        old.commit(two_tasks[1])
+        assert old.set_head(old.head()[:1]) == []
+    assert [path.name for path in (run.path / "tasks").iterdir()] == ["0001-first"]
 
 
 def test_the_weights_must_be_those_of_the_run(run: Run) -> None:
@@ -221,30 +272,127 @@ def test_one_writer_at_a_time(run: Run) -> None:
         pass
 
 
+def test_a_lock_that_is_a_link(run: Run) -> None:
+    (run.path / "thesis").write_text("years of work")
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").symlink_to("thesis")
+    with pytest.raises(ConfigError, match="delete it"), run.locked():
+        pass
+    assert (run.path / "thesis").read_text() == "years of work"
+
+
+def test_a_lock_of_strange_content(run: Run) -> None:
+    (run.path / ".lock").write_bytes("café \x1b[2J".encode())
+    with (run.path / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match=r"Process \? is writing to"), run.locked():
+            pass
+
+
 def test_what_a_killed_writer_left_is_swept(run: Run, two_tasks: list[TaskRecord]) -> None:
     run.commit(two_tasks[0])
+    for name in ("reports", "checkpoint"):
+        (run.path / name).mkdir()
+    for name in (".mine.tmp", ".HEAD.json.mine.tmp", ".thesis.0123abcd.tmp", "tasks/.mine.tmp", "reports/.x.tmp"):
+        (run.path / name).write_text("years of work")  # what only looks like it
     before = snapshot(run.path)
-    (run.path / ".HEAD.json.x1.tmp").write_text("half")
-    (run.path / "tasks" / ".0002-second.y2.tmp").mkdir()
-    (run.path / "tasks" / ".0002-second.y2.tmp" / "head.safetensors").write_text("half")
-    (run.path / "reports").mkdir()
-    (run.path / "reports" / ".report.html.z3.tmp").write_text("half")
+    for name in (".HEAD.json", "reports/.report.html", "checkpoint/.state.safetensors"):
+        (run.path / f"{name}.0123abcd.tmp").write_text("half")
     with run.locked():
         pass
-    (run.path / ".lock").unlink()
-    assert snapshot(run.path) == before
+    assert {**snapshot(run.path), ".lock": b""} == {**before, ".lock": b""}
 
 
-def test_a_task_written_without_its_head_is_no_part_of_the_run(run: Run, two_tasks: list[TaskRecord]) -> None:
-    """A kill between writing a task and naming it: the state is the one before, and the task can be learned again."""
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_commit_that_was_killed_is_no_part_of_the_run(
+    run: Run, two_tasks: list[TaskRecord], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Before HEAD names what is to come, before the folder, before HEAD is replaced, before the checkpoint goes."""
     run.commit(two_tasks[0])
-    head, digest = (run.path / "HEAD.json").read_bytes(), run.digest()
-    run.commit(two_tasks[1])
-    expected = snapshot(run.path)
-    (run.path / "HEAD.json").write_bytes(head)
-    assert Run.open(run.path).digest() == digest
-    run.commit(two_tasks[1])
-    assert snapshot(run.path) == expected
+    digest = run.digest()
+    run.checkpoint("key").save(1, {})
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        if number == 4:
+            patch.setattr(run, "_delete_checkpoint", dying_at(1, run.set_head))
+        for place, name in ((Path, "replace"), (Path, "rename")):
+            patch.setattr(place, name, dying_at({1: 1, 2: 1, 3: 2}.get(number, 9), getattr(place, name)))
+        if number == 2:
+            patch.setattr(Path, "replace", Path.replace)
+        run.commit(two_tasks[1])
+    opened = Run.open(run.path)
+    if number < 4:
+        assert opened.digest() == digest
+        with opened.locked():
+            assert opened.commit(two_tasks[1]).folder == "0002-second"
+    assert [record.info.name for record in opened.records()] == ["first", "second"]
+    assert {path.name for path in (run.path / "tasks").iterdir()} == {"0001-first", "0002-second"}
+    assert set(json.loads((run.path / "HEAD.json").read_text())) == {"schema", "tasks"}
+
+
+def test_a_rollback_that_was_killed_is_finished(
+    run: Run, two_tasks: list[TaskRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.commit(two_tasks[0])
+    before = snapshot(run.path)
+    for number in range(1, 12):
+        run.commit(two_tasks[1])
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", dying_at(number, Path.unlink))
+            run.set_head(run.head()[:1])
+        assert len(run.head()) == 1
+        with run.locked():
+            assert {**snapshot(run.path), ".lock": b""} == {**before, ".lock": b""}
+
+
+@pytest.mark.parametrize("foreign", ["0001-first/notes.txt", "0001-first/photos/1.png", "0001-first-copy/1.png"])
+def test_rollback_deletes_what_the_task_wrote_alone(run: Run, two_tasks: list[TaskRecord], foreign: str) -> None:
+    folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
+    (run.path / "tasks" / foreign).parent.mkdir(exist_ok=True)
+    (run.path / "tasks" / foreign).write_text("mine")
+    (run.path / "checkpoint").mkdir()
+    (run.path / "checkpoint" / "notes.txt").write_text("mine")
+    stays = folder in (run.path / "tasks" / foreign).parents
+    assert run.set_head([]) == ([folder] if stays else [])
+    assert snapshot(run.path / "tasks") == {foreign: b"mine"}
+    assert snapshot(run.path / "checkpoint") == {"notes.txt": b"mine"}
+    assert run.commit(two_tasks[0]).folder == ("0002-first" if stays else "0001-first")  # what is there stays
+    assert snapshot(run.path / "tasks")[foreign] == b"mine"
+
+
+@pytest.mark.parametrize("what", ["another task.json", "a copy", "a link"])
+def test_rollback_knows_a_task_by_its_id(run: Run, two_tasks: list[TaskRecord], tmp_path: Path, what: str) -> None:
+    folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
+    copy = folder.with_name("0007-first")
+    if what == "another task.json":
+        (folder / "task.json").write_text('{"files": {"head.safetensors": ""}}')
+    elif what == "a copy":
+        shutil.copytree(folder, copy)
+    else:
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    before = snapshot(tmp_path)
+    run.set_head([])
+    kept = {"another task.json": "run/tasks/0001", "a copy": "run/tasks/0007", "a link": "elsewhere"}[what]
+    expected = {name: value for name, value in before.items() if name.startswith(kept)}
+    assert expected and expected.items() <= snapshot(tmp_path).items()
+    assert folder.exists() == (what != "a copy")
+
+
+@pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
+def test_rollback_on_a_full_disk(
+    small_disk: Path, tiny_backbone: Backbone, two_tasks: list[TaskRecord], call: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Not a byte is left: HEAD is written into a file that was kept for it."""
+    run = Run.create(small_disk / "run", CONFIG, tiny_backbone.info)
+    run.commit(two_tasks[0])
+    before = snapshot(run.path)
+    run.commit(two_tasks[0])
+    with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    assert os.statvfs(small_disk).f_bavail == 0
+    assert call("rollback", run.path) == (0, f"Undid first; 1 task(s) left.  Run: {run.path}\n", "")
+    assert {**snapshot(run.path), ".lock": b""} == {**before, ".lock": b""}
 
 
 def test_checkpoints_belong_to_one_training(run: Run, two_tasks: list[TaskRecord]) -> None:

@@ -81,6 +81,59 @@ def test_without_data_the_last_images_are_used(run: Path) -> None:
     assert "Task 02-lines is already learned" in train(run).lines
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+APART = [
+    ("site", "site/tasks", {}, "The images in .* lie inside the run"),
+    ("site", "site", {}, "The images in .* lie inside the run"),
+    ("link", "site/tasks", {}, "The images in .* lie inside the run"),
+    ("site", "link/tasks", {}, "The images in .* lie inside the run"),
+    ("site/tasks/run", "site/tasks", {}, "lies inside the images in"),
+    ("link/tasks/run", "site/tasks", {}, "lies inside the images in"),
+    ("site", "site/list.csv", {}, "The images in .* lie inside the run"),
+    ("site", "list.csv", {}, "Images of .* lie inside the run"),
+    ("site", "photos", {}, "Images of .* lie inside the run"),
+    ("run", "site/tasks", {"weights": "run/w.safetensors"}, "The weights in .* lie inside the run"),
+    ("run", "torchvision:MNIST", {"data_root": "run/new"}, "The data sets in .* lie inside the run"),
+]
+
+
+@pytest.mark.parametrize(("run", "data", "settings", "reason"), APART)
+def test_a_run_is_apart_from_what_it_learns_from(
+    tmp_path: Path, image_task: Callable[..., Path], run: str, data: str, settings: dict[str, str], reason: str
+) -> None:
+    """Folders, links to them, and single images that a manifest or a link takes from elsewhere."""
+    images = image_task(tmp_path / "site" / "tasks" / "one", {"disc": 0, "square": 1}, train=2, test=1)
+    (tmp_path / "link").symlink_to("site")
+    rows = [f"{path},{path.parent.name}\n" for path in sorted(images.rglob("*.png"))]
+    for file in (tmp_path / "list.csv", tmp_path / "site" / "list.csv"):
+        file.write_text("path,label\n" + "".join(rows))
+    for path in images.rglob("train/*/*.png"):  # the last one is a link
+        (tmp_path / "photos" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "photos" / path.parent.name / path.name)
+    (tmp_path / "photos" / "disc" / "00.png").unlink()
+    (tmp_path / "photos" / "disc" / "00.png").symlink_to(images / "train" / "disc" / "00.png")
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=f"{reason}.*; give another"):
+        train(
+            tmp_path / run,
+            data if data.startswith("torchvision") else tmp_path / data,
+            **{key: str(tmp_path / value) for key, value in settings.items()},
+        )
+    assert contents(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_images_never_becomes_a_run(tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    image_task(tmp_path / "site" / "tasks" / "one", {"disc": 0, "square": 1}, train=2, test=1)
+    shutil.copytree(tmp_path / "site" / "tasks", tmp_path / "photos")
+    before = contents(tmp_path / "site")
+    with pytest.raises(RunError, match=r"holds other files \(tasks, .*give an empty or new folder"):
+        train(tmp_path / "site", tmp_path / "photos")
+    assert contents(tmp_path / "site") == before
+
+
 def test_tasks_one_by_one_equal_the_stream(
     tmp_path: Path, learned: tuple[Path, Notes], image_stream: Path, image_task: Callable[..., Path]
 ) -> None:
