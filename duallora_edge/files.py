@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from duallora_edge.errors import ConfigError
 
@@ -22,6 +24,22 @@ def cache_folder() -> Path:
     if folder := os.environ.get("DUALLORA_EDGE_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora-edge"
+
+
+def own_folder(path: Path) -> Path:
+    """Make a folder for files that are trusted when they are read again (a cache), and return it.
+
+    Raises `ConfigError` when another user owns it or everybody may write to it, ``OSError`` when it cannot be made.
+    """
+    for folder in (*reversed(path.parents), path):
+        folder.mkdir(mode=0o755, exist_ok=True)
+    facts = path.stat()
+    other = "name a folder of your own in DUALLORA_EDGE_CACHE"
+    if facts.st_uid != os.geteuid():
+        raise ConfigError(f"{path} belongs to another user, who could change what is read from it; {other}.")
+    if facts.st_mode & stat.S_IWOTH:
+        raise ConfigError(f"Everybody may write to {path}; take that away with 'chmod o-w {path}', or {other}.")
+    return path
 
 
 def cache_limit(variable: str, default_gb: int) -> float:
@@ -85,6 +103,40 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """Open a lock file for `fcntl.flock`, made if need be; what is in it stays.
+
+    Raises `ConfigError` when something else than a file has its name: a link could lead to a file of the user.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise ConfigError(f"{path} is not a lock file that was written here; delete it.") from error
+    file = os.fdopen(handle, "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise ConfigError(f"{path} is not a lock file that was written here; delete it.")
+    return file
+
+
+def lock_holder(file: BinaryIO) -> str:
+    """The process id in a lock file, or ``"?"`` when it holds something else."""
+    with suppress(OSError):
+        text = os.pread(file.fileno(), 32, 0).decode("ascii", errors="replace").strip()
+        if text.isdigit():
+            return text
+    return "?"
+
+
+def note_holder(file: BinaryIO) -> None:
+    """Write the id of this process into the lock file that it holds. On a full disk the old one may stay."""
+    with suppress(OSError):
+        text = str(os.getpid()).encode()
+        os.ftruncate(file.fileno(), os.pwrite(file.fileno(), text, 0))
 
 
 def sync_directory(path: Path) -> None:

@@ -12,7 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duallora_edge.files import atomic_directory, cache_folder, read_json, sha256_file, write_atomic, write_json
+from duallora_edge.errors import ConfigError
+from duallora_edge.files import (
+    atomic_directory,
+    cache_folder,
+    lock_holder,
+    note_holder,
+    open_lock,
+    own_folder,
+    read_json,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
@@ -271,3 +283,60 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, environment: dict[str
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(expected)
+
+
+# -- locks and folders of one's own ---------------------------------------------------------------------------
+
+
+def test_a_lock_file_names_its_holder(tmp_path: Path) -> None:
+    with open_lock(tmp_path / ".lock") as file:
+        assert lock_holder(file) == "?"
+        note_holder(file)
+    (tmp_path / ".lock").write_text("12345678901234")
+    with open_lock(tmp_path / ".lock") as file:
+        note_holder(file)
+        assert lock_holder(file) == str(os.getpid())
+
+
+@pytest.mark.parametrize("held", [b"", "café".encode(), b"\xff\xfe\x00", b"\x1b[2J", b"9" * 1000, b" 17\n"], ids=repr)
+def test_a_lock_file_may_hold_anything(tmp_path: Path, held: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(held)
+    with open_lock(tmp_path / ".lock") as file:
+        assert lock_holder(file) == {b" 17\n": "17", b"9" * 1000: "9" * 32}.get(held, "?")
+    assert (tmp_path / ".lock").read_bytes() == held
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_a_lock_is_a_file(tmp_path: Path, kind: str) -> None:
+    """A link would have the user's own file emptied."""
+    (tmp_path / "thesis").write_text("years of work")
+    path = tmp_path / ".lock"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("thesis" if kind == "link" else "nothing")
+    with pytest.raises(ConfigError, match=r"is not a lock file .*; delete it"):
+        open_lock(path)
+    assert (tmp_path / "thesis").read_text() == "years of work" and not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    before = os.umask(0)
+    try:
+        assert own_folder(folder) == own_folder(folder) == folder
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o755}
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"Everybody may write .*chmod o-w .*DUALLORA_EDGE_CACHE"):
+        own_folder(folder)
+
+
+def test_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(ConfigError, match=r"belongs to another user.*DUALLORA_EDGE_CACHE"):
+        own_folder(tmp_path)
