@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import re
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +21,10 @@ from typing import Any, BinaryIO
 from duallora_edge.errors import ConfigError
 
 MAX_JSON_BYTES = 16 * 2**20
+SPARE_BYTES = 64 * 1024
+_MAX_DIGITS = 300  # what a float can hold
+_MARKER = ".duallora-edge-staging"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def cache_folder() -> Path:
@@ -67,24 +75,60 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str, spare: Path | None = None) -> None:
     """Write ``content`` to a temporary name beside ``path``, sync it, and rename it over ``path``.
 
-    A reader sees the old file or the new one, never a part; on an error (a full disk) the old file stays.
+    A reader sees the old file or the new one, never a part; on an error (a full disk) the old file stays. On a full
+    disk ``spare``, a file beside ``path`` made by `keep_spare`, is used up instead: the content goes into its blocks.
     """
     data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        # The umask gives the mode, and an exclusive open follows no link.
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            _hold(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        new.replace(path)
+    except BaseException as error:
+        new.unlink(missing_ok=True)
+        if not (spare and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        if not _overwrite(spare, data):
+            raise
+        spare.replace(path)
     sync_directory(path.parent)
+
+
+def keep_spare(path: Path) -> None:
+    """Make sure that ``path`` is a file whose blocks hold `SPARE_BYTES` for `write_atomic`; none on a full disk."""
+    with suppress(OSError):
+        if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size == SPARE_BYTES:
+            return
+    with suppress(OSError):
+        write_atomic(path, bytes(SPARE_BYTES))  # written, as blocks that are only reserved may need others to be used
+
+
+def _overwrite(spare: Path, data: bytes) -> bool:
+    """Give ``spare`` this content within the blocks that it has; False when there is none or it is too small."""
+    try:
+        handle = os.open(spare, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with os.fdopen(handle, "wb") as file:
+        if os.fstat(handle).st_size < len(data):
+            return False
+        file.write(data)
+        file.truncate()
+        os.fsync(handle)
+    return True
+
+
+def _hold(file: BinaryIO) -> None:
+    """Show other processes that this one is at work on a file, where the file system has such locks."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -95,14 +139,50 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file of at most ``limit`` bytes.
 
-    Raises ``OSError`` when it cannot be read and ``ValueError`` when it is too large or not JSON.
+    Raises ``OSError`` when it cannot be read and ``ValueError`` when it is too large, no regular file, or not JSON.
     """
-    if path.stat().st_size > limit:
+    return parse_json(read_limited(path, limit))
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; neither a pipe nor a growing file holds it up.
+
+    Raises ``OSError`` when it cannot be read and ``ValueError`` when it is something else.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
         raise ValueError(f"{path} is larger than {limit} bytes")
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of JSON text in UTF-8. Raises ``ValueError`` for anything else, and for what no float can hold."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(
+            content.decode("utf-8"), parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant
+        )
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
+        raise ValueError("it is nested too deeply") from error
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits is too large")
+    return int(text)
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _parse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
 
 
 def open_lock(path: Path) -> BinaryIO:
@@ -162,38 +242,174 @@ def sync_tree(root: Path) -> None:
     sync_directory(root)
 
 
-def _replace_directory(target: Path, new: Path) -> None:
-    """Rename ``new`` to ``target``; the old one is deleted only when a whole directory stands in its place."""
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.", suffix=".tmp")) / target.name
-    try:
-        target.rename(old)
-        new.rename(target)
-    except BaseException:
-        if not target.exists():
-            old.rename(target)
-        shutil.rmtree(old.parent, ignore_errors=True)
-        raise
-    shutil.rmtree(old.parent, ignore_errors=True)
-
-
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, *, replaces: Collection[str] = (), on_kept: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``target`` when the block ends, and vanishes when it raises.
 
-    An existing ``target`` is replaced as a whole: it is moved aside, the new one takes its place, and only
-    then is the old one deleted.
+    ``target`` must not exist or be empty, unless ``replaces`` names the files of an older one. That is replaced as a
+    whole, for readers at no moment absent (where the file system can exchange two names), and of it these files are
+    deleted. What else it holds is kept in a folder beside it, with which ``on_kept`` is called. A link is followed.
+
+    Left-overs of processes that were killed are deleted here: those that hold our marker, which no process locks.
+
+    Raises `ConfigError` when something else is there, and without ``on_kept`` also when something is kept.
     """
+    target = Path(os.path.realpath(target))
+    if any(name in ("", "..") or Path(name).name != name for name in replaces):
+        raise ValueError("replaces must be names of files without folders")
+    _check_replaceable(target, replaces)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    kept = sweep(target)
+    staging = _Staging.make(target, replaces)
     try:
-        yield staging
-        staging.chmod(0o755)
-        sync_tree(staging)
-        if target.exists():
-            _replace_directory(target, staging)
-        else:
-            staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    sync_directory(target.parent)
+        yield staging.new
+        sync_tree(staging.new)
+        _check_replaceable(target, replaces)
+        staging.put(target)
+        sync_directory(target.parent)
+    finally:
+        kept += staging.close()
+    for folder in kept:
+        if on_kept is None:
+            raise ConfigError(f"{target} is written; files that did not belong to the older one are kept in {folder}.")
+        on_kept(folder)
+
+
+def _check_replaceable(target: Path, replaces: Collection[str]) -> None:
+    """Raises `ConfigError` unless ``target`` may be replaced."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{target} is not a folder; delete it or give another name.")
+    if not replaces and (names := sorted(path.name for path in target.iterdir())):
+        raise ConfigError(f"{target} holds other files ({names[0]}, ...); give an empty or new folder.")
+
+
+def sweep(target: Path) -> list[Path]:
+    """Delete what processes that were killed while they wrote ``target`` left beside it.
+
+    Returns folders in which something is kept that did not belong to a directory that was replaced.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    kept: list[Path] = []
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        if not pattern.fullmatch(path.name):
+            continue
+        with suppress(OSError, ConfigError):  # not ours, or gone by now
+            if stat.S_ISREG(path.lstat().st_mode):
+                with open_lock(path) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            elif (path / _MARKER).is_file() and (staging := _Staging.found(path)):
+                staging.restore(target)
+                kept += staging.close()
+    return kept
+
+
+class _Staging:
+    """A folder beside a target in which its replacement is written.
+
+    It holds a marker, which is locked as long as its process lives and says which folder was made here (device and
+    inode) and which files of the replaced one may be deleted; ``new``, exchanged with the target in the end; and
+    ``old`` where names cannot be exchanged.
+    """
+
+    def __init__(self, path: Path, marker: BinaryIO, made: tuple[int, int] | None, replaces: Collection[str]) -> None:
+        self.path, self.marker, self.made, self.replaces = path, marker, made, replaces
+        self.new, self.old = path / "new", path / "old"
+
+    @classmethod
+    def make(cls, target: Path, replaces: Collection[str]) -> _Staging:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        path.mkdir()
+        marker = open_lock(path / _MARKER)
+        _hold(marker)
+        staging = cls(path, marker, None, replaces)
+        try:
+            staging.new.mkdir()
+            staging.made = _identity(staging.new)
+            marker.write(json.dumps({"marker": _MARKER, "made": staging.made, "replaces": list(replaces)}).encode())
+            os.fsync(marker.fileno())
+        except BaseException:
+            staging.close()
+            raise
+        return staging
+
+    @classmethod
+    def found(cls, path: Path) -> _Staging | None:
+        """The one that a process left at ``path``. Raises ``OSError`` when the process lives."""
+        marker = open_lock(path / _MARKER)
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (content := marker.read(MAX_JSON_BYTES)):  # killed before anything was written into it
+                return cls(path, marker, None, ())
+            value = parse_json(content)
+            if value["marker"] == _MARKER:
+                return cls(path, marker, tuple(value["made"]), [Path(str(name)).name for name in value["replaces"]])
+        except (ValueError, KeyError, TypeError):
+            pass
+        except BaseException:
+            marker.close()
+            raise
+        marker.close()
+        return None
+
+    def put(self, target: Path) -> None:
+        """Make the new folder the target, and an older target part of this one."""
+        if not os.path.lexists(target) or not self.replaces:
+            self.new.rename(target)  # over an empty folder at most
+        elif not _exchange(self.new, target):
+            target.rename(self.old)
+            try:
+                self.new.rename(target)
+            except BaseException:
+                self.old.rename(target)
+                raise
+
+    def restore(self, target: Path) -> None:
+        """Put back an older target that was moved away while no new one took its place."""
+        if self.old.is_dir() and not os.path.lexists(target):
+            self.old.rename(target)
+
+    def close(self) -> list[Path]:
+        """Delete what was made here and what may be deleted of an older target; returns where the rest is kept."""
+        kept = []
+        for folder in (self.new, self.old):
+            with suppress(FileNotFoundError):
+                if _identity(folder) == self.made:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    continue
+                for name in self.replaces:
+                    with suppress(OSError):  # a folder of this name, or no right to delete it: it is kept
+                        (folder / name).unlink()
+                try:
+                    folder.rmdir()
+                except OSError:
+                    name = self.path.name[1:].removesuffix(".tmp").rpartition(".")[0]
+                    kept.append(self.path.with_name(f"{name}.kept-{secrets.token_hex(4)}"))
+                    folder.rename(kept[-1])
+        with suppress(OSError):
+            (self.path / _MARKER).unlink()
+            self.path.rmdir()
+        self.marker.close()
+        return kept
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    facts = path.lstat()
+    return facts.st_dev, facts.st_ino
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))

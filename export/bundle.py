@@ -49,10 +49,14 @@ Graphs = Mapping[tuple[str, Part], onnx.ModelProto]  # by precision and part, th
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: the manifest, and the estimates for the target (one a power mode)."""
+    """What an export made: the manifest, and the estimates for the target (one a power mode).
+
+    ``kept``: folders with what lay in the bundle that was replaced and was no part of it.
+    """
 
     manifest: Manifest
     estimates: tuple[Estimate, ...]
+    kept: tuple[Path, ...] = ()
 
 
 def export_run(
@@ -74,7 +78,8 @@ def export_run(
     number of images of one run; ``split`` adds the graph for the GPU in two parts. Raises `ExportError` when something
     else than a bundle is there or a graph does not answer as the model, and leaves what is there untouched then.
     """
-    previous = _previous_version(output)
+    previous, names = _previous(output)
+    kept: list[Path] = []
     graphs = _graphs(model, target, precision, batch, split)
     graph = graphs["fp32", "whole"]
     parity = _verify(model, graphs, real_images)
@@ -84,7 +89,7 @@ def export_run(
     golden = generated_images(GOLDEN_IMAGES, run.info.size, seed=1)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, image=golden, **torch_outputs(model, golden))  # type: ignore[arg-type]
-    with atomic_directory(output) as staging:
+    with atomic_directory(output, replaces=names, on_kept=kept.append) as staging:
         written = {_file_name(*key): each.SerializeToString(deterministic=True) for key, each in graphs.items()}
         for file_name, content in written.items():
             (staging / file_name).write_bytes(content)
@@ -120,7 +125,7 @@ def export_run(
         (staging / MANIFEST).write_text(
             json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )
-    return Exported(manifest, estimates)
+    return Exported(manifest, estimates, tuple(kept))
 
 
 def _file_name(precision: str, part: Part) -> str:
@@ -187,18 +192,19 @@ def _tasks(model: ComposedModel) -> tuple[Task, ...]:
     )
 
 
-def _previous_version(output: Path) -> int:
-    """Version of the bundle that will be replaced, 0 without one. What is not a whole bundle is never replaced."""
+def _previous(output: Path) -> tuple[int, tuple[str, ...]]:
+    """Version and files of the bundle that will be replaced. What is not a whole bundle is never replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return 0
+        return 0, ()
     if not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a bundle; give another name with -o.")
     try:
-        return Bundle.open(output, verify=False).manifest.bundle_version
+        manifest = Bundle.open(output, verify=False).manifest
     except BundleError as error:
         raise ExportError(
             f"{output} holds no readable bundle ({str(error).rstrip('.')}); delete it or give another name with -o."
         ) from error
+    return manifest.bundle_version, (MANIFEST, *manifest.files)
 
 
 def _provenance(run: Run) -> dict[str, Any]:

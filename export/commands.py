@@ -109,6 +109,8 @@ def export(
         batch=batch or (None if on_cpu or batch == 0 else 1),
         split=split,
     )
+    for folder in exported.kept:
+        click.echo(f"What was no part of the older bundle is kept in {folder}", err=True)
     if as_json:
         click.echo(json.dumps(exported.manifest.to_json(), indent=2))
         return

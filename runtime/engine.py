@@ -28,6 +28,7 @@ from duallora_edge.runtime.backends import ENGINE_BATCH, UnavailableError
 from duallora_edge.runtime.bundle import Bundle
 from duallora_edge.runtime.engine_cache import (
     PLAN,
+    RECORD,
     Engine,
     EngineError,
     EngineKey,
@@ -220,7 +221,7 @@ def _target(compute_capability: str | None) -> tuple[TensorRT, Gpu | str]:
 def _build(graph: Path, key: EngineKey, folder: Path, workspace_mb: int, limits: _Limits, say: Say) -> None:
     granted_mb = _grant_workspace(workspace_mb, graph.stat().st_size, say)
     timing = key.timing_name
-    with atomic_directory(folder) as staging:
+    with atomic_directory(folder, replaces=(PLAN, RECORD)) as staging:
         job = Job(
             package=key.package,
             model=str(graph),

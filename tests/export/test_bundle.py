@@ -206,7 +206,8 @@ def test_an_export_replaces_the_bundle_as_a_whole(run: Run, model: ComposedModel
     second = export_run(run, model, resolve_target("x86-cpu"), bundle, None)
     assert second.manifest.bundle_version == Bundle.open(bundle).manifest.bundle_version == 2
     assert sorted(path.name for path in bundle.iterdir()) == sorted((GOLDEN, MANIFEST, MODEL, README))
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle", *(folder.name for folder in second.kept)}
+    assert [(second.kept[0] / "notes.txt").read_text(), len(list(second.kept[0].iterdir()))] == ["of version 1", 1]
     assert export_run(run, model, TARGET, bundle, None, version=9).manifest.bundle_version == 9
     assert export_run(run, model, TARGET, bundle, None).manifest.bundle_version == 10
 

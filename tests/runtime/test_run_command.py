@@ -159,7 +159,7 @@ def test_a_bundle_is_swapped_in_while_it_runs(make_bundle: Callable[..., Path], 
         assert json.loads(process.stdout.readline())["bundle_version"] == 3
         process.stderr.readline()
         url = process.stderr.readline().decode().split()[-1].rstrip("/")
-        with atomic_directory(bundle) as staging:
+        with atomic_directory(bundle, replaces=[path.name for path in other.iterdir()]) as staging:
             shutil.copytree(other, staging, dirs_exist_ok=True)
         versions = []
         for line in process.stdout:

@@ -25,7 +25,7 @@ def write(make_bundle: Callable[..., Path]) -> Write:
     template = make_bundle("template")
 
     def put(folder: Path, version: int) -> Path:
-        with atomic_directory(folder) as staging:
+        with atomic_directory(folder, replaces=[path.name for path in template.iterdir()]) as staging:
             shutil.copytree(template, staging, dirs_exist_ok=True)
             write_json(staging / MANIFEST, read_json(template / MANIFEST) | {"bundle_version": version})
         return folder
