@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,19 @@ def ridge_memory(features: Tensor, labels: Tensor, classes: int) -> dict[str, Te
     sums = statistics.counts[:, None] * statistics.means
     gram = statistics.scatter + statistics.means.T @ sums
     return {"ridge.gram": gram.float(), "ridge.sums": sums.float(), "ridge.right": torch.zeros(len(RIDGES))}
+
+
+def ridge_fits(memory: Mapping[str, Tensor], classes: int) -> bool:
+    """Whether a memory holds what `ridge_memory` made of so many classes."""
+    shapes = {
+        "ridge.gram": (RANDOM_FEATURES, RANDOM_FEATURES),
+        "ridge.sums": (classes, RANDOM_FEATURES),
+        "ridge.right": (len(RIDGES),),
+    }
+    return all(
+        key in memory and memory[key].shape == shape and memory[key].dtype == torch.float32
+        for key, shape in shapes.items()
+    )
 
 
 def ridge_right(tasks: Sequence[TaskRecord], features: Tensor, truth: Tensor) -> Tensor:

@@ -13,7 +13,22 @@ import yaml
 
 from duallora_edge.errors import ConfigError
 
-MAX_YAML_BYTES = 1 << 20
+# What a setting of few values may be.
+CHOICES = {
+    "method": ("dual_lora", "inflora", "sequential", "task_arithmetic", "frozen", "joint"),
+    "classifier": ("auto", "lda", "lda_f", "mean_f", "ridge", "heads"),
+    "residual": ("auto", "isolated", "previous", "none"),
+    "gate": ("posterior", "open"),
+    "calibration": ("mixture", "temperature", "none"),
+    "resize": ("crop", "squash"),
+    "augment": ("none", "light"),
+    "precision": ("auto", "fp32", "bf16"),
+}
+
+MAX_YAML_BYTES = 1 << 16
+MAX_YAML_DEPTH = 20
+MAX_PROBLEMS = 20
+MAX_NAME = 60
 
 # Settings that say where images come from; stored beside each task so that evaluations find its test images.
 SOURCE = ("data", "classes_per_task", "class_order", "task_order", "task_name", "data_root", "test_fraction")
@@ -23,9 +38,18 @@ PER_CALL = (
     "cache_bytes",
 )  # fmt: skip
 
-# Values are quoted in messages; a few lines of YAML references can stand for millions of items.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 1
+
+class _Quoted(reprlib.Repr):
+    """Values as messages quote them: short, whatever they are."""
+
+    maxlevel, maxstring, maxother = 1, 60, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write out whole numbers of more than 4300 digits."""
+        return super().repr_int(x, level) if abs(x) < 2**64 else "a huge number"
+
+
+quoted = _Quoted().repr
 
 
 @dataclass(frozen=True)
@@ -92,23 +116,16 @@ class TrainConfig:
             raise ConfigError("The configuration has problems: " + "; ".join(problems) + ".")
 
     def _checks(self) -> list[tuple[bool, str]]:
-        def one_of(key: str, *choices: str) -> tuple[bool, str]:
+        def one_of(key: str, choices: tuple[str, ...]) -> tuple[bool, str]:
             value = getattr(self, key)
-            return value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}"
+            return value in choices, f"{key} must be one of {', '.join(choices)}, not {quoted(value)}"
 
         def between(key: str, low: float, high: float) -> tuple[bool, str]:
             value = getattr(self, key)
-            return value is None or low <= value <= high, f"{key} must be {low}..{high}, not {value}"
+            return value is None or low <= value <= high, f"{key} must be {low}..{high}, not {quoted(value)}"
 
         return [
-            one_of("method", "dual_lora", "inflora", "sequential", "task_arithmetic", "frozen", "joint"),
-            one_of("classifier", "auto", "lda", "lda_f", "mean_f", "ridge", "heads"),
-            one_of("residual", "auto", "isolated", "previous", "none"),
-            one_of("gate", "posterior", "open"),
-            one_of("calibration", "mixture", "temperature", "none"),
-            one_of("resize", "crop", "squash"),
-            one_of("augment", "none", "light"),
-            one_of("precision", "auto", "fp32", "bf16"),
+            *(one_of(key, choices) for key, choices in CHOICES.items()),
             between("rank_orthogonal", 0, 256),
             between("rank_residual", 0, 256),
             between("energy", 0.0, 1.0),
@@ -158,31 +175,49 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConf
     return config
 
 
-def sort_out(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def sort_out(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings among ``values`` that exist and have the right type, and what is wrong with the others."""
     known = {field.name: str(field.type) for field in fields(TrainConfig)}
-    good, problems = {}, []
+    good: dict[str, Any] = {}
+    problems: list[str] = []
     for key, value in values.items():
+        if len(problems) == MAX_PROBLEMS:
+            problems.append("and maybe more")
+            break
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            problems.append(f"unknown key {_SHORT.repr(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
+            near = difflib.get_close_matches(key[:MAX_NAME], known, n=1) if isinstance(key, str) else []
+            problems.append(f"unknown key {quoted(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
         elif (text := _type_problem(value, known[key])) is not None:
-            problems.append(f"{key} must be {text}, not {_SHORT.repr(value)}")
+            problems.append(f"{key} must be {text}, not {quoted(value)}")
         else:
             good[key] = value
     return good, problems
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises `ConfigError` when it cannot be read as such."""
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The keys and values of a YAML file. Raises `ConfigError` when it cannot be read as such.
+
+    Aliases are refused: settings do not need them, and a few lines of nested ones unfold to gigabytes. So is deep
+    nesting, on which libyaml crashes.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
+        with path.open("rb") as file:
+            raw = file.read(MAX_YAML_BYTES + 1)
+        if len(raw) > MAX_YAML_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes; it is not a configuration.")
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: 2024-99-99, or no UTF-8
-        raise ConfigError(
-            f"{path} cannot be read as YAML ({str(error).splitlines()[0]}); mend or leave it out."
-        ) from error
+        content = raw.decode()
+        depth = 0
+        for event in yaml.parse(content, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{path} uses a YAML alias (*{quoted(event.anchor)[1:-1]}); write the value out.")
+            if depth > MAX_YAML_DEPTH:
+                raise ConfigError(f"{path} is nested too deeply; it is not a configuration.")
+        value = yaml.load(content, Loader=loader)
+    except (OSError, ValueError, ArithmeticError, yaml.YAMLError) as error:  # 2024-99-99, no UTF-8, 1:1:...:1.0
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"{path} cannot be read as YAML ({reason[0][:200]}); mend or leave it out.") from error
     if value is None:
         return {}
     if not isinstance(value, dict):

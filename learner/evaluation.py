@@ -68,10 +68,13 @@ class Tests:
             return Cell()
         features, _ = collect_features(model.network, encoded, self.precision)
         answers = [model.classifier(part.to(self.backbone.device)) for part in features.split(BATCH)]
+        probabilities = torch.cat([a.probabilities for a in answers])
+        if not bool(torch.isfinite(probabilities).all()):
+            raise RunError("The run is damaged (its answers are not numbers); restore it from a copy.")
         columns = [model.catalogue.classes.index(name) for name in info.classes]
         predictions = Predictions(
             labels=torch.tensor(columns)[encoded.labels].numpy(),
-            probabilities=torch.cat([a.probabilities for a in answers]).cpu().numpy(),
+            probabilities=probabilities.cpu().numpy(),
             task=index,
             task_probabilities=torch.cat([a.task_probabilities for a in answers]).cpu().numpy(),
         )
@@ -79,13 +82,22 @@ class Tests:
 
 
 def measured_rows(run: Run) -> dict[str, Row]:
-    """Rows measured earlier, by the digest of the state they were measured on."""
+    """Rows measured earlier, by the digest of the state they were measured on: one cell a task of the state.
+
+    Raises `RunError` when they are damaged.
+    """
     path = run.path / "reports" / "rows.json"
     if not path.is_file():
         return {}
     try:
-        return {str(key): tuple(map(Cell.from_json, row)) for key, row in read_json(path).items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        rows = {str(key): tuple(map(Cell.from_json, row)) for key, row in read_json(path).items()}
+        head = run.head()
+        for number in range(1, len(head) + 1):
+            row = rows.get(run.digest(head[:number]))
+            if row is not None and len(row) != number:
+                raise ValueError(f"the state after {number} tasks has {len(row)} cells")
+        return rows
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise RunError(
             f"{path} is damaged ({error}); delete it and run 'duallora-edge evaluate {run.path}'."
         ) from error
@@ -105,7 +117,7 @@ def evaluate_run(run: Run, tests: Tests | None, *, reuse: bool, on_row: Callable
     rows: dict[str, Row] = {}
     for k in range(1, len(head) + 1):
         state = run.digest(head[:k])
-        if state in known and len(known[state]) == k:
+        if state in known:
             rows[state] = known[state]
         elif tests is None:
             rows[state] = tuple(Cell() for _ in range(k))

@@ -39,7 +39,7 @@ from duallora_edge.files import (
     write_json,
 )
 from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone
-from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, quoted, read_yaml, sort_out
 from duallora_edge.learner.record import TaskInfo, TaskRecord
 
 SCHEMA = 3
@@ -52,6 +52,7 @@ _WRITTEN = (
     "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
     "reports/matrix.png", "reports/reliability.png",
 )  # fmt: skip
+FILES = tuple(f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "memory"))
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ class StoredTask:
     id: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\d{4,}-[A-Za-z0-9._-]+", self.folder):
-            raise ValueError(f"{self.folder!r} is no folder of a task")
+        if not re.fullmatch(r"[0-9]{4,9}-[A-Za-z0-9._-]{1,200}", self.folder):
+            raise ValueError(f"{quoted(self.folder)} is not the folder of a task")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.id):
+            raise ValueError(f"{quoted(self.id)} is not the id of a task")
 
     @property
     def number(self) -> int:
@@ -121,11 +124,14 @@ class Run:
             settings = read_yaml(path / "run.yaml")
             if settings.pop("schema", None) != SCHEMA:
                 raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
-            if isinstance(settings.get("task_order"), list):
-                settings["task_order"] = tuple(settings["task_order"])
-            config = TrainConfig(**settings)
+            good, problems = sort_out(settings)
+            if problems:
+                raise ConfigError("; ".join(problems))
+            if isinstance(good.get("task_order"), list):
+                good["task_order"] = tuple(good["task_order"])
+            config = TrainConfig(**good)
             info = BackboneInfo.from_json(read_json(path / "backbone.json"))
-        except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
+        except (OSError, ValueError, ConfigError) as error:
             raise RunError(
                 f"The run {path} is damaged ({str(error).splitlines()[0]}); restore it from a copy."
             ) from error
@@ -154,7 +160,10 @@ class Run:
         """The active tasks in order."""
         try:
             value = read_json(self.path / "HEAD.json")
-            return [StoredTask(str(entry["folder"]), str(entry["id"])) for entry in value["tasks"]]
+            tasks = [StoredTask(entry["folder"], entry["id"]) for entry in value["tasks"]]
+            if len({task.folder for task in tasks}) < len(tasks):
+                raise ValueError("it names a task twice")
+            return tasks
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(f"{self.path}/HEAD.json is damaged ({error}); restore it from a copy of the run.") from error
 
@@ -171,38 +180,48 @@ class Run:
 
     def read_info(self, task: StoredTask) -> TaskInfo:
         """The names, counts and settings of one task, without its tensors."""
-        return TaskInfo.from_json(self._task_json(task))
+        return self._description(task)[0]
 
     def read(self, task: StoredTask) -> TaskRecord:
         """Read one task and check every file against its sha256. Raises `RunError` when anything was altered."""
-        description = self._task_json(task)
+        info, digests = self._description(task)
+        folder = self.path / "tasks" / task.folder
         files: dict[str, dict[str, Tensor]] = {}
-        for name, digest in description["files"].items():
-            path = self.path / "tasks" / task.folder / Path(name).name
+        for name, digest in digests.items():
+            path = folder / f"{name}.safetensors"
             try:
-                if sha256_file(path) != digest:
+                if not path.is_file():  # a pipe would be waited for
+                    raise FileNotFoundError("there is no such file")
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != digest:
                     raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
-                files[path.stem] = load(path.read_bytes())
-            except (OSError, KeyError, SafetensorError) as error:
+                files[name] = load(content)
+            except (OSError, KeyError, ValueError, MemoryError, SafetensorError) as error:
                 raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
         try:
-            return TaskRecord.from_tensors(TaskInfo.from_json(description), files)
+            return TaskRecord.from_tensors(info, files)
         except KeyError as error:
             raise RunError(f"The task {task.folder} lacks the tensor {error}; restore it from a copy.") from error
+        except ValueError as error:
+            raise RunError(f"The task {task.folder} is damaged ({error}); restore it from a copy.") from error
 
     def records(self, tasks: Sequence[StoredTask] | None = None) -> list[TaskRecord]:
         """The records of the given tasks, or of all active ones."""
         return [self.read(task) for task in (self.head() if tasks is None else tasks)]
 
-    def _task_json(self, task: StoredTask) -> dict[str, Any]:
+    def _description(self, task: StoredTask) -> tuple[TaskInfo, dict[str, str]]:
+        """The part of a task that is not tensors, and the sha256 of its files by their names without suffix."""
         path = self.path / "tasks" / task.folder / "task.json"
         try:
-            value: dict[str, Any] = read_json(path)
+            value = read_json(path)
             if _content_id(value) != task.id:
                 raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
-        except (OSError, ValueError, TypeError) as error:
+            info, files = TaskInfo.from_json(value), value.get("files")
+            if not isinstance(files, dict) or any(name not in FILES for name in files):
+                raise ValueError("files: must be a mapping of the task's files to their sha256")
+            return info, {name.removesuffix(".safetensors"): digest for name, digest in files.items()}
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
-        return value
 
     # -- changing ---------------------------------------------------------------------------------------------
 
@@ -309,9 +328,11 @@ class Run:
         """The settings of `TrainConfig` that led to the images of each task, by task name."""
         path = self.path / "sources.json"
         try:
-            value: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
-            return {str(name): dict(settings) for name, settings in value.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            value = read_json(path) if path.is_file() else {}
+            if not isinstance(value, dict):
+                raise ValueError("it must hold the settings of each task")
+            return {name: _source(settings) for name, settings in value.items()}
+        except (OSError, ValueError, ConfigError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it and name the images with --data.") from error
 
     def remember_source(self, names: Sequence[str], config: TrainConfig) -> None:
@@ -331,24 +352,29 @@ class FileCheckpoint:
 
     def steps(self) -> int | None:
         """Steps done, whatever the key; None without a readable checkpoint."""
-        try:
-            with safe_open(self.path, "pt") as file:
-                return int((file.metadata() or {})["step"])
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return None
+        found = self._read(tensors=False)
+        return None if found is None else found[1]
 
     def load(self) -> tuple[int, dict[str, Tensor]] | None:
         """The saved step and tensors, or None without a checkpoint of this key."""
+        found = self._read(tensors=True)
+        return None if found is None or found[0] != self.key else found[1:]
+
+    def _read(self, *, tensors: bool) -> tuple[str | None, int, dict[str, Tensor]] | None:
+        """Key, step and the ``tensors`` where they are asked for; None when there is nothing that can be read.
+
+        A checkpoint that cannot be read costs repeated work, never a wrong result.
+        """
         if not self.path.is_file():
             return None
         try:
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("key") != self.key:
-                    return None
-                return int(metadata["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return None  # a checkpoint that cannot be read costs repeated work, never a wrong result
+                step = int(metadata["step"])
+                names = file.keys() if tensors and metadata.get("key") == self.key else ()
+                return metadata.get("key"), step, {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError, KeyError, ValueError, MemoryError):
+            return None
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -370,7 +396,20 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _content_id(description: dict[str, Any]) -> str:
+def _source(settings: object) -> dict[str, Any]:
+    """The settings of `SOURCE` as they were stored; those that an earlier version did not know have their default."""
+    if not isinstance(settings, dict) or not settings.get("data"):
+        raise ValueError("it must hold where the images of each task lie")
+    good, problems = sort_out(settings)
+    problems += [f"{key} does not say where images lie" for key in good if key not in SOURCE]
+    if problems:
+        raise ValueError("; ".join(problems))
+    TrainConfig(**good)
+    defaults = TrainConfig().to_json()
+    return {key: good.get(key, defaults[key]) for key in SOURCE}
+
+
+def _content_id(description: object) -> str:
     """SHA-256 of a task's description, which holds the sha256 of its files and the id of its parent."""
     return hashlib.sha256(json.dumps(description, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from duallora_edge.errors import RunError
 from duallora_edge.learner.adapters import AdaptedBlock, Collect
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.calibration import (
@@ -20,7 +21,7 @@ from duallora_edge.learner.calibration import (
     best_temperature,
     quantiles,
 )
-from duallora_edge.learner.classifiers import CLASSIFIERS, overconfidence, ridge_memory, ridge_right
+from duallora_edge.learner.classifiers import CLASSIFIERS, overconfidence, ridge_fits, ridge_memory, ridge_right
 from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.model import (
     Catalogue,
@@ -80,6 +81,10 @@ class Method(ABC):
         """How the components of the tasks are scored."""
         return CLASSIFIERS[tasks[-1].info.classifier](tasks, gaussian)
 
+    def memory_fits(self, task: TaskRecord, backbone: Backbone) -> bool:
+        """Whether a task that was read has what this method keeps beside the statistics."""
+        return task.info.classifier != "ridge" or ridge_fits(task.memory, len(task.info.classes))
+
     def compose(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
         """The model of some tasks (at least one): evaluated, exported and served."""
         infos = [task.info for task in tasks]
@@ -95,6 +100,8 @@ class Method(ABC):
         catalogue = Catalogue.of(infos)
         gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
         scores = self.scores(tasks, gaussian)
+        if len(scores.weight) != len(catalogue.class_of):
+            raise RunError("The run is damaged (its heads are not of its classes); restore it from a copy.")
         mixture = best_mixture(_curves(tasks, catalogue, scores), infos[-1].calibration)
         classifier = Classifier(catalogue, gaussian, scores, mixture, scale, backbone.device)
         return ComposedModel(catalogue, network, classifier)

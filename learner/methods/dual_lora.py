@@ -63,7 +63,8 @@ def residual_mode(lesson: Lesson) -> str:
         return "none"
     if config.residual != "auto":
         return config.residual
-    measured = [(task.info.held_back["images"], task.info.held_back["task_accuracy"]) for task in lesson.past]
+    known_before = (task.info.held_back for task in lesson.past)
+    measured = [(held.get("images"), held.get("task_accuracy")) for held in known_before]
     measured.append((len(lesson.held), lesson.identity.accuracy if lesson.identity else None))
     known = [(n, accuracy) for n, accuracy in measured if n and accuracy is not None]
     if not known:

@@ -14,7 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from duallora_edge.errors import RunError
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter
+from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.gaussian import GaussianClassifier
@@ -65,6 +67,8 @@ class TaskArithmetic(Method):
         memory = self._remember(lesson) if config.memory_per_class else {}
         head = torch.cat([*(task.head for task in lesson.past[-1:]), head])
         if memory and len(head) > 1:
+            if not all(task.memory for task in lesson.past):
+                raise RunError("The run is damaged (a task lacks its stored images); restore it from a copy.")
             merged = [AdaptedBlock(block) for block in lesson.backbone.suffix]
             for index, block in enumerate(merged):
                 updates = [task.blocks[index].orthogonal for task in lesson.past] + [blocks[index].orthogonal]
@@ -80,6 +84,20 @@ class TaskArithmetic(Method):
         merged = [tuple(replace(b, residual=_none(b)) for b in task) for task in blocks[:-1]]
         newest = tuple(replace(b, orthogonal=_joined(b.orthogonal, b.residual), residual=_none(b)) for b in blocks[-1])
         return [*merged, newest]
+
+    def memory_fits(self, task: TaskRecord, backbone: Backbone) -> bool:
+        """Whether the stored images are there, or none at all."""
+        images, labels = task.memory.get("images"), task.memory.get("labels")
+        if images is None or labels is None:
+            return images is labels and super().memory_fits(task, backbone)
+        size = backbone.info.size
+        return (
+            images.dtype == torch.uint8
+            and images.shape == (len(labels), size, size, 3)
+            and labels.dtype == torch.int64
+            and labels.unique().tolist() == list(range(len(task.info.classes)))
+            and super().memory_fits(task, backbone)
+        )
 
     def scores(self, tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
         """The head of all classes that the newest task left."""

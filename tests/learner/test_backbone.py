@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_embedded_backbone() -> None:
     info = backbone.info
     assert (info.name, info.size, info.prefix_blocks, len(backbone.suffix)) == ("embedded", 64, 2, 2)
     assert info.sha256 == embedded.SHA256 and info.summary_blocks == (0, 1)
-    assert BackboneInfo.from_json(info.to_json()) == info
+    assert BackboneInfo.from_json(json.loads(json.dumps(info.to_json()))) == info
     assert not any(parameter.requires_grad for parameter in backbone.parameters()) and not backbone.model.training
 
 

@@ -72,18 +72,31 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         ("a: 2024-99-99", "cannot be read as YAML"),
         ("? [a]\n: 1", "cannot be read as YAML"),
         ("a: " + "9" * 5000, ""),
-        ("a: " + "[" * 5000, "cannot be read as YAML"),
+        ("a: " + "[" * 60_000, "nested too deeply"),
+        ("seed: 0x" + "f" * 5000, "seed must be 0..9223372036854775807, not a huge number"),
+        ("seed: 0b" + "1" * 60_000, "seed must be 0..9223372036854775807, not a huge number"),
+        ("seed: " + "1:" * 3000 + "1", "not a huge number"),
+        ("seed: " + "1:" * 3000 + "1.0", "cannot be read as YAML"),
+        ("task_order: [0x" + "f" * 5000 + "]", "task_order must be a list of names, not [a huge number]"),
+        ("? 0x" + "f" * 900 + "\n: 1", "unknown key a huge number"),
+        ('"\\e[31m\\u202e": 1', "unknown key '\\x1b[31m\\u202e'"),
+        ("".join(f"key{i}: 1\n" for i in range(5000)), "and maybe more"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in problem(write(tmp_path, text))
 
 
-def test_a_bomb_of_references_is_refused_quickly(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "level"), [("[x, x, x]", "[{}]"), ("{x: 1, y: 2}", "{{<<: [{}]}}")])
+def test_a_bomb_of_references_is_refused_quickly(tmp_path: Path, first: str, level: str) -> None:
     """Nine levels of nine references each: four hundred million items if anything wrote them all out."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
-    assert "seed must be a whole number" in problem(write(tmp_path, "\n".join([*lines, "seed: *a8"])))
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{i}: &a{i} {level.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 9)]
+    assert "uses a YAML alias (*a0); write the value out" in problem(write(tmp_path, "\n".join([*lines, "seed: *a8"])))
+
+
+def test_a_file_without_an_end_is_refused() -> None:
+    assert f"larger than {MAX_YAML_BYTES} bytes" in problem(Path("/dev/zero"))
 
 
 def test_a_large_file_is_refused(tmp_path: Path) -> None:
