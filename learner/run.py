@@ -33,7 +33,6 @@ from duallora_edge.files import (
     note_holder,
     open_lock,
     read_json,
-    sha256_file,
     sweep,
     write_atomic,
     write_json,
@@ -301,9 +300,10 @@ class Run:
         if folder in {self.path / "tasks" / active.folder for active in self.head()} or folder.is_symlink():
             return False
         with contextlib.suppress(RunError):  # of another id, or gone: deleted but for the folder
-            for name in (*self._task_json(task)["files"], "task.json"):  # the list comes last
+            names = [f"{stem}.safetensors" for stem in self._description(task)[1]]
+            for name in (*names, "task.json"):  # the list comes last
                 with contextlib.suppress(OSError):
-                    (folder / Path(name).name).unlink()
+                    (folder / name).unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()
         return not folder.exists()

@@ -65,6 +65,7 @@ _BLOCK = 2**20
 _LOOKS = 10  # at a bundle that is replaced while it is read
 
 FloatArray = npt.NDArray[np.float32]
+Buffer = bytes  # a record has a field of that name
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ class FileRecord:
     bytes: int
 
     @classmethod
-    def of(cls, content: bytes) -> FileRecord:
+    def of(cls, content: Buffer) -> FileRecord:
         """The record of a file with this content."""
         return cls(hashlib.sha256(content).hexdigest(), len(content))
 
