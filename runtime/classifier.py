@@ -204,7 +204,7 @@ class Classifier:
         Raises `DataError` for what is no frame.
         """
         start = time.perf_counter()
-        rgb = frame.pixels if isinstance(frame, Frame) else to_rgb(np.asarray(frame), self._color)
+        rgb = frame.pixels if isinstance(frame, Frame) else to_rgb(frame, self._color)
         preprocessing = self._model.bundle.manifest.preprocessing
         image = preprocessing(rgb)
         return Prepared(rgb, image, preprocessing, 1000 * (time.perf_counter() - start))
