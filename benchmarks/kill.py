@@ -1,102 +1,371 @@
-"""Kill `train` at random moments and show that nothing is lost.
+"""Kill changes of a run at random moments inside of them, and show that nothing is lost.
 
-    python benchmarks/kill.py --kills 50
+    OMP_NUM_THREADS=1 python benchmarks/kill.py --kills 300
 
-A small stream is learned once without interruption; then a second run of the same stream is killed with SIGKILL at a
-random moment, again and again. After each kill `status` must work; at the end both runs must have the same state and
-the same bytes in every file of every task.
+Every process is forked from this one, which has everything imported, and says in shared memory what it is doing: inside
+a training step (forward, backward, optimiser, checkpoint), a commit, a rollback, or elsewhere. It is killed (SIGKILL) a
+random time after it enters the place that was drawn, and where it really was is read from that memory.
+
+After each kill the run must open, every task in it must be a task of the run that was never killed, with the same
+bytes, and no task may be missing whose commit (or be there whose rollback) had returned. In the end each killed run
+must equal the one that was never killed, byte for byte.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import mmap
+import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import click
+import numpy as np
+import torch
+import torch._dynamo
+from PIL import Image
 
-from duallora_edge.demo import write_digits
+from duallora_edge.cli import main as duallora_edge
+from duallora_edge.files import write_json
+from duallora_edge.learner import commands, profile, recipe, session
+from duallora_edge.learner.run import FileCheckpoint, Run
+
+TASKS = {"one": "ab", "two": "cd", "three": "ef"}
+SETTINGS = """
+min_steps: 24
+epochs: 1
+batch_size: 4
+checkpoint_steps: 4
+size: 32
+prefix_blocks: -1
+summaries: 1
+precision: fp32
+device: cpu
+"""
+STEP = "training step"
+COMMIT, ROLLBACK, OTHER = "commit", "rollback", "elsewhere"
+PLACES = (OTHER, STEP, f"{STEP}: suffix forward", f"{STEP}: suffix backward", f"{STEP}: optimiser",
+          f"{STEP}: checkpoint", COMMIT, ROLLBACK)  # fmt: skip
+LONGEST_S = 0.02  # from entering a place to the kill
+PATIENCE_S = 120
 
 
-def command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "duallora_edge", *map(str, words)]
+class Whereabouts:
+    """Shared memory: the place that a process is in (one byte, so that no kill tears it), how often it entered each,
+    and how many changes have returned."""
+
+    def __init__(self) -> None:
+        self._bytes = mmap.mmap(-1, 4096)
+        self._counts = np.frombuffer(self._bytes, np.uint32, len(PLACES) + 1, offset=8)
+        self.clear()
+
+    def clear(self) -> None:
+        self._bytes[0] = 0
+        self._counts[:] = 0
+
+    @property
+    def place(self) -> str:
+        return PLACES[self._bytes[0]]
+
+    @property
+    def returned(self) -> int:
+        return int(self._counts[-1])
+
+    def entered(self, place: str) -> int:
+        return int(self._counts[PLACES.index(place)])
+
+    @contextmanager
+    def inside(self, place: str) -> Iterator[None]:
+        before, now = self._bytes[0], PLACES.index(place)
+        self._bytes[0] = now
+        self._counts[now] += 1
+        try:
+            yield
+        finally:
+            self._bytes[0] = before
+
+    def marked(self, place: str, function: Callable[..., Any], *, change: bool = False) -> Callable[..., Any]:
+        """The function, whose calls are a place; a ``change`` counts when it has returned."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.inside(place):
+                result = function(*arguments, **options)
+            self._counts[-1] += change
+            return result
+
+        return call
+
+    def install(self) -> None:
+        """Mark the places in this process."""
+        recipe.optimise = self.marked(STEP, recipe.optimise)
+        FileCheckpoint.save = self.marked(f"{STEP}: checkpoint", FileCheckpoint.save)  # type: ignore[method-assign]
+        Run.commit = self.marked(COMMIT, Run.commit, change=True)  # type: ignore[method-assign]
+        Run.set_head = self.marked(ROLLBACK, Run.set_head, change=True)  # type: ignore[method-assign]
+        profile._current = _Phases(self)
+        session.report = lambda *_: None  # figures, which take longer than the training here
 
 
-def tree_digest(run: Path) -> str:
-    """SHA-256 over names and bytes of HEAD.json and all files of the tasks."""
-    digest = hashlib.sha256()
-    for path in [run / "HEAD.json", *sorted(p for p in (run / "tasks").rglob("*") if p.is_file())]:
-        digest.update(str(path.relative_to(run)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+class _Phases(profile.Profile):
+    """The phases of training steps as places."""
+
+    def __init__(self, whereabouts: Whereabouts) -> None:
+        super().__init__(torch.device("cpu"))
+        self.whereabouts = whereabouts
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        place = f"{STEP}: {name}"
+        if place in PLACES and self.whereabouts.place == STEP:
+            with self.whereabouts.inside(place):
+                yield
+        else:
+            yield
+
+
+class Scenario(Protocol):
+    """Something that is killed. ``targets``: the places at which kills are aimed."""
+
+    name: str
+    targets: Sequence[str]
+
+    def begin(self, folder: Path) -> None:
+        """Make the state that `work` starts from, in a folder that does not exist yet."""
+
+    def work(self, folder: Path) -> None:
+        """In a process of its own; begins anew or continues what was killed."""
+
+    def check(self, folder: Path, returned: int) -> None:
+        """After a kill, when so many changes had returned since `begin`. Raises `SystemExit` when something is lost."""
+
+    def check_end(self, folder: Path) -> None:
+        """After `work` came to its end. Raises `SystemExit` when the end is another than without a kill."""
+
+
+class Training:
+    """Learning a stream of tasks; killed in steps and commits."""
+
+    name = "train"
+    targets = (*PLACES[1:6], COMMIT, COMMIT, OTHER)
+
+    def __init__(self, inputs: Path, whole: Path) -> None:
+        self.inputs, self.whole = inputs, whole
+
+    def begin(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def work(self, folder: Path) -> None:
+        images, config = self.inputs / "images", self.inputs / "train.yaml"
+        call("train", "--data", images, "--run", folder / "run", "--config", config, "--no-evaluate")
+
+    def check(self, folder: Path, returned: int) -> None:
+        if Run.exists(folder / "run"):
+            found = committed(folder / "run")
+            if len(found) < returned or found != committed(self.whole)[: len(found)]:
+                raise SystemExit(f"{folder}: {returned} commits had returned, {len(found)} tasks are there")
+        elif returned:
+            raise SystemExit(f"{folder}: the run is gone")
+
+    def check_end(self, folder: Path) -> None:
+        compare(folder / "run", self.whole)
+
+
+class Undoing:
+    """Rollback of the last task, or removal of the first; killed inside."""
+
+    targets = (ROLLBACK,)
+
+    def __init__(self, words: Sequence[str], whole: Path, undone: Path) -> None:
+        self.name, self.words, self.whole, self.undone = words[0], words, whole, undone
+
+    def begin(self, folder: Path) -> None:
+        shutil.copytree(self.whole, folder / "run")
+
+    def work(self, folder: Path) -> None:
+        # One that was killed after HEAD was replaced is not undone again; opening the run for a change finishes it.
+        if len(Run.open(folder / "run").head()) == len(TASKS):
+            call(self.words[0], folder / "run", *self.words[1:])
+        with Run.open(folder / "run").locked():
+            pass
+
+    def check(self, folder: Path, returned: int) -> None:
+        found = committed(folder / "run")
+        if found not in ([] if returned else [committed(self.whole)]) + [committed(self.undone)]:
+            raise SystemExit(f"{folder}: {found} is neither the state before nor the one after")
+
+    def check_end(self, folder: Path) -> None:
+        compare(folder / "run", self.undone)
+
+
+def call(*words: str | Path) -> None:
+    """The command line in this process. Raises `SystemExit` when it fails."""
+    try:
+        duallora_edge([str(word) for word in words])
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
+
+
+def committed(run: Path) -> list[str]:
+    """Ids of the tasks of a run, whose files are all read and checked."""
+    opened = Run.open(run)
+    opened.records()
+    return [task.id for task in opened.head()]
+
+
+def compare(run: Path, expected: Path) -> None:
+    """Raises `SystemExit` unless both have the same names, and the same bytes but for reports and the process id."""
+    found, wanted = (
+        {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in root.rglob("*")
+            if path.is_file() and path.name != ".lock" and path.parent.name != "reports"
+        }
+        for root in (run, expected)
+    )
+    if found != wanted:
+        names = [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
+        raise SystemExit(f"{run} is not the run that was never killed: {', '.join(sorted(names))}")
+
+
+def write_images(folder: Path) -> None:
+    """Three tasks of two classes of noisy squares, each in its place."""
+    rng = np.random.default_rng(0)
+    for task, (name, classes) in enumerate(TASKS.items()):
+        for k, label in enumerate(classes):
+            for index in range(10):
+                pixels = rng.integers(0, 80, (64, 64, 3), dtype=np.uint8)
+                pixels[8 * task : 8 * task + 30, 30 * k : 30 * k + 30, task] += 150
+                path = folder / name / ("test" if index > 7 else "train") / label / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+
+
+def forked(whereabouts: Whereabouts, work: Callable[[], None], log: Path) -> int:
+    """Start ``work`` in a process of its own; returns its id."""
+    whereabouts.clear()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        whereabouts.install()
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def finish(pid: int, log: Path) -> None:
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit(f"it failed:\n{log.read_text()}")
+
+
+def kill(pid: int, whereabouts: Whereabouts, target: str, number: int, delay: float, log: Path) -> str | None:
+    """Kill a process some seconds after it entered a place for the n-th time; returns where it was, None at its end."""
+    deadline = time.monotonic() + PATIENCE_S
+    while whereabouts.entered(target) < number:
+        if (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            if ended[1]:
+                raise SystemExit(f"it failed:\n{log.read_text()}")
+            return None
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            raise SystemExit(f"it did nothing for {PATIENCE_S} s:\n{log.read_text()}")
+        time.sleep(0.0001)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    return whereabouts.place if os.WIFSIGNALED(status) else None
 
 
 @click.command()
-@click.option("--kills", default=50, show_default=True, type=click.IntRange(1))
+@click.option("--kills", default=300, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=int)
-def main(kills: int, seed: int) -> None:
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder) / "images"
-        write_digits(images)
-        settings = ["--data", images, "--config", Path(folder) / "settings.yaml"]
-        # Three tasks; more steps and checkpoints than the default, so that kills fall into training too.
-        (Path(folder) / "settings.yaml").write_text(
-            "task_order: [digits-0-1, digits-2-3, digits-4-5]\nprecision: fp32\nmin_steps: 150\ncheckpoint_steps: 20\n"
-        )
-        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        start = time.monotonic()
-        subprocess.run(command("train", *settings, "--run", whole), check=True, capture_output=True)
-        duration = time.monotonic() - start
-        expected = tree_digest(whole)
-        click.echo(f"uninterrupted: {duration:.0f} s, {expected}")
-        done = 0
-        while done < kills:
-            process = subprocess.Popen(
-                command("train", *settings, "--run", killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            try:
-                # Start-up takes seconds, so that a run is finished only after several kills; then the next begins.
-                process.wait(timeout=rng.uniform(0.2, 0.6 * duration))
-                if process.returncode != 0:
-                    raise SystemExit(f"train failed with exit code {process.returncode} after {done} kills")
-                check(killed, expected)
-                killed = killed.with_name(f"killed-{done}")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the counts to this file.")
+def main(kills: int, seed: int, json_path: Path | None) -> None:
+    torch.set_num_threads(1)
+    rng, whereabouts = random.Random(seed), Whereabouts()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["DUALLORA_EDGE_CACHE"] = str(folder / "cache")
+        counts = Counter[tuple[str, str]]()
+        ends = Counter[str]()
+        waiting = scenarios(folder, whereabouts)
+        current: dict[str, tuple[Path, int]] = {}  # the folder of each scenario, and what had returned there
+        while counts.total() < kills:
+            scenario = waiting[rng.choices(range(len(waiting)), [4, *(1 for _ in waiting[1:])])[0]]
+            if scenario.name not in current:
+                current[scenario.name] = folder / f"{scenario.name}-{ends[scenario.name]}", 0
+                scenario.begin(current[scenario.name][0])
+            place, returned = current[scenario.name]
+            target, log = rng.choice(scenario.targets), folder / "log"
+            pid = forked(whereabouts, partial(scenario.work, place), log)
+            most = 12 if target.startswith(STEP) and target not in (STEP, f"{STEP}: checkpoint") else 1
+            number = 0 if target == OTHER else rng.randint(1, most)
+            delay = rng.uniform(0, 1.0 if target == OTHER else LONGEST_S)
+            where = kill(pid, whereabouts, target, number, delay, log)
+            if where is None:
+                scenario.check_end(place)
+                ends[scenario.name] += 1
+                del current[scenario.name]
+                shutil.rmtree(place)
                 continue
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            done += 1
-            click.echo(f"kill {done}: {state(killed)}")
-        subprocess.run(command("train", *settings, "--run", killed), check=True, capture_output=True)
-        check(killed, expected)
-        click.echo(f"{kills} kills: status worked after each, every resumed run equals the run never killed")
+            returned += whereabouts.returned
+            scenario.check(place, returned)
+            current[scenario.name] = place, returned
+            counts[scenario.name, where] += 1
+            click.echo(f"kill {counts.total():>4}  {scenario.name:<9} {where}")
+        for scenario in waiting:
+            if scenario.name in current:
+                place = current[scenario.name][0]
+                finish(forked(whereabouts, partial(scenario.work, place), folder / "log"), folder / "log")
+                scenario.check_end(place)
+                ends[scenario.name] += 1
+    seconds = time.monotonic() - started
+    click.echo(f"\n{kills} kills in {seconds:.0f} s; nothing committed was lost after any of them")
+    for (scenario_name, where), count in sorted(counts.items()):
+        click.echo(f"{count:>5}  {scenario_name:<9} {where}")
+    for scenario_name, count in ends.items():
+        click.echo(
+            f"{count:>5}  {scenario_name:<9} came to their end, each equal to what was never killed, byte for byte"
+        )
+    if json_path is not None:
+        rows = [{"scenario": s, "place": where, "kills": count} for (s, where), count in sorted(counts.items())]
+        write_json(json_path, {"kills": kills, "seconds": seconds, "places": rows, "ends": dict(ends)})
 
 
-def state(run: Path) -> str:
-    """What `status` says of the run; before it exists that is a clear error."""
-    answer = subprocess.run(command("status", run, "--json"), capture_output=True, text=True, check=False)
-    if not (run / "run.yaml").exists():
-        if answer.returncode != 1 or "train" not in answer.stderr or "Traceback" in answer.stderr:
-            raise SystemExit(f"status of a run not yet created: {answer.returncode} {answer.stderr}")
-        return "the run was not created yet"
-    if answer.returncode != 0:
-        raise SystemExit(f"status failed: {answer.stderr}")
-    value = json.loads(answer.stdout)
-    steps = value["in_training"]
-    return f"{len(value['tasks'])} tasks learned" + ("" if steps is None else f", checkpoint at step {steps}")
-
-
-def check(run: Path, expected: str) -> None:
-    if (found := tree_digest(run)) != expected:
-        raise SystemExit(f"the resumed run differs: {found} instead of {expected}")
-    click.echo(f"resumed to the end: {expected}, as never killed")
+def scenarios(folder: Path, whereabouts: Whereabouts) -> list[Scenario]:
+    """What is killed, training first; the runs that are never killed are made here."""
+    write_images(folder / "images")
+    (folder / "train.yaml").write_text(f"task_order: [{', '.join(TASKS)}]\n{SETTINGS}")
+    whole, log = folder / "whole" / "run", folder / "log"
+    training = Training(folder, whole)
+    training.begin(folder / "whole")
+    finish(forked(whereabouts, partial(training.work, folder / "whole"), log), log)
+    made: list[Scenario] = [training]
+    for words in (["rollback"], ["remove", "one"]):
+        undone = folder / f"whole-{words[0]}"
+        undoing = Undoing(words, whole, undone / "run")
+        undoing.begin(undone)
+        finish(forked(whereabouts, partial(undoing.work, undone), log), log)
+        made.append(undoing)
+    return made
 
 
 if __name__ == "__main__":
+    # Imported here once, not in every process: the command, and what the first step of an optimiser imports.
+    assert commands and torch._dynamo
     main()
