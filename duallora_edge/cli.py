@@ -11,6 +11,7 @@ import click
 
 from duallora_edge import __version__, interrupts
 from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.text import escaped
 
 # name -> ("module:attribute", extra that brings what the module imports, one-line help)
 COMMANDS = {
@@ -92,6 +93,7 @@ def main(args: list[str] | None = None) -> None:
         click.echo("Interrupted; what was committed is kept.", err=True)
         code = 1
     except click.ClickException as error:
+        error.message = escaped(error.message)
         error.show()
         code = error.exit_code
     except BrokenPipeError:
@@ -100,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
     except (DualLoraEdgeError, OSError) as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"Error: {_sentence(error)}", err=True)
+        click.echo(f"Error: {escaped(_sentence(error))}", err=True)
         code = 1
     sys.exit(code)
 

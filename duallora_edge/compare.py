@@ -21,7 +21,7 @@ import yaml
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.export.graph import build_model
 from duallora_edge.files import open_lock, read_json, write_atomic, write_json
-from duallora_edge.learner.commands import TerminalListener, folder_bytes
+from duallora_edge.learner.commands import TerminalListener, echo, folder_bytes
 from duallora_edge.learner.config import PER_CALL, TrainConfig, load_config, sort_out
 from duallora_edge.learner.encode import PrefixCache
 from duallora_edge.learner.methods import METHODS, compose
@@ -156,8 +156,8 @@ def compare(
         table = markdown(name, results, latencies, keeps)
         write_atomic(out / TABLE, table)
         write_atomic(out / PICTURE, comparison_png(name, results))
-    click.echo(table)
-    click.echo(f"Table: {out / 'comparison.md'}  picture: {out / 'comparison.png'}")
+    echo(table)
+    echo(f"Table: {out / 'comparison.md'}  picture: {out / 'comparison.png'}")
 
 
 def _check_free(out: Path) -> None:

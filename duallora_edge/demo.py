@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.export.commands import training_images
-from duallora_edge.learner.commands import TerminalListener, show_metrics
+from duallora_edge.learner.commands import TerminalListener, echo, show_metrics
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.evaluation import report
 from duallora_edge.learner.methods import compose
@@ -60,20 +60,20 @@ def demo(folder: Path, seed: int) -> None:
     exported = export_run(run, model, resolve_target("jetson"), folder / "bundle", training_images(run))
     for what in ("generated", "real"):
         parity = exported.manifest.parity[what]
-        click.echo(f"Agreement on {parity['images']} {what} images: {100 * parity['top1_agreement']:.2f} %")
-    click.echo(f"Estimate: {exported.estimates[0].text}")
+        echo(f"Agreement on {parity['images']} {what} images: {100 * parity['top1_agreement']:.2f} %")
+    echo(f"Estimate: {exported.estimates[0].text}")
     listener.say("\n== the light runtime on this machine")
     classifier = Classifier.load(folder / "bundle")
     for path in sorted((folder / "images").glob("*/test/*/*.png"))[::90]:
         prediction = classifier(read_image(path))
-        click.echo(f"{path.parent.name}: {prediction.label} ({100 * prediction.confidence:.0f} %), {prediction.task}")
+        echo(f"{path.parent.name}: {prediction.label} ({100 * prediction.confidence:.0f} %), {prediction.task}")
     # A process of its own: this one has torch loaded, which the memory readings must not see.
     subprocess.run(
         [sys.executable, "-m", "duallora_edge", "benchmark", folder / "bundle", "--duration", "2"], check=True
     )
-    click.echo()
+    echo("")
     show_metrics(results[METHODS[0]], False, [(METHODS[1], results[METHODS[1]])])
-    click.echo(f"Bundle: {folder / 'bundle'}  report: {page}")
+    echo(f"Bundle: {folder / 'bundle'}  report: {page}")
 
 
 def write_digits(folder: Path) -> None:

@@ -25,6 +25,7 @@ from duallora_edge.learner.profile import profiling
 from duallora_edge.learner.report.definitions import DEFINITIONS
 from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, measure_run, pick_device, train_run
+from duallora_edge.text import escaped
 
 METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "."
 STAGES = {"decode": "reading images", "encode": "frozen prefix", "train": "training"}
@@ -35,7 +36,7 @@ class TerminalListener(Listener):
     """Lines and progress bars on standard error: bars on a terminal, a plain line every few seconds elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self.bars = Progress(
             TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(), console=self.console, transient=True,
@@ -46,7 +47,7 @@ class TerminalListener(Listener):
 
     def say(self, text: str) -> None:
         self._finish()
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(escaped(text), markup=False, soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.console.is_terminal:
@@ -72,6 +73,16 @@ class TerminalListener(Listener):
             self.bars.remove_task(self.bar)
             self.bars.stop()
             self.bar, self.stage = None, ""
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print lines on the terminal, where names and paths that others chose do no harm."""
+    click.echo(escaped(text), err=err)
+
+
+def one_line(name: str) -> str:
+    """A name as a part of a line."""
+    return escaped(name).replace("\n", "\\n")
 
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -162,8 +173,8 @@ def train(
             if evaluate or as_json:
                 show_metrics(metrics, as_json)
             else:
-                click.echo(f"Not measured; 'duallora-edge evaluate {run_path}' does it.")
-            click.echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)
+                echo(f"Not measured; 'duallora-edge evaluate {run_path}' does it.")
+            echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)
 
 
 @click.command()
@@ -191,7 +202,7 @@ def evaluate(
     if comparisons:
         report(opened, metrics, comparisons)
     show_metrics(metrics, as_json, comparisons)
-    click.echo(f"Report: {run / 'reports' / 'report.html'}", err=as_json)
+    echo(f"Report: {run / 'reports' / 'report.html'}", err=as_json)
 
 
 @click.command()
@@ -209,10 +220,10 @@ def status(run: Path, privacy: bool, as_json: bool) -> None:
     opened = Run.open(run)
     value = privacy_list(opened) if privacy else describe(opened)
     if as_json:
-        click.echo(json.dumps(value, indent=2))
+        echo(json.dumps(value, indent=2))
     else:
-        click.echo(privacy_text(value) if privacy else status_text(value))
-        click.echo(f"Run: {run}")
+        echo(privacy_text(value) if privacy else status_text(value))
+        echo(f"Run: {run}")
 
 
 @click.command()
@@ -232,7 +243,7 @@ def rollback(run: Path) -> None:
         name = opened.read_info(head[-1]).name
         kept = opened.set_head(head[:-1])
     say_kept(kept)
-    click.echo(f"Undid {name}; {len(head) - 1} task(s) left.  Run: {run}")
+    echo(f"Undid {one_line(name)}; {len(head) - 1} task(s) left.  Run: {run}")
 
 
 @click.command()
@@ -256,8 +267,9 @@ def remove(run: Path, task: str) -> None:
             raise RunError(f"Later tasks of {opened.config.method} build on {task}; only the newest can be removed.")
         kept = opened.set_head([other for other in head if other != entry])
     say_kept(kept)
-    click.echo(
-        f"Removed {task}; {len(head) - 1} task(s) left. 'duallora-edge evaluate {run}' measures them.  Run: {run}"
+    echo(
+        f"Removed {one_line(task)}; {len(head) - 1} task(s) left. 'duallora-edge evaluate {run}' measures them.  "
+        f"Run: {run}"
     )
 
 
@@ -275,16 +287,16 @@ def config_keys(path: Path | None) -> list[str]:
 def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[str, Metrics]] = ()) -> None:
     """Print the headline numbers, one column a run, or everything as JSON."""
     if as_json:
-        click.echo(json.dumps(metrics.to_json(), indent=2))
+        echo(json.dumps(metrics.to_json(), indent=2))
         return
     columns = [metrics, *(other for _, other in comparisons)]
     names = ["", *(name for name, _ in comparisons)]
     width = max(len(definition.title) for definition in DEFINITIONS.values())
     if comparisons:
-        click.echo(" " * width + "".join(f"  {name or 'this run':>14}" for name in names))
+        echo(" " * width + "".join(f"  {one_line(name) or 'this run':>14}" for name in names))
     for key, definition in DEFINITIONS.items():
         values = "".join(f"  {definition.format(column.summary[key]):>14}" for column in columns)
-        click.echo(f"{definition.title:<{width}}{values}")
+        echo(f"{definition.title:<{width}}{values}")
 
 
 def stored_metrics(run: Run) -> Metrics:
@@ -339,7 +351,7 @@ def status_text(value: dict[str, Any]) -> str:
     for task in value["tasks"]:
         accuracy = "not measured" if task["accuracy"] is None else f"{100 * task['accuracy']:.1f} %"
         lines.append(
-            f"{task['name'][:24]:<24} {task['classes']:>7} {task['images']:>7} {task['bytes'] / 1e6:>6.1f}  "
+            f"{one_line(task['name'])[:24]:<24} {task['classes']:>7} {task['images']:>7} {task['bytes'] / 1e6:>6.1f}  "
             f"{task['residual']:<9} {accuracy}"
         )
     if value["in_training"] is not None:
@@ -381,7 +393,7 @@ def privacy_text(value: dict[str, Any]) -> str:
         f"{pixels}, and features only as means over the images of a class (which for a class "
         "of one image is that image's feature). About the images it holds:"
     ]
-    lines += [f"{entry['bytes']:>12,} B  {entry['file']:<48} {entry['what']}" for entry in value["files"]]
+    lines += [f"{entry['bytes']:>12,} B  {one_line(entry['file']):<48} {entry['what']}" for entry in value["files"]]
     lines.append(
         f"Decoded images are cached outside the run in {value['pixel_cache']}; delete that folder to drop them."
     )

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 PRIOR_IMAGES_PER_FEATURE = 0.25
+# Shares of the mean square of the means: a mean variance below the first is rounding, and what is added to the
+# variances is at least the second, so that distances between classes stay within what float32 can tell apart.
+ROUNDING = 1e-10
+LEAST_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ class GaussianClassifier:
 
         a = m / (n + m) with n images and a prior worth m = D / 4 images: a lot of shrinkage for a first small
         task, next to none after many. Shrinking towards the diagonal keeps the different scales of the features.
-        A small multiple of the mean variance is added so that constant features, or as many classes as images,
-        stay invertible. The ``inflation`` takes an inverse [D, D], longer than all the rest.
+        A small multiple of the mean variance, or at least of the mean square of the means, is added so that constant
+        features, or as many classes as images, stay invertible. The ``inflation`` takes an inverse [D, D], longer than
+        all the rest.
         """
         counts = torch.cat([s.counts for s in statistics])
         means = torch.cat([s.means for s in statistics])
@@ -109,8 +114,10 @@ class GaussianClassifier:
         variance = pooled.diagonal()
         prior = PRIOR_IMAGES_PER_FEATURE * len(variance)
         shrinkage = prior / (float(counts.sum()) + prior)
-        # Without any spread (one image a class) the distance between the means is all there is: unit variance.
-        floor = 1e-4 * variance.mean() if variance.mean() > 0 else torch.ones((), dtype=torch.float64)
+        spread, size = variance.mean(), means.square().mean()
+        floor = torch.maximum(1e-4 * spread, LEAST_FLOOR * size)
+        if spread <= ROUNDING * size:  # one image a class, or copies: distances are all there is, unit variance
+            floor = torch.ones_like(spread)
         added = shrinkage * variance + floor
         root = torch.linalg.cholesky((1 - shrinkage) * pooled + torch.diag(added))
         shares = counts / counts.sum().clamp(min=1)

@@ -347,11 +347,29 @@ def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Se
     if saved is None:
         return 0
     step, tensors = saved
+    if not _fits(step, tensors, parameters):
+        return 0  # it costs repeated work, never a wrong result
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"{index}.value"])
         moments = {key: tensors[f"{index}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
     return step
+
+
+def _fits(step: int, tensors: dict[str, Tensor], parameters: Sequence[Tensor]) -> bool:
+    """Whether a checkpoint is of these parameters, and of finite numbers."""
+    wanted = {
+        f"{index}.{part}": parameter
+        for index, parameter in enumerate(parameters)
+        for part in ("value", "exp_avg", "exp_avg_sq")
+    }
+    return (
+        step > 0
+        and tensors.keys() == wanted.keys()
+        and all(tensors[name].shape == parameter.shape for name, parameter in wanted.items())
+        and all(tensors[name].dtype == parameter.dtype for name, parameter in wanted.items())
+        and all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    )
 
 
 @torch.no_grad()

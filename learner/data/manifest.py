@@ -11,6 +11,7 @@ from duallora_edge.errors import DataError
 from duallora_edge.learner.data.folders import check_task_order, checked_name, is_image_name
 from duallora_edge.learner.data.images import ImageFile, ImageSet
 from duallora_edge.learner.data.split import Found, FoundTask
+from duallora_edge.text import UNSAFE
 
 MAX_BYTES = 256 * 2**20
 MAX_ROWS = 2_000_000
@@ -49,7 +50,10 @@ def find_in_manifest(file: Path, task_order: Sequence[str] | None, task_name: st
         if "task" not in columns:
             raise DataError(f"task_order needs a 'task' column, which {file} does not have; add one.")
         check_task_order(task_order, names)
-    tasks = {name: [row for row in rows if (row.task or task_name) == name] for name in task_order or names}
+    tasks: dict[str, list[_Row]] = {name: [] for name in task_order or names}
+    for row in rows:
+        if (name := row.task or task_name) in tasks:
+            tasks[name].append(row)
     found = tuple(_task(name, members, "split" in columns) for name, members in tasks.items())
     left_out = len(names) - len(tasks)
     notes = (f"ignored: {left_out} tasks not named by task_order",) if left_out else ()
@@ -98,12 +102,21 @@ def _row(base: Path, columns: list[str], cells: list[str]) -> tuple[_Row | None,
         return None, f"the split is {split[:40]!r}, not train, val or test"
     if task.startswith(".") or "/" in task or "\\" in task or not task.isprintable():
         return None, f"the task name {task[:40]!r} cannot be the name of a folder"
+    if UNSAFE.search(values["label"]):
+        return None, f"the label {values['label'][:40]!r} holds control characters"
     if not is_image_name(values["path"]):
         return None, f"{values['path'][-80:]!r} has no suffix of an image"
     path = base / values["path"]
-    if "\0" in values["path"] or not path.is_file():
+    if not _is_file(path):
         return None, f"there is no file {values['path'][-80:]!r}"
     return _Row(path, checked_name(values["label"]), split, checked_name(task)), ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _task(name: str, rows: list[_Row], has_splits: bool) -> FoundTask:

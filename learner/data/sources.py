@@ -7,13 +7,15 @@ from pathlib import Path
 
 from duallora_edge.errors import DataError
 from duallora_edge.files import cache_folder
-from duallora_edge.learner.data.folders import find_in_folder
+from duallora_edge.learner.data.folders import checked_name, find_in_folder
 from duallora_edge.learner.data.images import Stream
 from duallora_edge.learner.data.manifest import find_in_manifest
-from duallora_edge.learner.data.split import Found, Splits, by_classes
+from duallora_edge.learner.data.split import Found, FoundTask, Splits, by_classes
 from duallora_edge.learner.data.torchvision_sets import find_in_torchvision
+from duallora_edge.text import UNSAFE
 
 _TORCHVISION = "torchvision:"
+MAX_NAME = 2000
 
 
 def open_stream(
@@ -43,13 +45,26 @@ def open_stream(
     Raises `DataError` when the images cannot be used as they lie there, `ConfigError` for a bad setting.
     """
     splits = Splits(validation_fraction, test_fraction, seed)
+    task_name = None if task_name is None else checked_name(task_name)
     found = _find(source, task_order, task_name, data_root)
     tasks = found.tasks
     if classes_per_task is not None:
         if found.is_stream:
             raise DataError(f"{source} already says which images belong to which task; leave out classes_per_task.")
         tasks = by_classes(tasks[0], classes_per_task, class_order, task_name or "classes")
+    for task in tasks:
+        _check_names(task)
     return Stream(found.layout, source, tuple(map(splits.apply, tasks)), found.notes)
+
+
+def _check_names(task: FoundTask) -> None:
+    """Raise `DataError` for names that no device would accept: they are shown on terminals, and in logs."""
+    for what, names in (("task", [task.name]), ("class", task.train.classes)):
+        for name in names:
+            if UNSAFE.search(name):
+                raise DataError(f"The name {name!r} of a {what} holds control characters; rename it without them.")
+            if not 0 < len(name) <= MAX_NAME:
+                raise DataError(f"The name {name[:40]!r} of a {what} must have 1 to {MAX_NAME} characters; rename it.")
 
 
 def _find(source: str, task_order: Sequence[str] | None, task_name: str | None, data_root: Path | None) -> Found:
@@ -63,6 +78,6 @@ def _find(source: str, task_order: Sequence[str] | None, task_name: str | None, 
         return find_in_folder(path, task_order, task_name or path.resolve().name or "task")
     if not path.exists():
         raise DataError(f"{source} does not exist; name a folder of images, a CSV file or torchvision:NAME.")
-    if path.suffix.lower() != ".csv":
+    if path.suffix.lower() != ".csv" or not path.is_file():
         raise DataError(f"{source} is neither a folder nor a .csv file; name a folder of images or a CSV manifest.")
     return find_in_manifest(path, task_order, task_name or path.stem)

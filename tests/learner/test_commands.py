@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -275,3 +276,40 @@ def test_a_task_that_later_ones_build_on_is_not_removed(
     code, printed, _ = call("status", run, "--privacy")
     assert code == 0
     assert "TRAINING IMAGES ARE STORED" in printed
+
+
+def test_rows_that_do_not_fit_the_state(call: Call, run: Path) -> None:
+    path = run / "reports" / "rows.json"
+    rows = json.loads(path.read_text())
+    last = Run.open(run).digest()
+    for damage in ({last: rows[last][:1]}, {last: 5}, {last: [{"n": 10**400}]}, [], {last: [{"bin_count": "x"}] * 2}):
+        path.write_text(json.dumps(damage))
+        assert "rows.json is damaged" in failure(call("status", run))
+    for command in (("train", "--run", run, *QUICK), ("evaluate", run, "--compare", run)):
+        assert "rows.json is damaged" in failure(call(*command))
+
+
+def test_names_and_paths_of_others_do_no_harm_on_a_terminal(call: Call, run: Path, tmp_path: Path) -> None:
+    """A run that came from elsewhere, with names that `train` would refuse, in a folder with such a name."""
+    evil = "a\x1b[2J\u202e\nb"
+    for folder in (run / "tasks").iterdir():
+        description = json.loads((folder / "task.json").read_text())
+        description["name"] = f"{evil} {folder.name}"
+        (folder / "task.json").write_text(json.dumps(description))
+        head = json.loads((run / "HEAD.json").read_text())
+        content = json.dumps(description, sort_keys=True, ensure_ascii=False).encode()
+        ids = {folder.name: hashlib.sha256(content).hexdigest()}
+        head["tasks"] = [{**entry, "id": ids.get(entry["folder"], entry["id"])} for entry in head["tasks"]]
+        (run / "HEAD.json").write_text(json.dumps(head))
+    run = run.rename(tmp_path / "run\x1b[2J\u202e")
+    commands = (
+        ("status", run), ("status", run, "--privacy"), ("status", run, "--json"), ("remove", run, f"x{evil}"),
+        ("rollback", run), ("remove", run, f"{evil} 0001-01-round"), ("rollback", run),
+        ("train", "--run", run, "--method", f"x{evil}"), ("train", "--run", run, "--data", f"x{evil}"),
+        ("train", "--run", tmp_path / "new", "--config", tmp_path / evil), (f"x{evil}",),
+    )  # fmt: skip
+    outputs = [call(*command) for command in commands]
+    assert [code for code, _, _ in outputs] == [0, 0, 0, 1, 0, 0, 1, 2, 1, 1, 2]
+    for _, out, err in outputs:
+        assert "\x1b" not in out + err and "\u202e" not in out + err and "Traceback" not in err
+    assert r"a\x1b[2J\u202e\nb" in outputs[0][1] and r"Undid a\x1b[2J\u202e\nb 0002" in outputs[4][1]

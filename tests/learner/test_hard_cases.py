@@ -163,6 +163,56 @@ def test_tasks_of_very_different_sizes(
         assert min(accuracy(records, task) for task in tasks) > 0.25
 
 
+def flat(name: str, shades: dict[str, tuple[int, int]], flicker: int = 0) -> PreparedTask:
+    """A task of classes whose images are of one shade: ``shades`` holds shade and number of images."""
+    rng = np.random.default_rng(0)
+    pixels = np.concatenate([np.full((count, 32, 32, 3), shade, np.uint8) for shade, count in shades.values()])
+    pixels[:, 0, 0] ^= rng.integers(0, flicker + 1, (len(pixels), 3), dtype=np.uint8)
+    labels = tuple(label for label, (_, count) in shades.items() for _ in range(count))
+    images = PixelSet(pixels, labels)
+    return PreparedTask(name, images, PixelSet(pixels[::5], labels[::5]), images, digest=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("shades", "flicker"),
+    [
+        ({"black": (0, 8), "white": (255, 8)}, 0),
+        ({"black": (0, 8), "also": (0, 8)}, 0),
+        ({"black": (0, 8), "white": (254, 8)}, 1),
+        ({"black": (0, 1), "white": (255, 1)}, 0),
+        ({"black": (0, 1), "also": (0, 1)}, 0),
+    ],
+    ids=str,
+)
+def test_constant_features(
+    tiny_backbone: Backbone,
+    make_task: MakeTask,
+    learn: Learn,
+    accuracy: Accuracy,
+    method: str,
+    shades: dict[str, tuple[int, int]],
+    flicker: int,
+) -> None:
+    """Images without any content, as a first task and before a usual one."""
+    tasks = [flat("flat", shades, flicker), pair(make_task, 1)]
+    for count in (1, 2):
+        records = learn(tasks[:count], method=method)
+        assert_finite(records)
+        for task in tasks[:count]:
+            answers(tiny_backbone, records, task)
+        if "white" in shades and method in CLOSED_FORM:
+            assert accuracy(records, tasks[0]) == 1
+
+
+@pytest.mark.parametrize("classifier", ["lda_f", "mean_f", "ridge", "heads"])
+def test_constant_features_in_every_classifier(tiny_backbone: Backbone, learn: Learn, classifier: str) -> None:
+    task = flat("flat", {"black": (0, 8), "white": (255, 8)})
+    records = learn([task], classifier=classifier)
+    assert_finite(records)
+    answers(tiny_backbone, records, task)
+
+
 MANY = [
     ("frozen", {}),
     ("dual_lora", {"energy": 0.99}),

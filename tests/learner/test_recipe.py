@@ -229,3 +229,23 @@ def test_a_part_that_does_not_fit_is_halved(
     monkeypatch.setattr(recipe, "run_suffix", limited)
     assert_identical(learn([task])[0], expected)
     assert refused == [16, 8]
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_continued(make_task: MakeTask, learn: Learn) -> None:
+    task, settings = make_task("a", *digit_of(2)), {"min_steps": 2, "epochs": 0, "checkpoint_steps": 1}
+    whole = learn([task], **settings)[0]
+    checkpoint = BreakingCheckpoint(1)
+    with pytest.raises(InterruptedTrainingError):
+        learn([task], checkpoint=checkpoint, **settings)
+    assert checkpoint.saved
+    _, tensors = checkpoint.saved
+    checkpoint.stop_at = 0
+    for step, changes in (
+        (-3, {}),
+        (1, {"0.value": tensors["0.value"][:-1] + 1}),
+        (1, {"1.exp_avg": tensors["1.exp_avg"].half()}),
+        (1, {"0.exp_avg_sq": tensors["0.exp_avg_sq"] * float("nan")}),
+        (1, {"one more": tensors["0.value"]}),
+    ):
+        checkpoint.saved = (step, {**tensors, **changes})
+        assert_identical(learn([task], checkpoint=checkpoint, **settings)[0], whole)

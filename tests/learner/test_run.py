@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -14,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save
 
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.backbone import Backbone
-from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.config import SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.record import TaskRecord
-from duallora_edge.learner.run import MARKER, SCHEMA, SPARE, FileCheckpoint, Run
+from duallora_edge.learner.run import MARKER, SCHEMA, SPARE, FileCheckpoint, Run, StoredTask
 
 CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
 
-MEMORY = {"images": torch.arange(48, dtype=torch.uint8).reshape(1, 4, 4, 3), "labels": torch.tensor([3])}
+MEMORY = {"images": torch.arange(48, dtype=torch.uint8).reshape(1, 4, 4, 3), "labels": torch.tensor([1])}
 
 
 @pytest.fixture
@@ -128,6 +130,121 @@ def test_a_changed_description_is_noticed(
         run.read_info(task)
 
 
+def put_hashes_right(run: Run) -> StoredTask:
+    """The only task of a run, whose hashes now are those of what lies there."""
+    folder = next((run.path / "tasks").iterdir())
+    description = json.loads((folder / "task.json").read_text())
+    if isinstance(description.get("files"), dict):
+        for name in description["files"]:
+            description["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "task.json").write_text(json.dumps(description))
+    content = json.dumps(description, sort_keys=True, ensure_ascii=False).encode()
+    task = StoredTask(folder.name, hashlib.sha256(content).hexdigest())
+    run.set_head([task])
+    return task
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"name": ""}, "name: "),
+        ({"name": None}, "name: "),
+        ({"classes": "ab"}, "classes: "),
+        ({"classes": ["a", 1]}, "classes: "),
+        ({"classes": ["a", "a"]}, "classes: must be different names"),
+        ({"classes": []}, "classes: must be different names"),
+        ({"method": "magic"}, "method: 'magic' is unknown"),
+        ({"method": ["dual_lora"]}, "method: "),
+        ({"classifier": "auto"}, "classifier: 'auto' is unknown"),
+        ({"residual": 1, "gate": 1, "calibration": 1}, "residual: .*gate: .*calibration: "),
+        ({"seed": -1}, "seed: "),
+        ({"seed": 10**30}, "seed: "),
+        ({"data_digest": 7}, "data_digest: "),
+        ({"counts": []}, "counts: must be a mapping"),
+        ({"counts": {"a": "many"}}, "counts.a: "),
+        ({"held_back": {"images": [1]}}, "held_back.images: "),
+        ({"held_back": 5}, "held_back: must be a mapping"),
+        ({"files": []}, "files: must be a mapping"),
+        ({"files": {}}, "lacks the tensor"),
+    ],
+    ids=str,
+)
+def test_a_description_that_makes_no_sense(
+    run: Run, two_tasks: list[TaskRecord], changes: dict[str, object], reason: str
+) -> None:
+    folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
+    edit_json(folder / "task.json", **changes)
+    with pytest.raises(RunError, match=reason) as caught:
+        run.read(put_hashes_right(run))
+    assert "restore it from a copy" in str(caught.value)
+
+
+def test_a_description_without_a_key(run: Run, two_tasks: list[TaskRecord]) -> None:
+    folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
+    description = json.loads((folder / "task.json").read_text())
+    for key in two_tasks[0].info.to_json():
+        (folder / "task.json").write_text(json.dumps({k: v for k, v in description.items() if k != key}))
+        with pytest.raises(RunError, match=rf"{key}.*; restore it"):
+            run.read_info(put_hashes_right(run))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "change", "reason"),
+    [
+        ("head", "head", lambda t: t.flatten(), r"must be of shape \[any, any\]"),
+        ("head", "head", lambda t: t.half(), "must hold torch.float32, not torch.float16"),
+        ("head", "head", lambda t: t[:, :-1], "must be of shape"),
+        ("head", "head", lambda t: t * float("nan"), "not finite"),
+        ("adapters", "blocks.0.orthogonal.q_up", lambda t: t[:-1], "must be of shape"),
+        ("adapters", "blocks.1.residual.v_down", lambda t: t[:-1], "of different ranks"),
+        ("adapters", "blocks.0.residual.q_down", lambda t: t[:, 1:], "must be of shape"),
+        ("adapters", "blocks.0.residual.q_down", lambda t: t * float("inf"), "not finite"),
+        ("bases", "blocks.0.q", lambda t: t.T, "must be of shape"),
+        ("bases", "blocks.1.v", lambda t: None, "lacks the tensor"),
+        ("statistics", "counts", lambda t: -t, "counts that cannot be"),
+        ("statistics", "counts", lambda t: t[:1], "must be of shape"),
+        ("statistics", "means", lambda t: t[:, 1:], "must be of shape"),
+        ("statistics", "scatter", lambda t: t[1:], "must be of shape"),
+        ("statistics", "scatter", lambda t: t.bool(), "must hold torch.float32, not torch.bool"),
+        ("statistics", "curve.nll", lambda t: t.T, "must be of shape"),
+        ("statistics", "curve.counts", lambda t: t.flip(0) + torch.tensor([0, 9]), "counts that cannot be"),
+        ("statistics", "novelty", lambda t: t[None], "must be of shape"),
+        ("statistics", "overconfidence", lambda t: -t - 1, "counts that cannot be"),
+        ("memory", "images", lambda t: t.double(), "must hold torch.float32, not torch.float64"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    run: Run,
+    two_tasks: list[TaskRecord],
+    file: str,
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor | None],
+    reason: str,
+) -> None:
+    path = run.path / "tasks" / run.commit(replace(two_tasks[0], memory=MEMORY)).folder / f"{file}.safetensors"
+    tensors = load_file(path)
+    changed = change(tensors.pop(name))
+    path.write_bytes(save(tensors if changed is None else {**tensors, name: changed.contiguous()}))
+    with pytest.raises(RunError, match=reason) as caught:
+        run.read(put_hashes_right(run))
+    assert "restore it from a copy" in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=str)
+def test_what_is_no_file_is_not_waited_for(
+    run: Run, two_tasks: list[TaskRecord], make: Callable[[Path], object]
+) -> None:
+    task = run.commit(two_tasks[0])
+    path = run.path / "tasks" / task.folder / "head.safetensors"
+    path.unlink()
+    make(path)
+    with pytest.raises(RunError, match=r"head\.safetensors cannot be read .*restore it"):
+        run.read(task)
+    (run.path / "checkpoint").mkdir()
+    make(run.path / "checkpoint" / "state.safetensors")
+    assert run.training_steps() is None and run.checkpoint("x").load() is None
+
+
 @pytest.mark.parametrize("file", ["head.safetensors", "task.json"])
 def test_a_missing_file_is_noticed(run: Run, two_tasks: list[TaskRecord], file: str) -> None:
     task = run.commit(two_tasks[0])
@@ -149,6 +266,12 @@ def test_a_missing_file_is_noticed(run: Run, two_tasks: list[TaskRecord], file: 
         '{"tasks": [{"folder": "0001-a"}]}',
         '{"tasks": [{"folder": "../0001-a", "id": "0"}]}',
         '{"tasks": [{"folder": "a", "id": "0"}]}',
+        '{"tasks": [{"folder": 1, "id": "0"}]}',
+        '{"tasks": [{"folder": "0001-a", "id": 0}]}',
+        '{"tasks": [{"folder": "0001-a", "id": null}]}',
+        '{"tasks": {"folder": "0001-a"}}',
+        json.dumps({"tasks": [{"folder": f"{'1' * 5000}-a", "id": "0" * 64}]}),
+        json.dumps({"tasks": 2 * [{"folder": "0001-a", "id": "0" * 64}]}),
     ],
 )
 def test_a_damaged_head(run: Run, head: str) -> None:
@@ -159,6 +282,10 @@ def test_a_damaged_head(run: Run, head: str) -> None:
 
 def edit_yaml(path: Path, **changes: object) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +306,17 @@ def edit_yaml(path: Path, **changes: object) -> None:
         (lambda path: (path / "backbone.json").unlink(), "damaged"),
         (lambda path: (path / "backbone.json").write_text("{}"), "damaged"),
         (lambda path: (path / "backbone.json").write_text("7"), "damaged"),
+        (lambda path: edit_json(path / "backbone.json", size="32"), "damaged .*size: must be a whole number"),
+        (lambda path: edit_json(path / "backbone.json", size=10**9), "damaged .*size: must be a whole number"),
+        (lambda path: edit_json(path / "backbone.json", name=5, sha256=5), "damaged .*name: .*sha256: "),
+        (lambda path: edit_json(path / "backbone.json", mean=[0.5], std="x"), "damaged .*mean: .*std: "),
+        (lambda path: edit_json(path / "backbone.json", summary_blocks=[]), "damaged .*summary_blocks: "),
+        (
+            lambda path: edit_yaml(path / "run.yaml", epochs=1.5, weights=5),
+            "epochs must be .*weights must be a",
+        ),
+        (lambda path: (path / "run.yaml").write_text(f"schema: {SCHEMA}\nseed: 0x{'f' * 5000}"), "not a huge number"),
+        (lambda path: (path / "run.yaml").write_text("a: &a {x: 1}\n<<: [*a, *a]"), "uses a YAML alias"),
         (lambda path: (path / "run.yaml").unlink(), "is not a run"),
         (lambda path: shutil.rmtree(path), "is not a folder; .* makes a run"),
     ],
@@ -423,6 +561,23 @@ def test_sources_are_remembered_by_task(run: Run, tmp_path: Path) -> None:
     found = Run.open(run.path).sources()
     assert found["a"]["data"] == str(tmp_path / "images") and found["a"]["task_order"] == ["b", "a"]
     assert (found["b"]["data"], found["b"]["classes_per_task"]) == ("torchvision:MNIST", 2)
-    (run.path / "sources.json").write_text('{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]", "7", "null", '{"a": 1}', '{"a": []}', '{"a": {}}', '{"a": {"data": ""}}', '{"a": {"data": 5}}',
+        "[" * 9999,
+        '{"a": {"data": "x", "seed": 3}}', '{"a": {"data": "x", "test_fraction": 7}}', '{"a": {"data": "x", "y": 1}}',
+        '{"a": {"data": "x", "task_order": [1]}}', '{"a": {"data": "x", "classes_per_task": -5}}',
+    ],
+)  # fmt: skip
+def test_sources_that_make_no_sense(run: Run, content: str) -> None:
+    (run.path / "sources.json").write_text(content)
     with pytest.raises(RunError, match=r"sources\.json is damaged .*delete it"):
         run.sources()
+
+
+def test_settings_that_a_source_lacks_have_their_defaults(run: Run) -> None:
+    (run.path / "sources.json").write_text('{"a": {"data": "x"}}')
+    assert run.sources() == {"a": {key: getattr(replace(CONFIG, data="x", task_order=None), key) for key in SOURCE}}

@@ -57,6 +57,11 @@ def test_without_splits_some_images_become_the_test_set(root: Path, make_images:
         ("x/000.png,cat,training,t", "the split is 'training'"),
         ("x/999.png,cat,train,t", "there is no file 'x/999.png'"),
         ("x,cat,train,t", "'x' has no suffix of an image"),
+        (f"{'x' * 300}.png,cat,train,t", "there is no file"),
+        ("x/\0.png,cat,train,t", "there is no file"),
+        ("x/000.png,c\x1bat,train,t", r"the label 'c\x1bat' holds control characters"),
+        ("x/000.png,c\u202eat,train,t", r"the label 'c\u202eat' holds control characters"),
+        ("x/000.png,cat,train,t\u202e", r"the task name 't\u202e' cannot be the name of a folder"),
         ("x/000.png,cat,train,../up", "the task name '../up' cannot be the name of a folder"),
     ],
 )
@@ -89,6 +94,10 @@ def test_all_bad_rows_are_counted_and_the_first_ten_shown(root: Path) -> None:
         (b"path,label\n", "lists no images"),
         (b"path,label\n\xff\xfe.png,a\n", "not a CSV file in UTF-8"),
         (b'path,label\n"open.png,a\n', "not a CSV file in UTF-8"),
+        (b"path,label\nx.png," + b"a" * 200_000 + b"\n", "not a CSV file in UTF-8 .*field limit"),
+        ("path,label\nx.png,a\n".encode("utf-16"), "not a CSV file in UTF-8"),
+        ("path,label\nx.png,é\n".encode("latin-1"), "not a CSV file in UTF-8"),
+        (b"path,label\0\n", "first line"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:

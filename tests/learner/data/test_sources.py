@@ -7,6 +7,7 @@ import pytest
 
 from duallora_edge.errors import ConfigError, DataError
 from duallora_edge.learner.data import ImageFile, TaskData, open_stream
+from duallora_edge.text import UNSAFE
 
 
 def sizes(task: TaskData) -> tuple[int, int, int]:
@@ -164,3 +165,33 @@ def test_file_identity_follows_content(root: Path, make_images: Any) -> None:
     assert ImageFile(path).key() != before
     path.unlink()
     assert ImageFile(path).key().endswith("missing")
+
+
+UNSAFE_NAMES = ["red\x1b[2J", "a\u202eb", "a\nb", "a\x9bb", "\u2066x"]
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+@pytest.mark.parametrize("layout", ["{}", "train/{}", "task/train/{}", "{}/train/x"])
+def test_control_characters_in_folder_names(root: Path, make_images: Any, name: str, layout: str) -> None:
+    make_images(layout.format(name), 2)
+    with pytest.raises(DataError, match="holds control characters; rename it") as caught:
+        open_stream(str(root))
+    assert not UNSAFE.search(str(caught.value))
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+@pytest.mark.parametrize("settings", [{}, {"classes_per_task": 1}])
+def test_control_characters_in_the_task_name(root: Path, make_images: Any, name: str, settings: dict[str, Any]) -> None:
+    make_images("a", 2)
+    with pytest.raises(DataError, match="holds control characters; rename it"):
+        open_stream(str(root), task_name=name, **settings)
+    root.rename(root.with_name(name))
+    with pytest.raises(DataError, match=r"name .* of a task holds control characters"):
+        open_stream(str(root.with_name(name)))
+    assert open_stream(str(root.with_name(name)), task_name="fine").tasks[0].name == "fine"
+
+
+def test_a_name_that_is_too_long_for_a_bundle(root: Path, make_images: Any) -> None:
+    make_images("a", 2)
+    with pytest.raises(DataError, match="must have 1 to 2000 characters"):
+        open_stream(str(root), task_name="x" * 2001)

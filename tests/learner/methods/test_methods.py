@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duallora_edge.errors import ConfigError
+from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.calibration import CalibrationCurve, best_mixture
@@ -275,3 +275,65 @@ def test_the_classifier_of_the_configuration_wins(
     with torch.no_grad():
         outputs = compose(tiny_backbone, records)(torch.from_numpy(tasks[0].test.pixels.copy()))
     torch.testing.assert_close(outputs.probabilities.sum(dim=1), torch.ones(8))
+
+
+def changed(record: TaskRecord, **info: object) -> TaskRecord:
+    return replace(record, info=replace(record.info, **info))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda a, b: [a, replace(b, blocks=b.blocks[:1])], "'second': it was learned on another backbone"),
+        (lambda a, b: [replace(a, head=a.head[:, 1:]), b], "'first': it was learned on another backbone"),
+        (lambda a, b: [replace(a, statistics=a.statistics.part(slice(0, 48))), b], "on another backbone"),
+        (lambda a, b: [changed(a, method="frozen"), b], "with another method"),
+        (lambda a, b: [changed(a, classifier="ridge"), b], "with another method"),
+        (lambda a, b: [a, a], "'first': another task has the same name"),
+        (lambda a, b: [changed(a, classifier="ridge"), changed(b, classifier="ridge")], "remembers does not fit"),
+        (lambda a, b: [replace(a, memory={"images": torch.zeros(1)}), b], "remembers does not fit"),
+        (
+            lambda a, b: [
+                changed(replace(t, head=t.head[:1]), classifier="heads", method="sequential") for t in (a, b)
+            ],
+            "heads are not of its classes",
+        ),
+        (lambda a, b: [replace(a, statistics=replace(a.statistics, triangle=-a.statistics.triangle)), b], "statistics"),
+        (lambda a, b: [a, replace(b, statistics=replace(b.statistics, means=b.statistics.means * 1e38))], ""),
+    ],
+)
+def test_tasks_that_do_not_fit_each_other(
+    tiny_backbone: Backbone,
+    two_tasks: list[TaskRecord],
+    damage: Callable[[TaskRecord, TaskRecord], list[TaskRecord]],
+    reason: str,
+) -> None:
+    with pytest.raises(RunError, match=f"The run is damaged .*{reason}.*restore it from a copy"):
+        compose(tiny_backbone, damage(*two_tasks))
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"images": torch.zeros(2, 32, 32, 3)},
+        {"images": torch.zeros(2, 32, 32, 3), "labels": torch.tensor([0, 1])},
+        {"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8), "labels": torch.tensor([0, 1])},
+        {"images": torch.zeros(2, 32, 32, 3, dtype=torch.uint8), "labels": torch.tensor([0, 5])},
+        {"images": torch.zeros(2, 32, 32, 3, dtype=torch.uint8), "labels": torch.tensor([0.0, 1.0])},
+    ],
+)
+def test_stored_images_that_do_not_fit(
+    tiny_backbone: Backbone, two_tasks: list[TaskRecord], memory: dict[str, torch.Tensor]
+) -> None:
+    record = changed(replace(two_tasks[0], memory=memory), method="task_arithmetic", classifier="heads")
+    with pytest.raises(RunError, match="what its method remembers does not fit"):
+        compose(tiny_backbone, [record])
+
+
+def test_a_training_that_diverges_is_not_kept(make_task: MakeTask, learn: Learn, two_tasks: list[TaskRecord]) -> None:
+    blocks = tuple(
+        replace(block, orthogonal=Adapter(*(1e30 * (part + 1) for part in block.orthogonal)))
+        for block in two_tasks[0].blocks
+    )
+    with pytest.raises(RunError, match="Task 'third' cannot be learned: its training diverged"):
+        learn([make_task("third", ["x", "y"], [0, 1])], [replace(two_tasks[0], blocks=blocks)])
