@@ -606,7 +606,7 @@ def test_what_was_used_longest_ago_goes_first(
         "e": make_entry(cache, keep.timing_name, 100, 400),
     }
     (cache / f"{keep.digest}.lock").touch()
-    old, new = (cache / f".{'5' * 32}.timing.0000000{number}.tmp" for number in (0, 1))
+    old, new = (cache / f".{digit * 32}.timing.00000000.tmp" for digit in "45")
     foreign = [cache / name for name in (".mine.tmp", "notes.timing", f"{'6' * 32}.kept-00000000/file")]
     for path in (old, new, *foreign):
         path.parent.mkdir(exist_ok=True)
