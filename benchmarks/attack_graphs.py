@@ -1111,11 +1111,11 @@ def outcomes(python: Path, files: Sequence[Path], mode: str) -> tuple[dict[str, 
     return dict(lines[:-1]), lines[-1][1]
 
 
-def lay_out(root: Path) -> list[Path]:
+def lay_out(root: Path, names: Sequence[str]) -> list[Path]:
     """A folder for each attack with its model and the ways out of it; the secret is in ``root``. Returns the models."""
     (root / "secret").write_bytes(np.full(1024, SECRET, F).tobytes())
     files = []
-    for name in ATTACKS:
+    for name in names:
         folder = root / name
         folder.mkdir()
         (folder / "model.onnx").write_bytes(built(name, folder))
@@ -1137,12 +1137,12 @@ def judge(content: bytes, reads: Sequence[str], returns: Sequence[str]) -> str |
     return None
 
 
-def show_attacks(pythons: Sequence[Path]) -> None:
+def show_attacks(names: Sequence[str], pythons: Sequence[Path]) -> None:
     opened: list[object] = []
     checking = False
     sys.addaudithook(lambda event, arguments: opened.append(arguments[0]) if checking and event == "open" else None)
     with tempfile.TemporaryDirectory() as folder:
-        files = lay_out(Path(folder))
+        files = lay_out(Path(folder), names)
         wrong, slowest = [], 0.0
         for file in files:
             content, reason = file.read_bytes(), ATTACKS[file.parent.name][0]
@@ -1170,12 +1170,11 @@ def show_attacks(pythons: Sequence[Path]) -> None:
         raise SystemExit("\n".join(map(str, [*wrong, *opened])))
 
 
-def show_mutations(paths: Sequence[Path], count: int, seed: int, python: Path) -> None:
+def show_mutations(paths: Sequence[Path], count: int, seed: int, pythons: Sequence[Path]) -> None:
     graphs = [path.read_bytes() for path in paths]
     parts = [parts_of(path.name) for path in paths]
-    reasons: Counter[str] = Counter()
-    ends: Counter[str] = Counter()
-    slowest, before = 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ends: dict[str, Counter[str]] = {}
+    slowest, before, total = 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
     accepted: list[Path] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (index, content) in enumerate(mutate(graphs, count, seed)):
@@ -1183,39 +1182,49 @@ def show_mutations(paths: Sequence[Path], count: int, seed: int, python: Path) -
             said = judge(content, *parts[index])
             slowest = max(slowest, time.perf_counter() - start)
             if said is None:
-                accepted.append(Path(folder) / f"{number}.onnx")
+                accepted.append(Path(folder) / f"{number}-{paths[index].name}")
                 accepted[-1].write_bytes(content)
-            reasons["accepted" if said is None else "refused"] += 1
-            if len(accepted) == 500 or number == count - 1:
-                found, version = outcomes(python, accepted, "file") if accepted else ({}, "")
-                ends.update(found.values())
-                for name, end in found.items():
-                    if end not in ("answer", "error"):
-                        kept = Path(tempfile.gettempdir()) / f"mutation-{seed}-{Path(name).name}"
-                        kept.write_bytes(Path(name).read_bytes())
-                        click.echo(f"{end}: {kept}, of {paths[index].name}")
+            if len(accepted) == 500 or (accepted and number == count - 1):
+                for python in pythons:
+                    found, version = outcomes(python, accepted, "file")
+                    ends.setdefault(version, Counter()).update(found.values())
+                    keep(found, f"mutation-{seed}")
+                total += len(accepted)
                 for path in accepted:
                     path.unlink()
                 accepted.clear()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    click.echo(f"{count} mutations of {len(graphs)} graphs, seed {seed}: {dict(reasons)}")
+    click.echo(f"{count} mutations of {len(graphs)} graphs, seed {seed}: {total} accepted, {count - total} refused")
     click.echo(f"slowest check {1000 * slowest:.0f} ms, memory of this process grew by {grown:.0f} MiB")
-    click.echo(f"accepted ones in ONNX Runtime {version}: {dict(ends)}")
+    for version, each in ends.items():
+        click.echo(f"accepted ones in ONNX Runtime {version}: {dict(each)}")
+
+
+def keep(found: dict[str, str], prefix: str) -> None:
+    """Copy what ended in neither an answer nor an error to the temporary folder."""
+    for name, end in found.items():
+        if end not in ("answer", "error"):
+            kept = Path(tempfile.gettempdir()) / f"{prefix}-{Path(name).name}"
+            kept.write_bytes(Path(name).read_bytes())
+            click.echo(f"{end}: {kept}")
 
 
 @click.command()
 @click.argument("graphs", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--python", "pythons", multiple=True, type=click.Path(path_type=Path), help="[this one]")
+@click.option("--attack", "names", multiple=True, type=click.Choice([*ATTACKS]), metavar="NAME", help="[all]")
 @click.option("--mutations", default=0, help="Mutate the exported GRAPHS this often instead.")
 @click.option("--seed", default=0, show_default=True)
-def main(graphs: tuple[Path, ...], pythons: tuple[Path, ...], mutations: int, seed: int) -> None:
+def main(
+    graphs: tuple[Path, ...], pythons: tuple[Path, ...], names: tuple[str, ...], mutations: int, seed: int
+) -> None:
     pythons = pythons or (Path(sys.executable),)
     if mutations and not graphs:
         raise click.UsageError("Give the ONNX files of an exported bundle to mutate.")
     if mutations:
-        show_mutations(graphs, mutations, seed, pythons[0])
+        show_mutations(graphs, mutations, seed, pythons)
     else:
-        show_attacks(pythons)
+        show_attacks(names or [*ATTACKS], pythons)
 
 
 if __name__ == "__main__":

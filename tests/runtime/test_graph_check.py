@@ -92,7 +92,7 @@ def test_every_opset_is_accepted(two_tasks: ComposedModel, opset: int, half: boo
     accept(two_tasks, opset, half=half, ir_version=10 if opset == 20 else 8)
 
 
-@pytest.mark.parametrize("batch", [None, 1, 4, MAX_BATCH])
+@pytest.mark.parametrize("batch", [None, 1, MAX_BATCH])
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_and_batch_is_accepted(two_tasks: ComposedModel, part: Part, batch: int | None) -> None:
     for half in (False, True):
@@ -111,7 +111,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("opset", "half"), [(16, True), (17, False), (20, True)])
+@pytest.mark.parametrize(("opset", "half"), [(16, True), (20, False)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: ",".join(variant))
 def test_every_backbone_is_accepted(
     make_backbone: Callable[..., Backbone], records: list[TaskRecord], variant: dict[str, Any], opset: int, half: bool
