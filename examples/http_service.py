@@ -25,6 +25,7 @@ import warnings
 from typing import Any
 
 import anyio
+import h11
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -60,6 +61,14 @@ class ImpatientProtocol(H11Protocol):
             self.transport.abort()
         elif not self.transport.is_closing():
             self.loop.call_later(IDLE_S, self.close_if_idle, self.cycle if idle else False)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # this is the answer to a body that is wrong; another one must not follow
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # it was answered before the body went wrong
+            self.transport.abort()
 
     def shutdown(self) -> None:
         super().shutdown()

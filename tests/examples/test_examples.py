@@ -218,6 +218,17 @@ def test_http_service_survives_what_is_no_request(shared_web: Web, raw: bytes, a
     assert shared_web.ask("GET", "/health", headers={})[0] == 200
 
 
+@pytest.mark.parametrize(("path", "status"), [("/x", b"404"), ("/classify", b"400")])
+def test_http_service_answers_once_when_a_body_goes_wrong(shared_web: Web, path: str, status: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", shared_web.port), timeout=SECONDS) as connection, suppress(OSError):
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        received = connection.recv(4096) if status == b"404" else b""
+        connection.sendall(b"zz\r\n")
+        while chunk := connection.recv(4096):
+            received += chunk
+    assert received.startswith(b"HTTP/1.1 " + status) and received.count(b"HTTP/1.1 ") == 1
+
+
 def test_http_service_is_not_stopped_by_slow_clients(web: Web) -> None:
     heads = (
         b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhalf of it",
