@@ -1,14 +1,16 @@
-"""Kill changes of a run at random moments inside of them, and show that nothing is lost.
+"""Kill changes of a run, exports, builds and swaps at random moments inside of them, and show that nothing is lost.
 
     OMP_NUM_THREADS=1 python benchmarks/kill.py --kills 300
 
-Every process is forked from this one, which has everything imported, and says in shared memory what it is doing: inside
-a training step (forward, backward, optimiser, checkpoint), a commit, a rollback, or elsewhere. It is killed (SIGKILL) a
-random time after it enters the place that was drawn, and where it really was is read from that memory.
+Every process is forked from this one, which has everything imported, and says in shared memory what it is doing:
+inside a training step (forward, backward, optimiser, checkpoint), a commit, a rollback, the writing of a bundle, the
+build of an engine, a swap, or elsewhere. It is killed (SIGKILL) a random time after it enters the place that was drawn,
+and where it really was is read from that memory.
 
 After each kill the run must open, every task in it must be a task of the run that was never killed, with the same
 bytes, and no task may be missing whose commit (or be there whose rollback) had returned. In the end each killed run
-must equal the one that was never killed, byte for byte.
+must equal the one that was never killed, byte for byte. A bundle must be the old or the new one, whole, an engine whole
+or not there, and what a swap was trying is given up after two deaths; nothing is left behind in the end.
 """
 
 from __future__ import annotations
@@ -35,9 +37,18 @@ import torch._dynamo
 from PIL import Image
 
 from duallora_edge.cli import main as duallora_edge
-from duallora_edge.files import write_json
+from duallora_edge.errors import SwapError
+from duallora_edge.export import bundle as exporting
+from duallora_edge.export import commands as export_commands
+from duallora_edge.files import read_json, write_json
 from duallora_edge.learner import commands, profile, recipe, session
 from duallora_edge.learner.run import FileCheckpoint, Run
+from duallora_edge.runtime import engine
+from duallora_edge.runtime.bundle import MANIFEST, Bundle
+from duallora_edge.runtime.classifier import Classifier
+from duallora_edge.runtime.engine_cache import find_engine
+from duallora_edge.runtime.tensorrt_api import load_tensorrt
+from duallora_edge.runtime.trial import Opening, Trial
 
 TASKS = {"one": "ab", "two": "cd", "three": "ef"}
 SETTINGS = """
@@ -52,10 +63,12 @@ precision: fp32
 device: cpu
 """
 STEP = "training step"
-COMMIT, ROLLBACK, OTHER = "commit", "rollback", "elsewhere"
+COMMIT, ROLLBACK, EXPORT, BUILD, SWAP, OTHER = "commit", "rollback", "export", "build", "swap", "elsewhere"
 PLACES = (OTHER, STEP, f"{STEP}: suffix forward", f"{STEP}: suffix backward", f"{STEP}: optimiser",
-          f"{STEP}: checkpoint", COMMIT, ROLLBACK)  # fmt: skip
-LONGEST_S = 0.02  # from entering a place to the kill
+          f"{STEP}: checkpoint", COMMIT, ROLLBACK, EXPORT, BUILD, SWAP)  # fmt: skip
+# The longest time from entering a place to the kill: about as long as it takes.
+LONGEST_S = {OTHER: 1.0, EXPORT: 0.3, BUILD: 4.0, SWAP: 1.5}
+SHORT_S = 0.02
 PATIENCE_S = 120
 
 
@@ -110,6 +123,9 @@ class Whereabouts:
         FileCheckpoint.save = self.marked(f"{STEP}: checkpoint", FileCheckpoint.save)  # type: ignore[method-assign]
         Run.commit = self.marked(COMMIT, Run.commit, change=True)  # type: ignore[method-assign]
         Run.set_head = self.marked(ROLLBACK, Run.set_head, change=True)  # type: ignore[method-assign]
+        exporting._write = self.marked(EXPORT, exporting._write, change=True)
+        engine.build_engine = self.marked(BUILD, engine.build_engine, change=True)
+        Classifier.swap = self.marked(SWAP, Classifier.swap, change=True)  # type: ignore[method-assign]
         profile._current = _Phases(self)
         session.report = lambda *_: None  # figures, which take longer than the training here
 
@@ -203,6 +219,94 @@ class Undoing:
 
     def check_end(self, folder: Path) -> None:
         compare(folder / "run", self.undone)
+
+
+class Exporting:
+    """A bundle that is replaced; killed while it is written."""
+
+    name, targets = "export", (EXPORT,)
+
+    def __init__(self, whole: Path, bundle: Path) -> None:
+        self.whole, self.bundle = whole, bundle
+
+    def begin(self, folder: Path) -> None:
+        shutil.copytree(self.bundle, folder / "bundle")
+
+    def work(self, folder: Path) -> None:
+        call("export", self.whole, "-o", folder / "bundle", "--bundle-version", "2")
+
+    def check(self, folder: Path, returned: int) -> None:
+        version = Bundle.open(folder / "bundle").manifest.bundle_version
+        if version not in ((2,) if returned else (1, 2)):
+            raise SystemExit(f"{folder}: the bundle has version {version}")
+
+    def check_end(self, folder: Path) -> None:
+        self.check(folder, 1)
+        if names := [path.name for path in folder.iterdir() if path.name != "bundle"]:
+            raise SystemExit(f"{folder}: left behind {names}")
+
+
+class Building:
+    """An engine of TensorRT-RTX, built ahead of time; killed inside."""
+
+    name, targets = "build", (BUILD,)
+
+    def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
+
+    def begin(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def work(self, folder: Path) -> None:
+        os.environ["DUALLORA_EDGE_CACHE"] = str(folder)
+        engine.build_engine(Bundle.open(self.bundle), "sm86")
+
+    def check(self, folder: Path, returned: int) -> None:
+        """Whether there is one or none, what can be found is whole: `find_engine` raises otherwise."""
+        before = os.environ["DUALLORA_EDGE_CACHE"]
+        os.environ["DUALLORA_EDGE_CACHE"] = str(folder)
+        found = find_engine(engine.engine_key(Bundle.open(self.bundle), load_tensorrt(("tensorrt_rtx",)), "sm86"))
+        os.environ["DUALLORA_EDGE_CACHE"] = before
+        if returned and found is None:
+            raise SystemExit(f"{folder}: the engine is gone")
+
+    def check_end(self, folder: Path) -> None:
+        self.check(folder, 1)
+        if names := [path.name for path in (folder / "engines").iterdir() if path.name.startswith(".")]:
+            raise SystemExit(f"{folder}: left behind {names}")
+
+
+class Swapping:
+    """A bundle that was never loaded takes the place of another; killed inside, in its trial or its loading."""
+
+    name, targets = "swap", (SWAP,)
+
+    def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
+
+    def begin(self, folder: Path) -> None:
+        shutil.copytree(self.bundle, folder / "new")
+        write_json(folder / "new" / MANIFEST, read_json(folder / "new" / MANIFEST) | {"bundle_version": 3})
+
+    def work(self, folder: Path) -> None:
+        os.environ["DUALLORA_EDGE_CACHE"] = str(folder / "cache")
+        classifier = Classifier.load(self.bundle, "cpu", 1, trial=False)
+        classifier._tried = Trial(Opening("cpu", 1))
+        try:
+            classifier.swap(folder / "new")
+        except SwapError as error:
+            if "the process died 2 times" not in str(error):
+                raise
+
+    def check(self, folder: Path, returned: int) -> None:
+        states = [read_json(path)["state"] for path in (folder / "cache" / "trials").glob("*.json")]
+        if len(states) > 1 or (returned and states != ["good"]):
+            raise SystemExit(f"{folder}: remembered {states}")
+
+    def check_end(self, folder: Path) -> None:
+        states = [read_json(path)["state"] for path in (folder / "cache" / "trials").glob("*.json")]
+        if states not in (["good"], ["trying"]):  # given up: it is still what was being tried
+            raise SystemExit(f"{folder}: remembered {states}")
 
 
 def call(*words: str | Path) -> None:
@@ -306,7 +410,7 @@ def main(kills: int, seed: int, json_path: Path | None) -> None:
         waiting = scenarios(folder, whereabouts)
         current: dict[str, tuple[Path, int]] = {}  # the folder of each scenario, and what had returned there
         while counts.total() < kills:
-            scenario = waiting[rng.choices(range(len(waiting)), [4, *(1 for _ in waiting[1:])])[0]]
+            scenario = waiting[rng.choices(range(len(waiting)), [10, *(1 for _ in waiting[1:])])[0]]
             if scenario.name not in current:
                 current[scenario.name] = folder / f"{scenario.name}-{ends[scenario.name]}", 0
                 scenario.begin(current[scenario.name][0])
@@ -315,7 +419,7 @@ def main(kills: int, seed: int, json_path: Path | None) -> None:
             pid = forked(whereabouts, partial(scenario.work, place), log)
             most = 12 if target.startswith(STEP) and target not in (STEP, f"{STEP}: checkpoint") else 1
             number = 0 if target == OTHER else rng.randint(1, most)
-            delay = rng.uniform(0, 1.0 if target == OTHER else LONGEST_S)
+            delay = rng.uniform(0, LONGEST_S.get(target, SHORT_S))
             where = kill(pid, whereabouts, target, number, delay, log)
             if where is None:
                 scenario.check_end(place)
@@ -362,10 +466,13 @@ def scenarios(folder: Path, whereabouts: Whereabouts) -> list[Scenario]:
         undoing.begin(undone)
         finish(forked(whereabouts, partial(undoing.work, undone), log), log)
         made.append(undoing)
-    return made
+    bundle = folder / "bundle"
+    export = partial(call, "export", whole, "-o", bundle, "--bundle-version", "1")
+    finish(forked(whereabouts, export, log), log)
+    return [*made, Exporting(whole, bundle), Building(bundle), Swapping(bundle)]
 
 
 if __name__ == "__main__":
     # Imported here once, not in every process: the command, and what the first step of an optimiser imports.
-    assert commands and torch._dynamo
+    assert commands and export_commands and torch._dynamo
     main()
