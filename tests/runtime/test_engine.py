@@ -431,7 +431,7 @@ def test_progress_is_reported_even_when_the_builder_is_silent(
 def test_a_disk_that_cannot_be_written(
     shared_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(engines, name, full)
