@@ -33,7 +33,7 @@ import onnx
 
 from duallora_edge.errors import BundleError, SwapError
 from duallora_edge.runtime import Classifier, trial
-from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, Bundle, FileRecord
+from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, Bundle, Content, FileRecord
 from duallora_edge.runtime.memory import read_pss
 
 ODD: list[Any] = [
@@ -164,8 +164,8 @@ def golden(bundle: Path, count: int, seed: int) -> None:
     rng, outcomes = random.Random(seed), Outcomes()
     opened = Bundle.open(bundle)
     for _ in range(count):
-        changed = mutated_bytes(rng, opened.content(GOLDEN))
-        outcomes.add(replace(opened, contents={GOLDEN: changed}).golden, BundleError)
+        changed = mutated_bytes(rng, opened.content(GOLDEN).read())
+        outcomes.add(replace(opened, contents={GOLDEN: Content(changed)}).golden, BundleError)
     outcomes.show(f"{count} golden files")
 
 

@@ -31,7 +31,8 @@ classifier(np.zeros((480, 640, 3), np.uint8))
 ready = time.perf_counter()
 pss = int(re.search(r"Pss:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"import s": imported - start, "load s": ready - imported, "PSS MB": pss / 1e3, "peak MB": peak / 1e3}))
+times = {"import s": imported - start, "load s": ready - imported, "whole s": ready - start}
+print(json.dumps({**times, "PSS MB": pss / 1e3, "peak MB": peak / 1e3}))
 """
 
 
@@ -56,8 +57,11 @@ def main(bundle: Path, pythons: tuple[Path, ...], rounds: int, threads: int) -> 
     """Start the runtime again and again, and compare installations."""
     with tempfile.TemporaryDirectory() as name:
         caches = [Path(name) / str(index) for index in range(len(pythons))]
-        firsts = [measure(*pair, threads, cache) for *pair, cache in zip(pythons, [bundle] * len(pythons), caches)]
-        found = [[measure(p, bundle, threads, c) for p, c in zip(pythons, caches, strict=True)] for _ in range(rounds)]
+        rows = [
+            [measure(python, bundle, threads, cache) for python, cache in zip(pythons, caches, strict=True)]
+            for _ in range(1 + rounds)
+        ]
+    firsts, *found = rows
     rng = np.random.default_rng(0)
     resamples = rng.integers(0, rounds, (1000, rounds))
     for index, python in enumerate(pythons):

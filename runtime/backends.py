@@ -335,11 +335,10 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
     settings.inter_op_num_threads = 1
     if threads is not None:
         settings.intra_op_num_threads = threads
-    # As bytes: what was verified, and no folder in which a graph could look for other files.
+    # What was verified, and in no folder in which a graph could look for other files.
     content = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0])
-    session = ort.InferenceSession(content, settings, providers=[(provider, options)])
+    session = ort.InferenceSession(content.source or content.read(), settings, providers=[(provider, options)])
     session.disable_fallback()  # or a failing GPU would be replaced by the CPU without a word
-    session._model_bytes = None  # kept for that fallback alone, as large as the model
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
     shapes = bundle.manifest.output_shapes

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import reprlib
@@ -32,7 +33,6 @@ import numpy.typing as npt
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError
 from duallora_edge.files import MAX_JSON_BYTES
-from duallora_edge.runtime.graph_check import check_graph
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 from duallora_edge.text import UNSAFE, escaped
 
@@ -232,8 +232,34 @@ GRAPHS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """What each graph that a bundle may hold reads and returns."""
 
 
-class _ReplacedError(Exception):
-    """The folder is another one than when reading began."""
+class Content:
+    """Verified bytes in memory that no other process can change, until the last reference to them goes.
+
+    On Linux it is a file without a name: a library reads it by its path, and needs no further copy of a large model.
+    """
+
+    def __init__(self, content: bytes = b"") -> None:
+        named = hasattr(os, "memfd_create")
+        self._file = os.fdopen(os.memfd_create("duallora-edge"), "w+b", buffering=0) if named else io.BytesIO()
+        self.source = f"/proc/self/fd/{self._file.fileno()}" if named else None
+        self.write(content)
+
+    def write(self, block: bytes) -> None:
+        """Add bytes at the end."""
+        view = memoryview(block)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def read(self) -> bytes:
+        """All bytes."""
+        self._file.seek(0)
+        return self._file.read()
+
+    def view(self) -> mmap.mmap | bytes:
+        """All bytes, mapped where that can be done."""
+        if self.source is None or not self._file.tell():
+            return self.read()
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @dataclass(frozen=True)
@@ -247,7 +273,7 @@ class Bundle:
     path: Path
     manifest: Manifest
     digest: str
-    contents: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    contents: Mapping[str, Content] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         return escaped(f"{self.manifest.name}, version {self.manifest.bundle_version}")
@@ -277,12 +303,19 @@ class Bundle:
         return tuple(self.path / name for name in gpu_graphs(self.manifest.precision, self.manifest.split))
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
+    def open(cls, path: str | Path, tried: str | None = None) -> Bundle:
         """Open the bundle in the folder ``path``, read every file once and compare it with the manifest.
 
-        A bundle that is replaced meanwhile is read as it was before or after. Raises `BundleError`.
+        A bundle that is replaced meanwhile is read as it was before or after. ``tried`` is the digest of one that was
+        opened on this machine before: another one is refused, and this one's graphs are not followed node by node
+        again. Raises `BundleError`.
         """
-        return cls._read(Path(path), whole=True)
+        bundle = cls._read(Path(path), whole=True)
+        if tried is None:
+            bundle._check_graphs()
+        elif bundle.digest != tried:
+            raise BundleError(f"{path} was replaced during its trial; try it again.")
+        return bundle
 
     @classmethod
     def peek(cls, path: str | Path) -> Bundle:
@@ -300,8 +333,17 @@ class Bundle:
                         raise
         raise BundleError(f"{root} is replaced again and again while it is read; try again when that has ended.")
 
-    def content(self, name: str) -> bytes:
-        """The verified bytes of a graph or of the golden outputs. Raises `BundleError` where they were let go."""
+    def _check_graphs(self) -> None:
+        from duallora_edge.runtime.graph_check import check_graph  # here: what was tried has no need of it
+
+        for name in GRAPHS.keys() & self.contents.keys():
+            try:
+                check_graph(self.contents[name].view(), *GRAPHS[name])
+            except BundleError as error:
+                raise BundleError(f"{self.path / name}: {error}") from error
+
+    def content(self, name: str) -> Content:
+        """A verified graph, or the golden outputs. Raises `BundleError` where they were let go."""
         try:
             return self.contents[name]
         except KeyError:
@@ -309,7 +351,7 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden images and outputs; raises `BundleError` when they are damaged or do not fit the manifest."""
-        file, content = self.path / GOLDEN, io.BytesIO(self.content(GOLDEN))
+        file, content = self.path / GOLDEN, io.BytesIO(self.content(GOLDEN).read())
         try:
             with zipfile.ZipFile(content) as archive:
                 if sum(member.file_size for member in archive.infolist()) > MAX_GOLDEN_BYTES:
@@ -365,7 +407,7 @@ def _read_folder(root: Path, folder: int, whole: bool) -> Bundle:
         raise BundleError(f"{file} cannot be read ({escaped(str(error))[:200]}); copy the bundle again.") from error
     except BundleError as error:
         raise BundleError(f"{file}: {error}") from error
-    contents: dict[str, bytes] = {}
+    contents: dict[str, Content] = {}
     for name, record in manifest.files.items() if whole else ():
         contents |= _verified(root, folder, name, record)
     return Bundle(root, manifest, hashlib.sha256(content).hexdigest(), contents)
@@ -381,33 +423,29 @@ def _opened_file(folder: int, name: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[str, bytes]:
-    """The bytes of a file that will be parsed or executed, by its name, after they were compared with the manifest.
+def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[str, Content]:
+    """The content of a file that will be parsed or executed, by its name, after it was compared with the manifest.
 
     Other files are compared as well, but not kept.
     """
-    file, kept, content = root / name, name in GRAPHS or name == GOLDEN, b""
-    digest = hashlib.sha256()
+    file, digest = root / name, hashlib.sha256()
+    content = Content() if name in GRAPHS or name == GOLDEN else None
     try:
         with _opened_file(folder, name) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size != record.bytes:
                 raise BundleError(f"{file} has {size} bytes instead of {record.bytes}; copy the whole bundle again.")
             left = size + 1  # a file that grows shall not be read for ever
-            while block := stream.read(min(left, size if kept else _BLOCK)):
+            while block := stream.read(min(left, _BLOCK)):
                 digest.update(block)
-                content = content + block if kept else b""  # as a rule, the first block is the whole file
                 left -= len(block)
+                if content is not None:
+                    content.write(block)
     except OSError as error:
         raise BundleError(f"{file} is missing or leads out of the bundle; copy the whole bundle again.") from error
     if digest.hexdigest() != record.sha256:
         raise BundleError(f"{file} was altered (its SHA-256 differs from the manifest); copy the whole bundle again.")
-    if name in GRAPHS:
-        try:
-            check_graph(content, *GRAPHS[name])
-        except BundleError as error:
-            raise BundleError(f"{file}: {error}") from error
-    return {name: content} if kept else {}
+    return {} if content is None else {name: content}
 
 
 def _read_manifest(top: Section) -> Manifest | None:

@@ -164,7 +164,7 @@ class Classifier:
         with _passed(tried, root) as (bundle, _):
             classifier = cls(bundle, opening(bundle), color, opening, tried)
         del bundle
-        give_back_memory()  # reading a model takes twice its size
+        give_back_memory(collect=False)  # reading a model takes twice its size
         return classifier
 
     @property
@@ -435,10 +435,7 @@ def _passed(
         return
     peeked = Bundle.peek(root)
     with trial.passed(peeked, cancel) as rung:
-        bundle = Bundle.open(root)
-        if bundle.digest != peeked.digest:
-            raise BundleError(f"{root} was replaced during its trial; try it again.")
-        yield bundle, rung
+        yield Bundle.open(root, tried=peeked.digest), rung
 
 
 def _check_rung(rung: Rung, lowest: Rung | None, root: Path) -> None:

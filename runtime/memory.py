@@ -69,13 +69,14 @@ def available_memory(proc: Path = PROC) -> Reading:
     return _kilobytes(proc / "meminfo", "MemAvailable")
 
 
-def give_back_memory() -> None:
-    """Return what was freed to the system; takes some milliseconds.
+def give_back_memory(collect: bool = True) -> None:
+    """Return what was freed to the system; takes some milliseconds, with ``collect`` some ten to look for cycles.
 
     The C library keeps what a model that was let go leaves behind, in a pool for each thread that allocated it: without
     this, a process that swapped 40 models of 25 MB held four times as much as one that swapped none.
     """
-    gc.collect()
+    if collect:
+        gc.collect()
     with suppress(AttributeError, OSError):  # only glibc can
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +174,8 @@ def package(modules: str, distributions: str) -> dict[str, Any]:
 
 
 def _version(distributions: Sequence[str]) -> str | None:
+    from importlib import metadata  # here, for it takes longer to import than the rest of the runtime's own code
+
     for name in distributions:
         with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)

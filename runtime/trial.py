@@ -14,11 +14,11 @@ import json
 import os
 import platform
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from duallora_edge.errors import BackendError, BundleError, ConfigError
 from duallora_edge.files import cache_folder, open_lock, own_folder, read_json, write_json
 from duallora_edge.runtime.backends import BACKENDS, Backend, Rung, open_backend
 from duallora_edge.runtime.bundle import Bundle, Manifest
-from duallora_edge.runtime.engine_cache import RECORD, engines_folder
 from duallora_edge.runtime.memory import available_memory
 from duallora_edge.runtime.probes import ask
 
@@ -42,7 +41,7 @@ MAX_DEATHS = 2
 MAX_RECORDS = 200
 NICENESS = 10  # the camera comes first
 _NAME = re.compile(r"[0-9a-f]{64}\.json")
-SOFTWARE = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python")
+_SOFTWARE = re.compile(r"(numpy|onnxruntime|onnxruntime_gpu|tensorrt|tensorrt_rtx|cuda_python)-.*\.(dist|egg)-info")
 
 
 class RefusedError(BackendError):
@@ -163,6 +162,10 @@ def attempt(path: str, digest: str, opening: str) -> dict[str, Any]:
 
 def engines_of(manifest: Manifest) -> list[list[str]]:
     """Name and SHA-256 of the engines in the cache that were built of a bundle's graphs, in the order of names."""
+    if not (cache_folder() / "engines").is_dir():
+        return []
+    from duallora_edge.runtime.engine_cache import RECORD, engines_folder
+
     graphs = {record.sha256 for record in manifest.files.values()}
     found = []
     with suppress(OSError):
@@ -182,13 +185,13 @@ def _memory(manifest: Manifest) -> int:
     return limit if available is None else min(limit, int(MEMORY_SHARE * available))
 
 
-def _software() -> dict[str, str]:
-    """The versions of what opens a bundle and runs it."""
-    found = {"duallora-edge": __version__, "python": platform.python_version()}
-    for name in SOFTWARE:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+def _software() -> list[str]:
+    """What opens a bundle and runs it, with versions."""
+    found = [f"duallora-edge {__version__}", f"python {platform.python_version()}"]
+    for folder in sys.path:
+        with suppress(OSError):  # asking importlib.metadata would take longer than reading the bundle
+            found += [name for name in os.listdir(folder or ".") if _SOFTWARE.fullmatch(name)]  # noqa: PTH208
+    return sorted(found)
 
 
 def _refusal(bundle: Bundle, record: _Record, file: Path | None) -> str:

@@ -21,6 +21,7 @@ from duallora_edge.runtime.bundle import (
     MAX_NOVELTY_DIFFERENCE,
     OUTPUTS,
     Bundle,
+    Content,
     Golden,
     Outputs,
 )
@@ -173,7 +174,7 @@ def test_no_rung_works(bundle: Path, seal: Callable[[Path], None]) -> None:
 def test_a_model_that_is_none(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     with pytest.raises(BackendError, match=r"cpu: .*export the run again"):
-        open_backend(replace(opened, contents={**opened.contents, "model.onnx": b"no model"}))
+        open_backend(replace(opened, contents={**opened.contents, "model.onnx": Content(b"no model")}))
 
 
 def test_without_onnxruntime(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

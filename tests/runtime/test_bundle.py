@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from duallora_edge.errors import BundleError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime.backends import open_backend
-from duallora_edge.runtime.bundle import MAX_PROBLEMS, Bundle, Manifest
+from duallora_edge.runtime.bundle import MAX_PROBLEMS, Bundle, Content, Manifest
 
 quick = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -262,11 +262,11 @@ def test_golden_arrays_must_fit(
 @given(position=st.floats(0, 1), replacement=st.binary(max_size=20))
 def test_damaged_golden_files_raise_nothing_else(shared_bundle: Path, position: float, replacement: bytes) -> None:
     bundle = Bundle.open(shared_bundle)
-    content = bundle.content("golden.npz")
+    content = bundle.content("golden.npz").read()
     start = int(position * len(content))
     damaged = content[:start] + replacement + content[start + len(replacement) :]
     with contextlib.suppress(BundleError):
-        dataclasses.replace(bundle, contents={"golden.npz": damaged}).golden()
+        dataclasses.replace(bundle, contents={"golden.npz": Content(damaged)}).golden()
 
 
 @quick
