@@ -255,11 +255,11 @@ class Content:
         self._file.seek(0)
         return self._file.read()
 
-    def view(self) -> mmap.mmap | bytes:
+    def view(self) -> memoryview:
         """All bytes, mapped where that can be done."""
         if self.source is None or not self._file.tell():
-            return self.read()
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            return memoryview(self.read())
+        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 @dataclass(frozen=True)
@@ -336,11 +336,12 @@ class Bundle:
     def _check_graphs(self) -> None:
         from duallora_edge.runtime.graph_check import check_graph  # here: what was tried has no need of it
 
-        for name in GRAPHS.keys() & self.contents.keys():
-            try:
+        name = ""
+        try:
+            for name in GRAPHS.keys() & self.contents.keys():
                 check_graph(self.contents[name].view(), *GRAPHS[name])
-            except BundleError as error:
-                raise BundleError(f"{self.path / name}: {error}") from error
+        except BundleError as error:
+            raise BundleError(f"{self.path / name}: {error}") from error
 
     def content(self, name: str) -> Content:
         """A verified graph, or the golden outputs. Raises `BundleError` where they were let go."""
