@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -93,8 +94,9 @@ def main(args: list[str] | None = None) -> None:
         click.echo("Interrupted; what was committed is kept.", err=True)
         code = 1
     except click.ClickException as error:
-        error.message = escaped(error.message)
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(escaped(shown.getvalue()), err=True, nl=False)
         code = error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

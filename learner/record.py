@@ -157,8 +157,6 @@ class TaskRecord:
         def adapter(index: int, kind: str) -> Adapter:
             name = f"adapters/blocks.{index}.{kind}"
             q_down, v_down = read(f"{name}.q_down", None, dim), read(f"{name}.v_down", None, dim)
-            if kind == "residual" and len(q_down) != len(v_down):  # one gate opens a rank of both
-                raise ValueError(f"the tensors {name} are of different ranks")
             return Adapter(
                 q_down, read(f"{name}.q_up", len(q_down), dim), v_down, read(f"{name}.v_up", len(v_down), dim)
             )

@@ -96,6 +96,10 @@ def _check_fit(backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
             problem = "it was learned on another backbone"
         elif (info.method, info.classifier) != (last.info.method, last.info.classifier):
             problem = "it was learned with another method than the last one"
+        elif any(
+            len(b.residual.q_down) != len(b.residual.v_down) for b in METHODS[info.method].updates([task.blocks])[0]
+        ):
+            problem = "one gate cannot open adapters of different ranks"
         elif names[info.name] > 1:
             problem = "another task has the same name"
         elif bool(task.memory) != bool(last.memory) or not METHODS[info.method].memory_fits(task, backbone):

@@ -196,7 +196,7 @@ def test_a_description_without_a_key(run: Run, two_tasks: list[TaskRecord]) -> N
         ("head", "head", lambda t: t[:, :-1], "must be of shape"),
         ("head", "head", lambda t: t * float("nan"), "not finite"),
         ("adapters", "blocks.0.orthogonal.q_up", lambda t: t[:-1], "must be of shape"),
-        ("adapters", "blocks.1.residual.v_down", lambda t: t[:-1], "of different ranks"),
+        ("adapters", "blocks.1.residual.v_down", lambda t: t[:-1], "must be of shape"),
         ("adapters", "blocks.0.residual.q_down", lambda t: t[:, 1:], "must be of shape"),
         ("adapters", "blocks.0.residual.q_down", lambda t: t * float("inf"), "not finite"),
         ("bases", "blocks.0.q", lambda t: t.T, "must be of shape"),

@@ -19,7 +19,7 @@ from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.gaussian import GaussianClassifier
 from duallora_edge.learner.methods import METHODS, compose, learn_task
 from duallora_edge.learner.model import Catalogue, gate_matrix, run_suffix
-from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.record import BlockRecord, TaskRecord
 
 MakeTask = Callable[..., PreparedTask]
 Learn = Callable[..., list[TaskRecord]]
@@ -277,6 +277,12 @@ def test_the_classifier_of_the_configuration_wins(
     torch.testing.assert_close(outputs.probabilities.sum(dim=1), torch.ones(8))
 
 
+def lopsided(block: BlockRecord) -> BlockRecord:
+    """The block with a rank less in the value projection of its residual."""
+    r = block.residual
+    return replace(block, residual=r._replace(v_down=r.v_down[1:], v_up=r.v_up[1:]))
+
+
 def changed(record: TaskRecord, **info: object) -> TaskRecord:
     return replace(record, info=replace(record.info, **info))  # type: ignore[arg-type]
 
@@ -289,6 +295,7 @@ def changed(record: TaskRecord, **info: object) -> TaskRecord:
         (lambda a, b: [replace(a, statistics=a.statistics.part(slice(0, 48))), b], "on another backbone"),
         (lambda a, b: [changed(a, method="frozen"), b], "with another method"),
         (lambda a, b: [changed(a, classifier="ridge"), b], "with another method"),
+        (lambda a, b: [a, replace(b, blocks=tuple(map(lopsided, b.blocks)))], "adapters of different ranks"),
         (lambda a, b: [a, a], "'first': another task has the same name"),
         (lambda a, b: [changed(a, classifier="ridge"), changed(b, classifier="ridge")], "remembers does not fit"),
         (lambda a, b: [replace(a, memory={"images": torch.zeros(1)}), b], "remembers does not fit"),
