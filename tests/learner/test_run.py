@@ -230,7 +230,9 @@ def test_tensors_that_do_not_fit(
     assert "restore it from a copy" in str(caught.value)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=str)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=str, ids=["pipe", "folder", "link"]
+)
 def test_what_is_no_file_is_not_waited_for(
     run: Run, two_tasks: list[TaskRecord], make: Callable[[Path], object]
 ) -> None:
