@@ -231,7 +231,7 @@ def test_tensors_that_do_not_fit(
 
 
 @pytest.mark.parametrize(
-    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=str, ids=["pipe", "folder", "link"]
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=["pipe", "folder", "link"]
 )
 def test_what_is_no_file_is_not_waited_for(
     run: Run, two_tasks: list[TaskRecord], make: Callable[[Path], object]
