@@ -18,6 +18,7 @@ from duallora_edge.learner.run import Run
 from duallora_edge.learner.session import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import MAX_BATCH
 from duallora_edge.runtime.preprocess import Pixels
+from duallora_edge.text import escaped
 
 REAL_IMAGES = 256
 
@@ -95,7 +96,7 @@ def export(
     records = opened.records()
     if not records:
         raise ExportError(f"The run {run} has learned no task yet; 'duallora-edge train' teaches it one.")
-    click.echo(f"Target: {resolved.reason}", err=True)
+    click.echo(escaped(f"Target: {resolved.reason}"), err=True)
     model = compose(opened.backbone(weights), records).eval()
     on_cpu = resolved.profile.kind == "cpu"
     exported = export_run(
@@ -110,7 +111,7 @@ def export(
         split=split,
     )
     for folder in exported.kept:
-        click.echo(f"What was no part of the older bundle is kept in {folder}", err=True)
+        click.echo(escaped(f"What was no part of the older bundle is kept in {folder}"), err=True)
     if as_json:
         click.echo(json.dumps(exported.manifest.to_json(), indent=2))
         return
@@ -127,7 +128,7 @@ def export(
         click.echo(entry.text)
     sizes = [record.bytes for name, record in exported.manifest.files.items() if name.endswith(".onnx")]
     texts = " + ".join(f"{size / 1e6:.1f}" for size in sizes)
-    click.echo(f"Bundle: {output}  version {exported.manifest.bundle_version}, {texts} MB")
+    click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {texts} MB"))
 
 
 def training_images(run: Run) -> Pixels | None:
@@ -141,7 +142,7 @@ def training_images(run: Run) -> Pixels | None:
         try:
             stream = read_images(replace(run.config, **settings), run.info, Listener())
         except DataError as error:
-            click.echo(f"Parity is not checked on real images of {settings.get('data')}: {error}", err=True)
+            click.echo(escaped(f"Parity is not checked on real images of {settings.get('data')}: {error}"), err=True)
             continue
         for task in stream.tasks:
             if task.name in names and len(task.train):

@@ -23,6 +23,7 @@ from duallora_edge.runtime.benchmark_layout import as_markdown, as_text
 from duallora_edge.runtime.benchmark_scenarios import SCENARIOS, SINGLE_STREAM
 from duallora_edge.runtime.benchmark_table import markdown, table
 from duallora_edge.runtime.options import backend_options, frame_size
+from duallora_edge.text import escaped
 
 
 @click.command()
@@ -140,7 +141,7 @@ def _show(text: str, document: Mapping[str, Any], page: str, json_file: str | No
     if json_file == "-":
         click.echo(json.dumps(document, indent=2, allow_nan=False))
     else:
-        click.echo(page if markdown_file == "-" else text)
+        click.echo(escaped(page if markdown_file == "-" else text))
     written = []
     if json_file not in (None, "-"):
         write_json(Path(json_file), document)
@@ -150,4 +151,4 @@ def _show(text: str, document: Mapping[str, Any], page: str, json_file: str | No
         written.append(f"Markdown: {markdown_file}")
     # With '-' standard output is for a program.
     for line in written:
-        click.echo(line, err="-" in (json_file, markdown_file))
+        click.echo(escaped(line), err="-" in (json_file, markdown_file))

@@ -25,6 +25,7 @@ from duallora_edge.runtime import probes
 from duallora_edge.runtime.device_state import run_tool
 from duallora_edge.runtime.memory import read_memory
 from duallora_edge.runtime.probes import NOT_INSTALLED, Answer, ask
+from duallora_edge.text import escaped
 
 PROBE_TIMEOUT_S = 60.0
 RUNG_TIMEOUT_S = 180.0  # the first session of a GPU provider can take more than a minute
@@ -133,7 +134,7 @@ def doctor(bundle: Path | None, as_json: bool) -> int:
             click.echo(f"asking: {name}", err=True)
 
     found = diagnose(bundle, progress=progress)
-    click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False) if as_json else table(found))
+    click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False) if as_json else escaped(table(found)))
     return 0 if found.ok else 1
 
 

@@ -13,6 +13,7 @@ from duallora_edge.runtime.bundle import Bundle
 from duallora_edge.runtime.engine import TIMEOUT_S, build_engines
 from duallora_edge.runtime.engine_cache import Engine, EngineError, RefusedModelError
 from duallora_edge.runtime.tensorrt_backend import load_cudart
+from duallora_edge.text import escaped
 
 
 def _capability(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -61,7 +62,7 @@ def build(
 
     def make(chosen: Bundle) -> tuple[list[Engine], Backend | None]:
         engines = build_engines(
-            chosen, capability, workspace_mb, force, timeout, say=lambda text: click.echo(text, err=True)
+            chosen, capability, workspace_mb, force, timeout, say=lambda text: click.echo(escaped(text), err=True)
         )
         return engines, None if capability else open_backend(chosen, "tensorrt")
 
@@ -75,7 +76,7 @@ def build(
             raise
         wrong = str(error)
     if wrong and precision != "fp32":
-        click.echo(f"{wrong}\nAn engine in fp32 is made instead.", err=True)
+        click.echo(escaped(f"{wrong}\nAn engine in fp32 is made instead."), err=True)
         engines, backend = make(opened.in_fp32)
     if backend and backend.name != "tensorrt":
         raise EngineError(
@@ -109,4 +110,4 @@ def _show(engines: list[Engine], check: GoldenCheck | None, as_json: bool) -> No
         click.echo(f"Golden check: passed in {key.precision}, {check}")
     for engine in engines:
         how = "from the cache" if engine.from_cache else f"built in {engine.seconds:.1f} s"
-        click.echo(f"Engine: {engine.plan} ({engine.bytes / 1e6:.1f} MB, {how})")
+        click.echo(escaped(f"Engine: {engine.plan} ({engine.bytes / 1e6:.1f} MB, {how})"))
