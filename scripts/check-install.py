@@ -69,11 +69,11 @@ def check_doctor(bundle: list) -> bool:
 def check_golden(path: str) -> bool:
     """The classifier gives the golden images of the bundle the labels that they had before the export."""
     from duallora_edge.errors import DualLoraEdgeError
-    from duallora_edge.runtime import Classifier
+    from duallora_edge.runtime import Bundle, Classifier
 
     try:
         classifier = Classifier.load(path)
-        golden = classifier.bundle.golden()
+        golden = Bundle.open(path).golden()
         predictions = [classifier(image) for image in golden.image]
     except DualLoraEdgeError as error:
         return say(False, str(error))

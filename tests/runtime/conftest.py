@@ -27,7 +27,13 @@ TASK_SHARES = np.array([[1, 0], [0.5, 0.5], [0, 1], [0, 1]], dtype=np.float32)
 
 
 def write_model(path: Path) -> None:
-    constants = {"weights": WEIGHTS, "bias": BIAS, "shares": TASK_SHARES, "full": np.float32([255])}
+    constants = {
+        "weights": WEIGHTS,
+        "bias": BIAS,
+        "shares": TASK_SHARES,
+        "full": np.float32([255]),
+        "minus": np.float32([-1]),
+    }
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["float"], ["mean"], axes=[1, 2], keepdims=0),
@@ -35,7 +41,10 @@ def write_model(path: Path) -> None:
         helper.make_node("Gemm", ["features", "weights", "bias"], ["logits"]),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         helper.make_node("MatMul", ["probabilities", "shares"], ["task_probabilities"]),
-        helper.make_node("ReduceMax", ["features"], ["novelty"], axes=[1], keepdims=0),
+        # The smallest feature, by operators that exported graphs use.
+        helper.make_node("Mul", ["features", "minus"], ["negative"]),
+        helper.make_node("ReduceMax", ["negative"], ["largest"], axes=[1], keepdims=0),
+        helper.make_node("Mul", ["largest", "minus"], ["novelty"]),
     ]
     widths = {"probabilities": [4], "task_probabilities": [2], "novelty": [], "features": [3]}
     graph = helper.make_graph(
@@ -58,7 +67,7 @@ def numpy_outputs(images: np.ndarray) -> dict[str, np.ndarray]:
     outputs = {
         "probabilities": probabilities,
         "task_probabilities": probabilities @ TASK_SHARES,
-        "novelty": features.max(axis=1),
+        "novelty": features.min(axis=1),
         "features": features,
     }
     return {name: value.astype(np.float32) for name, value in outputs.items()}

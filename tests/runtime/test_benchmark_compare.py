@@ -62,11 +62,11 @@ def test_the_second_bundle_runs_where_the_first_does(shared_bundle: Path, monkey
     asked: list[tuple[str, bool]] = []
     load = benchmark_compare.Classifier.load
 
-    def watched(path: Path, backend: str, threads: int | None, strict: bool) -> Any:
+    def watched(path: Path, backend: str, threads: int | None, strict: bool, trial: bool) -> Any:
         asked.append((backend, strict))
         if len(asked) == 2:
             raise BackendError("not here")
-        return load(path, backend, threads, strict)
+        return load(path, backend, threads, strict, trial=trial)
 
     monkeypatch.setattr(benchmark_compare.Classifier, "load", watched)
     with pytest.raises(BackendError, match="not here"):

@@ -61,7 +61,7 @@ def test_a_prediction_is_complete(classifier: Classifier, numpy_outputs: Callabl
     prediction = classifier(frame)
     expected = numpy_outputs(frame[None])
     np.testing.assert_allclose(prediction.probabilities, expected["probabilities"][0], atol=1e-5)
-    assert prediction.novelty == pytest.approx(60 / 255)
+    assert prediction.novelty == pytest.approx(30 / 255)
     assert prediction.top(1) == [(prediction.label, prediction.confidence)]
     assert len(prediction.top(99)) == 4
     ranked = np.sort(expected["probabilities"][0])[::-1]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from duallora_edge.device_profiles import Detected
@@ -233,15 +234,16 @@ def test_a_nonsense_bundle(call: Call, bundle: Path, damage: Callable[[Path], An
     assert "Error:" not in last
 
 
-def test_no_backend_can_run_a_model_that_is_none(
+def test_no_backend_can_run_a_bundle_with_other_answers(
     call: Call, bundle: Path, seal: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (bundle / "model.onnx").write_bytes(b"nonsense")
+    arrays = dict(np.load(bundle / "golden.npz"))
+    np.savez(bundle / "golden.npz", **{**arrays, "features": arrays["features"] + 1})
     seal(bundle)
     code, out, _ = call("doctor", str(bundle), "--json")
     found = json.loads(out)
     assert code == 1 and found["conclusion"] == "No backend can run this bundle here."
-    assert found["backends"]["cpu"]["state"] == "no" and "model.onnx" in found["backends"]["cpu"]["reason"]
+    assert found["backends"]["cpu"]["state"] == "no" and "wrong results" in found["backends"]["cpu"]["reason"]
 
 
 @pytest.mark.parametrize(

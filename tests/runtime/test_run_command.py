@@ -188,7 +188,7 @@ run_command.STOP_S, watch.CLOSE_S = 3.0, 0.3
 opening = trial.Opening.__call__
 
 def hang(self, bundle):
-    if bundle.manifest.bundle_version == 9:
+    if bundle.manifest.bundle_version == 99:
         print("hangs", file=sys.stderr, flush=True)
         time.sleep(600)
     return opening(self, bundle)
@@ -212,7 +212,7 @@ def test_a_swap_that_hangs_does_not_hold_up_the_end(
     make_bundle: Callable[..., Path], photos: Path, where: str, options: tuple[str, ...]
 ) -> None:
     bundle, other = make_bundle(), make_bundle("other")
-    write_json(other / MANIFEST, read_json(other / MANIFEST) | {"bundle_version": 9})
+    write_json(other / MANIFEST, read_json(other / MANIFEST) | {"bundle_version": 99})
     command = [sys.executable, "-c", HANGING, where, "run", str(bundle), "--source", str(photos), "--loop"]
     command += ["--rate", "50", "--threads", "1", "--watch", str(bundle), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
