@@ -1,4 +1,4 @@
-"""Every attack, one after the other, with the counts that RESULTS.md reports.
+"""Every attack, one after the other, with the counts that ATTACKS.md reports.
 
     python benchmarks/attack.py out/demo/bundle                  # hours
     python benchmarks/attack.py out/demo/bundle --share 0.01     # minutes
