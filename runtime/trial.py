@@ -32,7 +32,7 @@ from duallora_edge.runtime.probes import ask
 
 QUESTION = "duallora_edge.runtime.trial:attempt"
 TIMEOUT_S = 180.0  # the first session of a GPU provider can take more than a minute
-BUILD_TIMEOUT_S = 3600.0
+BUILD_TIMEOUT_S = 3600.0  # as long as a build may take by itself
 # What a child may hold: libraries (CUDA's alone take half a gigabyte), and the graphs in several forms at once.
 LIBRARY_BYTES = 10**9
 MODEL_COPIES = 10
@@ -228,7 +228,8 @@ def _read(file: Path | None) -> _Record | None:
         with suppress(OSError, ValueError, TypeError, OverflowError):
             record = _Record(**read_json(file))
             texts = (record.bundle, record.reason, record.precision)
-            if record.backend in ("", *BACKENDS) and all(isinstance(text, str) for text in texts):
+            known = BACKENDS if record.state == "good" else ("", *BACKENDS)
+            if record.backend in known and all(isinstance(text, str) for text in texts):
                 return replace(record, deaths=int(record.deaths))
     return None
 

@@ -207,7 +207,16 @@ def test_a_swap_is_refused_before_it_can_do_harm(
     assert classifier(RED).label == "red" and classifier.health().swaps == {"refused": 2}
 
 
-NONSENSE = [b"", b"[]", b"{}", b'{"state": "good", "bundle": 3}', b"\xff", b'{"state": "good"}', b'{"deaths": 1e999}']
+NONSENSE = [
+    b"",
+    b"[]",
+    b"{}",
+    b'{"state": "good", "bundle": 3}',
+    b"\xff",
+    b'{"state": "good"}',
+    b'{"deaths": 1e999}',
+    b'{"state": "good", "bundle": "colours"}',
+]
 
 
 @pytest.mark.parametrize("content", NONSENSE)
