@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from duallora_edge.files import write_atomic
+from duallora_edge.runtime.probes import OOM_SCORE
 from duallora_edge.runtime.tensorrt_api import (
     TensorRT,
     device_memory_bytes,
@@ -33,7 +34,6 @@ from duallora_edge.runtime.tensorrt_api import (
 
 MAX_ERRORS = 3
 MAX_ERROR_CHARACTERS = 400
-OOM_SCORE = "900"  # of 1000: when memory runs out, the system ends this process before the application
 
 Say = Callable[[str], None]
 
