@@ -145,17 +145,17 @@ def run(bundle: str, host: str, port: int, workers: int) -> None:
         except SwapError as error:  # the old one goes on
             say(error)
 
-    config = configure(Service(classifier, workers))
+    server = uvicorn.Server(configure(Service(classifier, workers)))
     signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=swap).start())
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends in order, then raises the signal again
-        signal.signal(number, lambda *_: sys.exit())
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal that comes before the server runs ends it in order too
+        signal.signal(number, server.handle_exit)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
         address, port = listener.getsockname()[:2]
         say(f"{classifier.bundle} on {classifier.backend.name}: http://{host}:{port}/")
         if not ipaddress.ip_address(address).is_loopback:
             say("There is no password and no encryption: whoever reaches this address can use it.")
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

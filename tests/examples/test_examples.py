@@ -376,6 +376,21 @@ def test_http_service_says_that_it_has_no_password(start: Start, colour_bundle: 
     stop(process)
 
 
+SIGNAL_FIRST = """
+import runpy, signal, sys, uvicorn
+serve = uvicorn.Server.run
+uvicorn.Server.run = lambda *args, **settings: (signal.raise_signal(signal.SIGTERM), serve(*args, **settings))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_http_service_ends_in_order_by_a_signal_before_it_serves(colour_bundle: Path) -> None:
+    command = [sys.executable, "-c", SIGNAL_FIRST, str(EXAMPLES / "http_service.py"), str(colour_bundle), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+
+
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
     """The unit with the command that is installed here."""
