@@ -24,8 +24,8 @@ from onnxruntime.quantization import quantize_dynamic
 
 from duallora_edge.export.parity import Arrays, Parity, onnx_outputs, torch_outputs
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import Listener, read_images, source_groups
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.train import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import INPUT, Bundle
 from duallora_edge.runtime.preprocess import Pixels
 

@@ -34,7 +34,7 @@ import onnx
 from duallora_edge.errors import BundleError, SwapError
 from duallora_edge.runtime import Classifier, trial
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, Bundle, Content, FileRecord
-from duallora_edge.runtime.memory import read_pss
+from duallora_edge.runtime.process_memory import read_pss
 
 ODD: list[Any] = [
     None, True, -1, 0, 1, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "\x00", "\x1b[2J", "\u202e", "../x",

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from duallora_edge.files import write_json
-from duallora_edge.learner.calibration import Mixture
-from duallora_edge.learner.classifiers import CLASSIFIERS
 from duallora_edge.learner.commands import TerminalListener
-from duallora_edge.learner.encode import Encoded, PrefixCache
-from duallora_edge.learner.gaussian import GaussianClassifier
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.metrics import Cell, Predictions, pool
-from duallora_edge.learner.model import ComposedModel
-from duallora_edge.learner.recipe import collect_features
-from duallora_edge.learner.record import TaskRecord
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import read_images, source_groups
+from duallora_edge.learner.methods.scoring import CLASSIFIERS
+from duallora_edge.learner.methods.training import collect_features
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
+from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.report.metrics import Cell, Predictions, pool
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.statistics.calibration import Mixture
+from duallora_edge.learner.statistics.gaussian import GaussianClassifier
+from duallora_edge.learner.train import read_images, source_groups
 
 
 def within_tasks(logits: Tensor, task_of: Tensor, posterior: Tensor, temperature: float) -> Tensor:

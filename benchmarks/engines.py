@@ -19,9 +19,9 @@ import click
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.bundle import Bundle
-from duallora_edge.runtime.engine import build_engine, build_engines
 
 CAPABILITY = "sm86"
 

@@ -41,13 +41,16 @@ from duallora_edge.errors import SwapError
 from duallora_edge.export import bundle as exporting
 from duallora_edge.export import commands as export_commands
 from duallora_edge.files import read_json, write_json
-from duallora_edge.learner import commands, profile, recipe, session
-from duallora_edge.learner.run import FileCheckpoint, Run
-from duallora_edge.runtime import engine
+from duallora_edge.learner import commands
+from duallora_edge.learner import timing as profile
+from duallora_edge.learner import train as session
+from duallora_edge.learner.methods import training as recipe
+from duallora_edge.learner.run_directory import FileCheckpoint, Run
+from duallora_edge.runtime.backends import engine_build as engine
+from duallora_edge.runtime.backends.engine_cache import find_engine
+from duallora_edge.runtime.backends.tensorrt_api import load_tensorrt
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.classifier import Classifier
-from duallora_edge.runtime.engine_cache import find_engine
-from duallora_edge.runtime.tensorrt_api import load_tensorrt
 from duallora_edge.runtime.trial import Opening, Trial
 
 TASKS = {"one": "ab", "two": "cd", "three": "ef"}

@@ -23,9 +23,9 @@ from PIL import Image
 from duallora_edge.errors import ConfigError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.memory import FILE, UNITS, parse_bytes, resident_bytes
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import Listener, new_backbone, read_images, train_run
+from duallora_edge.learner.memory_budget import FILE, UNITS, parse_bytes, resident_bytes
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.train import Listener, new_backbone, read_images, train_run
 
 CLASSES = 4
 CHOSEN = ("micro_batch", "forward_batch", "recompute", "cache_bytes", "summaries")

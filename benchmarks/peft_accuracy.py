@@ -27,16 +27,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora_edge.files import write_json
-from duallora_edge.learner.backbone import Backbone, products
 from duallora_edge.learner.commands import TerminalListener
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.encode import BATCH, Encoded
-from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.recipe import collect_features, linear, mix
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import read_images, source_groups
+from duallora_edge.learner.methods.training import collect_features, linear, mix
+from duallora_edge.learner.network.backbone import Backbone, products
+from duallora_edge.learner.network.prefix_cache import BATCH, Encoded
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.train import read_images, source_groups
 
 
 def train_peft(backbone: Backbone, task: PreparedTask, config: TrainConfig, labels: Tensor) -> VisionTransformer:

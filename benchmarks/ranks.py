@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from duallora_edge.files import write_json
-from duallora_edge.learner import ranks
-from duallora_edge.learner.backbone import load_backbone
+from duallora_edge.learner import distributed as ranks
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.methods import learn_task
+from duallora_edge.learner.network.backbone import load_backbone
+from duallora_edge.learner.network.prefix_cache import Encoded
 
 SETTINGS = {"1 x 1": (1, 1), "2 x 1": (2, 1), "1 x 2": (1, 2)}  # processes x threads
 STAGES = ("prefix", "training")

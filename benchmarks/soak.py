@@ -22,9 +22,9 @@ import numpy as np
 from duallora_edge.files import write_json
 from duallora_edge.runtime import Classifier, open_source
 from duallora_edge.runtime.bundle import FloatArray
-from duallora_edge.runtime.memory import read_pss
-from duallora_edge.runtime.monitor import Monitor
-from duallora_edge.runtime.pipeline import Pipeline
+from duallora_edge.runtime.process_memory import read_pss
+from duallora_edge.runtime.service.monitor import Monitor
+from duallora_edge.runtime.service.pipeline import Pipeline
 
 SAMPLE_S = 2.0
 

@@ -33,15 +33,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora_edge.files import write_json
-from duallora_edge.learner.backbone import Backbone, BackboneInfo, load_backbone, products, spaced_blocks
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.encode import Encoded
 from duallora_edge.learner.methods import learn_task
 from duallora_edge.learner.methods.dual_lora import DualLora
-from duallora_edge.learner.profile import profiling
-from duallora_edge.learner.recipe import Before, Downs, Lesson, look, train_adapters
-from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.methods.training import Before, Downs, Lesson, look, train_adapters
+from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone, products, spaced_blocks
+from duallora_edge.learner.network.prefix_cache import Encoded
+from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.timing import profiling
 
 CPU = torch.device("cpu")
 CLASSES = 10

@@ -24,12 +24,16 @@ COMMANDS = {
     "rollback": ("duallora_edge.learner.commands:rollback", "train", "Undo the last task of a run."),
     "remove": ("duallora_edge.learner.commands:remove", "train", "Take one task out of a run."),
     "export": ("duallora_edge.export.commands:export", "train", "Write a verified bundle for a device."),
-    "build": ("duallora_edge.runtime.engine_commands:build", "tensorrt", "TensorRT engine for this device, checked."),
-    "predict": ("duallora_edge.runtime.commands:predict", "cpu", "Classify images with a bundle."),
-    "run": ("duallora_edge.runtime.run_command:run", "cpu", "Classify a camera, stream or file: JSON lines out."),
-    "benchmark": ("duallora_edge.runtime.benchmark_command:benchmark", "cpu", "Latency and memory of a bundle here."),
+    "build": ("duallora_edge.runtime.commands.build:build", "tensorrt", "TensorRT engine for this device, checked."),
+    "predict": ("duallora_edge.runtime.commands.predict:predict", "cpu", "Classify images with a bundle."),
+    "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file: JSON lines out."),
+    "benchmark": ("duallora_edge.runtime.commands.benchmark:benchmark", "cpu", "Latency and memory of a bundle here."),
     "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "The known devices, and this one."),
-    "doctor": ("duallora_edge.runtime.doctor:doctor", "cpu", "What this machine can really run, and what is wrong."),
+    "doctor": (
+        "duallora_edge.runtime.commands.doctor:doctor",
+        "cpu",
+        "What this machine can really run, and what is wrong.",
+    ),
 }
 
 

@@ -23,12 +23,12 @@ from duallora_edge.export.graph import build_model
 from duallora_edge.files import open_lock, read_json, write_atomic, write_json
 from duallora_edge.learner.commands import TerminalListener, echo, folder_bytes
 from duallora_edge.learner.config import PER_CALL, TrainConfig, load_config, sort_out
-from duallora_edge.learner.encode import PrefixCache
 from duallora_edge.learner.methods import METHODS, compose
-from duallora_edge.learner.metrics import Metrics
+from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import open_run, train_run
+from duallora_edge.learner.report.metrics import Metrics
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.train import open_run, train_run
 from duallora_edge.runtime.bundle import INPUT
 
 TABLE, PICTURE = "comparison.md", "comparison.png"

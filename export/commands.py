@@ -14,8 +14,8 @@ from duallora_edge.device_profiles.profile import PRECISIONS
 from duallora_edge.errors import DataError, ExportError
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import Listener, read_images, source_groups
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.train import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import MAX_BATCH
 from duallora_edge.runtime.preprocess import Pixels
 from duallora_edge.text import escaped

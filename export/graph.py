@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from duallora_edge import __version__
 from duallora_edge.errors import ExportError
-from duallora_edge.learner.adapters import AdaptedBlock
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.network.adapters import AdaptedBlock
+from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
 LAYER_NORM_OPSET = 17

@@ -16,15 +16,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from duallora_edge.errors import RunError
 from duallora_edge.files import cache_folder, write_json
-from duallora_edge.learner import ranks
+from duallora_edge.learner import distributed as ranks
 from duallora_edge.learner.config import load_config, read_yaml
-from duallora_edge.learner.evaluation import measured_rows, report
+from duallora_edge.learner.evaluate import measured_rows, report
 from duallora_edge.learner.methods import METHODS
-from duallora_edge.learner.metrics import Metrics, Row, TaskClasses, pool
-from duallora_edge.learner.profile import profiling
 from duallora_edge.learner.report.definitions import DEFINITIONS
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import Listener, measure_run, pick_device, train_run
+from duallora_edge.learner.report.metrics import Metrics, Row, TaskClasses, pool
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.timing import profiling
+from duallora_edge.learner.train import Listener, measure_run, pick_device, train_run
 from duallora_edge.text import escaped
 
 METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "."

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from duallora_edge.runtime.bundle import Bundle
     from duallora_edge.runtime.classifier import Classifier, Health, Swap
-    from duallora_edge.runtime.monitor import Monitor
-    from duallora_edge.runtime.pipeline import Answer, Pipeline, Region
     from duallora_edge.runtime.prediction import Prediction
     from duallora_edge.runtime.preprocess import Preprocessing, read_image
-    from duallora_edge.runtime.smoothing import ExponentialSmoothing
+    from duallora_edge.runtime.service.monitor import Monitor
+    from duallora_edge.runtime.service.pipeline import Answer, Pipeline, Region
+    from duallora_edge.runtime.service.smoothing import ExponentialSmoothing
     from duallora_edge.runtime.sources import Frame, Source, open_source
 
 __all__ = [

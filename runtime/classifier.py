@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import BackendError, BundleError, DualLoraEdgeError, SwapError
-from duallora_edge.runtime.backends import Backend, Rung, open_backend
+from duallora_edge.runtime.backends.ladder import Backend, Rung, open_backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
-from duallora_edge.runtime.memory import give_back_memory
 from duallora_edge.runtime.model import Model
 from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing, to_rgb
+from duallora_edge.runtime.process_memory import give_back_memory
 from duallora_edge.runtime.sources.frame import Frame
 from duallora_edge.runtime.trial import Opening, Trial
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.backends import Backend
+from duallora_edge.runtime.backends.ladder import Backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
 from duallora_edge.runtime.prediction import Prediction, Timings
 from duallora_edge.runtime.preprocess import Pixels

@@ -25,10 +25,10 @@ from typing import Any
 from duallora_edge import __version__
 from duallora_edge.errors import BackendError, BundleError, ConfigError
 from duallora_edge.files import cache_folder, open_lock, own_folder, read_json, write_json
-from duallora_edge.runtime.backends import BACKENDS, Backend, Rung, open_backend
+from duallora_edge.runtime.backends.ladder import BACKENDS, Backend, Rung, open_backend
 from duallora_edge.runtime.bundle import Bundle, Manifest
-from duallora_edge.runtime.memory import available_memory
-from duallora_edge.runtime.probes import ask
+from duallora_edge.runtime.device.probes import ask
+from duallora_edge.runtime.process_memory import available_memory
 
 QUESTION = "duallora_edge.runtime.trial:attempt"
 TIMEOUT_S = 180.0  # the first session of a GPU provider can take more than a minute
@@ -164,7 +164,7 @@ def engines_of(manifest: Manifest) -> list[list[str]]:
     """Name and SHA-256 of the engines in the cache that were built of a bundle's graphs, in the order of names."""
     if not (cache_folder() / "engines").is_dir():
         return []
-    from duallora_edge.runtime.engine_cache import RECORD, engines_folder
+    from duallora_edge.runtime.backends.engine_cache import RECORD, engines_folder
 
     graphs = {record.sha256 for record in manifest.files.values()}
     found = []

@@ -14,8 +14,8 @@ from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run import Run
-from duallora_edge.learner.session import Listener, train_run
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.train import Listener, train_run
 from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.preprocess import read_image
 

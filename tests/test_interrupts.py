@@ -13,7 +13,7 @@ import pytest
 
 from duallora_edge import interrupts
 from duallora_edge.learner.commands import TerminalListener
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.run_directory import Run
 
 
 class Ends:

@@ -9,10 +9,8 @@ from functools import partial
 import torch
 
 from duallora_edge.errors import ConfigError, RunError
-from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.encode import Encoded, PrefixCache
 from duallora_edge.learner.methods.base import Method
 from duallora_edge.learner.methods.dual_lora import DualLora
 from duallora_edge.learner.methods.frozen import Frozen
@@ -20,9 +18,11 @@ from duallora_edge.learner.methods.inflora import InfLora
 from duallora_edge.learner.methods.joint import Joint
 from duallora_edge.learner.methods.sequential import Sequential
 from duallora_edge.learner.methods.task_arithmetic import TaskArithmetic
-from duallora_edge.learner.model import ComposedModel
-from duallora_edge.learner.recipe import Checkpoint, Lesson, Progress
-from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.methods.training import Checkpoint, Lesson, Progress
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
+from duallora_edge.learner.network.task_record import TaskRecord
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _DAMAGED, _REMEDY = "The run is damaged", "restore it from a copy."

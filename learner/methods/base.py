@@ -11,29 +11,8 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import RunError
-from duallora_edge.learner.adapters import AdaptedBlock, Collect
-from duallora_edge.learner.backbone import Backbone
-from duallora_edge.learner.calibration import (
-    CalibrationCurve,
-    Mixture,
-    NoveltyScale,
-    best_mixture,
-    best_temperature,
-    quantiles,
-)
-from duallora_edge.learner.classifiers import CLASSIFIERS, overconfidence, ridge_fits, ridge_memory, ridge_right
-from duallora_edge.learner.gaussian import ClassStatistics, GaussianClassifier
-from duallora_edge.learner.model import (
-    Catalogue,
-    Classifier,
-    ComposedModel,
-    DynamicMemory,
-    Network,
-    Scores,
-    fold_all,
-)
-from duallora_edge.learner.profile import phase, timed
-from duallora_edge.learner.recipe import (
+from duallora_edge.learner.methods.scoring import CLASSIFIERS, overconfidence, ridge_fits, ridge_memory, ridge_right
+from duallora_edge.learner.methods.training import (
     Downs,
     Lesson,
     Moments,
@@ -44,8 +23,29 @@ from duallora_edge.learner.recipe import (
     train_adapters,
     untrained,
 )
-from duallora_edge.learner.record import BlockRecord, TaskInfo, TaskRecord
-from duallora_edge.learner.subspace import new_directions
+from duallora_edge.learner.network.adapters import AdaptedBlock, Collect
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import (
+    Catalogue,
+    Classifier,
+    ComposedModel,
+    DynamicMemory,
+    Network,
+    Scores,
+    fold_all,
+)
+from duallora_edge.learner.network.task_record import BlockRecord, TaskInfo, TaskRecord
+from duallora_edge.learner.statistics.calibration import (
+    CalibrationCurve,
+    Mixture,
+    NoveltyScale,
+    best_mixture,
+    best_temperature,
+    quantiles,
+)
+from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.subspace import new_directions
+from duallora_edge.learner.timing import phase, timed
 
 
 class Method(ABC):

@@ -7,9 +7,9 @@ from functools import partial
 from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.recipe import Downs, Lesson, past_bases
-from duallora_edge.learner.record import TaskRecord
-from duallora_edge.learner.subspace import (
+from duallora_edge.learner.methods.training import Downs, Lesson, past_bases
+from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.statistics.subspace import (
     constrained_directions,
     empty_basis,
     inside_directions,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.recipe import Lesson, untrained
-from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.methods.training import Lesson, untrained
+from duallora_edge.learner.network.task_record import TaskRecord
 
 
 class Frozen(Method):

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import RunError
-from duallora_edge.learner.adapters import AdaptedBlock, Adapter
-from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet
-from duallora_edge.learner.encode import Encoded
-from duallora_edge.learner.gaussian import GaussianClassifier
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.model import Scores, fold_all
-from duallora_edge.learner.recipe import (
+from duallora_edge.learner.methods.training import (
     Downs,
     Lesson,
     look,
@@ -30,8 +25,13 @@ from duallora_edge.learner.recipe import (
     train_adapters,
     untrained,
 )
-from duallora_edge.learner.record import BlockRecord, TaskRecord, empty_adapter
-from duallora_edge.learner.subspace import empty_basis, top_directions
+from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import Scores, fold_all
+from duallora_edge.learner.network.prefix_cache import Encoded
+from duallora_edge.learner.network.task_record import BlockRecord, TaskRecord, empty_adapter
+from duallora_edge.learner.statistics.gaussian import GaussianClassifier
+from duallora_edge.learner.statistics.subspace import empty_basis, top_directions
 
 
 class NoCheckpoint:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from duallora_edge.errors import RunError
-from duallora_edge.learner.metrics import Metrics
+from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.report.plots import BLUE, GREY, GRID, INK, ORANGE, printable, style_axes, to_png
 
 

@@ -6,7 +6,7 @@ then competing; ``b_{k,i}`` the same with the choice limited to the classes of t
 
 from typing import NamedTuple
 
-from duallora_edge.learner.metrics import BINS
+from duallora_edge.learner.report.metrics import BINS
 
 
 class Definition(NamedTuple):

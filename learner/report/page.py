@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 
 from duallora_edge.files import write_atomic, write_json
-from duallora_edge.learner.metrics import Metrics, TaskResult
 from duallora_edge.learner.report.definitions import DEFINITIONS
+from duallora_edge.learner.report.metrics import Metrics, TaskResult
 from duallora_edge.learner.report.plots import accuracy_png, matrix_png, printable, reliability_png
 from duallora_edge.learner.report.style import CSS
 

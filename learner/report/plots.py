@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from duallora_edge.learner.metrics import BINS, Cell, Metrics
+from duallora_edge.learner.report.metrics import BINS, Cell, Metrics
 
 DPI = 240
 FIGSIZE = (3.8, 3.6)  # inches

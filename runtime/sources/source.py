@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from duallora_edge.errors import DataError, DualLoraEdgeError, SourceError
 from duallora_edge.runtime.closing import Closing
-from duallora_edge.runtime.probes import first_line
+from duallora_edge.runtime.device.probes import first_line
 from duallora_edge.runtime.sources.capture import Opener, Picture, mask
 from duallora_edge.runtime.sources.frame import Frame
 from duallora_edge.runtime.sources.policy import Policy, Statistics

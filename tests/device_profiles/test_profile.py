@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from duallora_edge.device_profiles import DeviceProfile, jetpacks, list_profiles
 from duallora_edge.device_profiles.profile import FOLDER
 from duallora_edge.errors import ProfileError
-from duallora_edge.runtime.backends import LADDER
+from duallora_edge.runtime.backends.ladder import LADDER
 
 PROFILES = list_profiles()
 GPUS = [profile for profile in PROFILES if profile.kind != "cpu"]

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from duallora_edge.learner import methods
-from duallora_edge.learner.backbone import Backbone
-from duallora_edge.learner.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.model import ComposedModel
-from duallora_edge.learner.record import TaskRecord
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.statistics.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
 
 SOFT = -torch.arange(len(TEMPERATURES), dtype=torch.float)  # held-back likelihoods that ask for the highest one
 

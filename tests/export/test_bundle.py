@@ -21,13 +21,13 @@ from duallora_edge.export.bundle import GENERATED_IMAGES, GOLDEN_IMAGES, README,
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import generated_images, torch_outputs
 from duallora_edge.files import read_json, write_json
-from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.model import NOVELTY_THRESHOLD, ComposedModel
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedModel
+from duallora_edge.learner.run_directory import Run
 from duallora_edge.runtime import Bundle, Classifier
-from duallora_edge.runtime.backends import open_backend
+from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, MODEL_FP16, OUTPUTS
 
 TARGET = resolve_target("orin-nano-8gb", "6.2")

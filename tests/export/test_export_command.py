@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from duallora_edge.cli import main
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.run_directory import Run
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.bundle import MANIFEST, MODEL, MODEL_FP16
 from duallora_edge.runtime.preprocess import read_image

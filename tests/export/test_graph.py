@@ -18,11 +18,11 @@ from duallora_edge.errors import ExportError
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import generated_images, onnx_outputs, torch_outputs
 from duallora_edge.learner import embedded
-from duallora_edge.learner.backbone import Backbone, load_backbone
-from duallora_edge.learner.calibration import Mixture
-from duallora_edge.learner.classifiers import CLASSIFIERS
 from duallora_edge.learner.methods import METHODS
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.methods.scoring import CLASSIFIERS
+from duallora_edge.learner.network.backbone import Backbone, load_backbone
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.statistics.calibration import Mixture
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
 Compose = Callable[..., ComposedModel]

@@ -8,10 +8,10 @@ import pytest
 
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
-from duallora_edge.learner.model import ComposedModel
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.bundle import Bundle
-from duallora_edge.runtime.engine import build_engine, build_engines
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
 

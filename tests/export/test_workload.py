@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
-from duallora_edge.learner.backbone import Backbone
-from duallora_edge.learner.calibration import LEVELS
-from duallora_edge.learner.model import ComposedModel
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.statistics.calibration import LEVELS
 
 Compose = Callable[..., ComposedModel]
 D, L, DEPTH = 48, 17, 4  # width, tokens and blocks of the tiny backbone

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.task_record import TaskRecord
 
 
 @pytest.fixture(scope="session")

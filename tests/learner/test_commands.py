@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from duallora_edge.learner.commands import folder_bytes
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.run_directory import Run
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--precision", "fp32")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from duallora_edge.learner.backbone import Backbone
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.model import Outputs
-from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import Outputs
+from duallora_edge.learner.network.task_record import TaskRecord
 
 MakeTask = Callable[..., PreparedTask]
 Learn = Callable[..., list[TaskRecord]]

@@ -14,7 +14,7 @@ import pytest
 
 from duallora_edge.cli import main
 from duallora_edge.errors import RunError
-from duallora_edge.learner.run import Run
+from duallora_edge.learner.run_directory import Run
 
 KILLS = 5
 

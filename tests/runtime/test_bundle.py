@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from duallora_edge.errors import BundleError
 from duallora_edge.files import read_json, write_json
-from duallora_edge.runtime.backends import open_backend
+from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import MAX_PROBLEMS, Bundle, Content, Manifest
 
 quick = settings(

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 from duallora_edge.errors import BackendError, DataError
 from duallora_edge.runtime import Classifier, Prediction
-from duallora_edge.runtime.backends import Backend, GoldenCheck
+from duallora_edge.runtime.backends.ladder import Backend, GoldenCheck
 from duallora_edge.runtime.bundle import Bundle, Outputs
 
 

@@ -24,11 +24,11 @@ from duallora_edge.errors import BundleError
 from duallora_edge.export import graph as exporter
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.learner import methods
-from duallora_edge.learner.backbone import Backbone, load_backbone
-from duallora_edge.learner.calibration import Mixture
 from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.model import ComposedModel
-from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.network.backbone import Backbone, load_backbone
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.statistics.calibration import Mixture
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, MAX_BATCH, OUTPUTS
 from duallora_edge.runtime.graph_check import IR_VERSIONS, OPSETS, check_graph, operators
 from duallora_edge.runtime.graph_check import MAX_BATCH as CHECKED_BATCH

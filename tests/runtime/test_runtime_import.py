@@ -22,7 +22,7 @@ def run(code: str) -> object:
     [
         "import duallora_edge.runtime",
         "from duallora_edge.runtime import Bundle, Classifier, Prediction, Preprocessing",
-        "import duallora_edge.runtime.commands",
+        "import duallora_edge.runtime.commands.predict",
     ],
 )
 def test_nothing_heavy_is_imported(statement: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from duallora_edge.errors import BackendError, SwapError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime import Classifier
-from duallora_edge.runtime.backends import Backend, open_backend
+from duallora_edge.runtime.backends.ladder import Backend, open_backend
 from duallora_edge.runtime.bundle import MANIFEST, Bundle, Outputs
 from duallora_edge.runtime.preprocess import Pixels
 

@@ -19,7 +19,7 @@ import pytest
 from duallora_edge.errors import BackendError, BundleError, SwapError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime import Classifier, trial
-from duallora_edge.runtime.backends import Rung
+from duallora_edge.runtime.backends.ladder import Rung
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.trial import MAX_DEATHS, MAX_RECORDS, Opening, RefusedError, Trial
 

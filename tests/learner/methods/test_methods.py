@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import ConfigError, RunError
-from duallora_edge.learner.adapters import AdaptedBlock, Adapter
-from duallora_edge.learner.backbone import Backbone
-from duallora_edge.learner.calibration import CalibrationCurve, best_mixture
-from duallora_edge.learner.classifiers import lda, overconfidence
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.gaussian import GaussianClassifier
 from duallora_edge.learner.methods import METHODS, compose, learn_task
-from duallora_edge.learner.model import Catalogue, gate_matrix, run_suffix
-from duallora_edge.learner.record import BlockRecord, TaskRecord
+from duallora_edge.learner.methods.scoring import lda, overconfidence
+from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import Catalogue, gate_matrix, run_suffix
+from duallora_edge.learner.network.task_record import BlockRecord, TaskRecord
+from duallora_edge.learner.statistics.calibration import CalibrationCurve, best_mixture
+from duallora_edge.learner.statistics.gaussian import GaussianClassifier
 
 MakeTask = Callable[..., PreparedTask]
 Learn = Callable[..., list[TaskRecord]]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from duallora_edge.learner.metrics import Cell, Metrics, TaskClasses
 from duallora_edge.learner.report.definitions import DEFINITIONS
+from duallora_edge.learner.report.metrics import Cell, Metrics, TaskClasses
 
 
 def test_every_number_has_a_definition_in_the_same_order() -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duallora_edge.learner.metrics import Cell, Metrics, Predictions, TaskClasses
 from duallora_edge.learner.report import page
 from duallora_edge.learner.report.definitions import DEFINITIONS
+from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
 
 FILES = ["accuracy.png", "matrix.png", "metrics.json", "reliability.png", "report.html"]

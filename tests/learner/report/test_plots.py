@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duallora_edge.learner.metrics import BINS, Cell, Metrics, TaskClasses
+from duallora_edge.learner.report.metrics import BINS, Cell, Metrics, TaskClasses
 from duallora_edge.learner.report.plots import accuracy_png, matrix_png, printable, reliability_png
 
 HOSTILE = ["$\\frac{", "_hidden", "名前", "a" * 300, "two\nlines", "", "\x1b[31m", "50 % $x$"]

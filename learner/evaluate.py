@@ -1,0 +1,158 @@
+"""Measuring a run: the answers of its states on the test images of its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duallora_edge.errors import RunError
+from duallora_edge.files import read_json, write_json
+from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner.data import PixelSet, PreparedTask
+from duallora_edge.learner.methods import compose
+from duallora_edge.learner.methods.training import collect_features
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
+from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, Row, TaskClasses
+from duallora_edge.learner.report.page import About, write_report
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.timing import timed
+
+Progress = Callable[[int, int], None]
+
+
+class Tests:
+    """Test images of tasks, encoded once by the frozen prefix and answered by every state."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        precision: str,
+        cache: PrefixCache | None = None,
+        *,
+        batch_size: int = BATCH,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """``batch_size`` and ``cache_bytes`` (of each task) as for `Encoded`."""
+        self.backbone, self.precision, self.cache = backbone, precision, cache
+        self._encode = partial(Encoded, backbone, precision=precision, batch_size=batch_size, cache_bytes=cache_bytes)
+        self._encoded: dict[str, Encoded] = {}
+
+    def add(self, task: PreparedTask, classes: Sequence[str]) -> None:
+        """Encode the test images of a task. Images of classes that the task did not learn are left out."""
+        test = task.test
+        keep = [i for i, label in enumerate(test.labels) if label in set(classes)]
+        if len(keep) < len(test):
+            test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
+        self._encoded[task.name] = self._encode(test, classes, cache=self.cache)
+
+    @timed("evaluation")
+    def row(self, tasks: Sequence[TaskRecord]) -> Row:
+        """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
+        if not any(len(self._encoded.get(task.info.name, ())) for task in tasks):
+            return tuple(Cell() for _ in tasks)
+        model = compose(self.backbone, tasks)
+        return tuple(self._cell(model, tasks, index) for index in range(len(tasks)))
+
+    @torch.no_grad()
+    def _cell(self, model: ComposedModel, tasks: Sequence[TaskRecord], index: int) -> Cell:
+        info = tasks[index].info
+        encoded = self._encoded.get(info.name)
+        if encoded is None or not len(encoded):
+            return Cell()
+        features, _ = collect_features(model.network, encoded, self.precision)
+        answers = [model.classifier(part.to(self.backbone.device)) for part in features.split(BATCH)]
+        probabilities = torch.cat([a.probabilities for a in answers])
+        if not bool(torch.isfinite(probabilities).all()):
+            raise RunError("The run is damaged (its answers are not numbers); restore it from a copy.")
+        columns = [model.catalogue.classes.index(name) for name in info.classes]
+        predictions = Predictions(
+            labels=torch.tensor(columns)[encoded.labels].numpy(),
+            probabilities=probabilities.cpu().numpy(),
+            task=index,
+            task_probabilities=torch.cat([a.task_probabilities for a in answers]).cpu().numpy(),
+        )
+        return Cell.from_predictions(predictions, columns)
+
+
+def measured_rows(run: Run) -> dict[str, Row]:
+    """Rows measured earlier, by the digest of the state they were measured on: one cell a task of the state.
+
+    Raises `RunError` when they are damaged.
+    """
+    path = run.path / "reports" / "rows.json"
+    if not path.is_file():
+        return {}
+    try:
+        rows = {str(key): tuple(map(Cell.from_json, row)) for key, row in read_json(path).items()}
+        head = run.head()
+        for number in range(1, len(head) + 1):
+            row = rows.get(run.digest(head[:number]))
+            if row is not None and len(row) != number:
+                raise ValueError(f"the state after {number} tasks has {len(row)} cells")
+        return rows
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}); delete it and run 'duallora-edge evaluate {run.path}'."
+        ) from error
+
+
+def evaluate_run(run: Run, tests: Tests | None, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:
+    """Measure every state of the run on every task it knows.
+
+    With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
+    state that is measured now. Without ``tests`` nothing is measured, and the cells of other states stay empty.
+    """
+    head = ranks.first(run.head)
+    if not head:
+        raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
+    known = ranks.first(partial(measured_rows, run)) if reuse else {}
+    records = run.records(head) if tests else []
+    rows: dict[str, Row] = {}
+    for k in range(1, len(head) + 1):
+        state = run.digest(head[:k])
+        if state in known:
+            rows[state] = known[state]
+        elif tests is None:
+            rows[state] = tuple(Cell() for _ in range(k))
+        else:
+            rows[state] = tests.row(records[:k])
+            on_row(k, rows[state])
+    if tests is not None:
+        ranks.first(partial(_write_rows, run, rows))
+    infos = map(run.read_info, head)
+    return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), tuple(rows.values()))
+
+
+def _write_rows(run: Run, rows: Mapping[str, Row]) -> None:
+    (run.path / "reports").mkdir(exist_ok=True)
+    write_json(run.path / "reports" / "rows.json", {key: [c.to_json() for c in row] for key, row in rows.items()})
+
+
+@timed("evaluation")
+def report(run: Run, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
+    """Write the report of a run into its folder ``reports``; returns the path of report.html."""
+    return write_report(
+        run.path / "reports", metrics, About(run.path.name, run.config.method, details(run)), comparisons
+    )
+
+
+def details(run: Run) -> dict[str, str]:
+    """The facts under which a run's numbers were measured, as label and text."""
+    config, info = run.config, run.info
+    facts: Mapping[str, Any] = {
+        "Backbone": info.name,
+        "Input": f"{info.size} × {info.size} px",
+        "Frozen blocks": info.prefix_blocks,
+        "Ranks": f"{config.rank_orthogonal} orthogonal + {config.rank_residual} residual",
+        "Epochs": config.epochs,
+        "Precision of training": config.precision,
+        "Seed": config.seed,
+    }
+    return {label: str(value) for label, value in facts.items()}

@@ -1,0 +1,327 @@
+"""Training inside a memory budget: what a step and a pass need is measured, the rest counted, and a plan chosen.
+
+On a CPU the budget is of the process's resident memory, on CUDA of what torch allocates on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import re
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from duallora_edge.errors import ConfigError
+from duallora_edge.files import read_json, write_json
+from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.data import PreparedStream
+from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
+from duallora_edge.learner.network.backbone import Backbone, products
+from duallora_edge.learner.network.network import run_suffix
+from duallora_edge.learner.network.prefix_cache import BATCH, token_bytes
+
+UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+# Of what is predicted on top of the base: buffers inside operators, and holes in the heap.
+MARGIN = 1.15
+# Below this many images a step is slower than recomputing the blocks of a larger one.
+SMALL_BATCH = 4
+# Matrices float64 [D, D] that fitting, composing, storing or reading the statistics of one task holds at once.
+STATISTICS_MATRICES = 5
+# What is loaded only on the way, such as the libraries of the report.
+LATER = 96 << 20
+PASSES = (BATCH, 32, 16, 8, 4, 2, 1)
+FILE = "memory.json"
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
+CHOICES = ("micro_batch", "forward_batch", "recompute", "precision")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as ``2GB`` or ``2048MB`` (2 GB are 2048 MB, 1 MB is 1024 KB). Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"memory_budget must be a size such as 2GB or 2048MB, not {text!r}.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train inside a budget; sizes in images and bytes, all but the last named as in `TrainConfig`.
+
+    ``cache_bytes`` of the prefix cache lie in memory, what is beyond in a file; ``summaries`` is None where they stay
+    as they are; ``expected`` is the predicted peak.
+    """
+
+    memory_budget: str
+    micro_batch: int
+    forward_batch: int
+    recompute: bool
+    precision: str
+    cache_bytes: int | None
+    summaries: int | None
+    expected: int
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with what was chosen."""
+        settings = asdict(self)
+        del settings["expected"]
+        if self.summaries is None:
+            del settings["summaries"]
+        return replace(config, **settings)
+
+    def describe(self, batch_size: int) -> str:
+        """One line for the user."""
+        parts = [f"batches of {batch_size} images"]
+        if self.micro_batch < batch_size:
+            parts[0] += f" in parts of {self.micro_batch}"
+        parts.append(f"{self.forward_batch} a pass without training")
+        if self.recompute:
+            parts.append("blocks are computed again for the gradient")
+        if self.cache_bytes is not None:
+            parts.append(f"{_megabytes(self.cache_bytes)} of the prefix cache in memory, what is beyond in a file")
+        parts.append(self.precision)
+        if self.summaries is not None:
+            parts.append(f"--summaries {self.summaries}, the most that fit, which costs accuracy")
+        return f"Memory budget {self.memory_budget}: {', '.join(parts)}; expected peak {_megabytes(self.expected)}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of tensors alive at once: ``fixed`` plus ``image`` for each image of a batch."""
+
+    fixed: int
+    image: int
+
+    def of(self, batch: int) -> int:
+        return self.fixed + batch * self.image
+
+    @classmethod
+    def measure(cls, run: Callable[[int], object]) -> Cost:
+        """The cost of ``run(batch)``, from batches of one image and of three."""
+        one, three = (live_peak(lambda batch=batch: run(batch)) for batch in (1, 3))  # type: ignore[misc]
+        image = (three - one) // 2
+        return cls(max(one - image, 0), image)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, and their peak, until each is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage.data_ptr() not in known and storage not in self._seen:
+                    self._seen.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def live_peak(run: Callable[[], object]) -> int:
+    """The most bytes of tensors that ``run`` makes and holds at one moment."""
+    with _LiveBytes() as count:
+        run()
+    return count.peak
+
+
+def training_cost(backbone: Backbone, config: TrainConfig) -> Cost:
+    """What forward and backward through the adapted suffix hold, measured on a batch of one and of three images."""
+    rank, dim, device = max(config.rank_orthogonal + config.rank_residual, 1), backbone.dim, backbone.device
+    blocks = [AdaptedBlock(block) for block in backbone.suffix]
+    for block in blocks:
+        down, up = torch.zeros(rank, dim, device=device), nn.Parameter(torch.zeros(rank, dim, device=device))
+        block.adapter = Adapter(down, up, down, up)
+
+    @torch.enable_grad()
+    def step(batch: int) -> None:
+        tokens = torch.zeros(batch, _length(backbone), dim, device=device)
+        with products(config.precision, device):
+            f = run_suffix(backbone, blocks, tokens, recompute=config.recompute)[0].float()
+            loss = (1 - F.cosine_similarity(f, torch.ones_like(f))).mean()
+        loss.backward()
+
+    return Cost.measure(step)
+
+
+def forward_cost(backbone: Backbone, config: TrainConfig) -> Cost:
+    """What a pass without gradients holds, through prefix and suffix together."""
+    size, device = backbone.info.size, backbone.device
+    blocks = [AdaptedBlock(block) for block in backbone.suffix]
+
+    @torch.no_grad()
+    def run(batch: int) -> None:
+        images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
+        tokens, _ = backbone.prefix(images, config.precision)
+        with products(config.precision, device):
+            run_suffix(backbone, blocks, tokens, collect="class")
+
+    return Cost.measure(run)
+
+
+def held_bytes(backbone: Backbone, stream: PreparedStream, learned: int) -> int:
+    """Bytes of what stays while the last task of the stream is learned: records, summaries phi, features."""
+    dim, summary = backbone.dim, backbone.summary_dim
+    images = max(len(task.train) + len(task.validation) for task in stream.tasks)
+    tests = sum(len(task.test) for task in stream.tasks)
+    scatters = (learned + len(stream.tasks)) * (dim + summary) ** 2 * 2  # triangles in float32
+    return scatters + images * 4 * (2 * summary + dim) + tests * 4 * summary
+
+
+def statistics_bytes(backbone: Backbone, stream: PreparedStream) -> int:
+    """Bytes that summing up the features of a task takes for a while: three times float64, and some matrices."""
+    width = backbone.dim + backbone.summary_dim
+    images = max(len(task.train) + len(task.validation) for task in stream.tasks)
+    return STATISTICS_MATRICES * width**2 * 8 + images * 3 * 8 * width
+
+
+def make_plan(
+    backbone: Backbone,
+    config: TrainConfig,
+    stream: PreparedStream,
+    learned: int,
+    *,
+    free_precision: bool = False,
+    before: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The fastest plan for ``config.memory_budget`` that lets the tasks of ``stream`` follow ``learned`` others.
+
+    The prefix cache gives way first, to a file, which changes no result; then parts of a batch become smaller (the same
+    up to rounding), blocks are computed twice, and with ``free_precision`` products are in bf16. ``before``, the plan
+    of an earlier call as JSON, is kept while it fits, so that a training that was stopped ends in the same bytes.
+    Raises `ConfigError` for a budget that no plan meets, with the least that one would.
+    """
+    budget, device = parse_bytes(config.memory_budget or ""), backbone.device
+    on_cpu = device.type == "cpu"
+    held = held_bytes(backbone, stream, learned) if on_cpu else 0
+    statistics = statistics_bytes(backbone, stream) if on_cpu else 0
+    batch = 3 * config.batch_size * token_bytes(backbone)  # in float16 and float32
+    tokens = max(len(task.train) for task in stream.tasks) * token_bytes(backbone)
+    costs: dict[tuple[str, bool], tuple[Cost, Cost]] = {}
+    least = sys.maxsize
+    for option in [*([before] if before else []), *_options(config, free_precision)]:
+        chosen = replace(config, **{key: option[key] for key in ("precision", "recompute", "micro_batch")})
+        key = (chosen.precision, chosen.recompute)
+        if key not in costs:
+            costs[key] = training_cost(backbone, chosen), forward_cost(backbone, chosen)
+        training, forward = costs[key]
+        # Only now: what was measured has loaded kernels and started threads, which stay.
+        base = LATER + resident_bytes() if on_cpu else torch.cuda.memory_allocated(device)
+        for passes in [option["forward_batch"]] if option is before else PASSES:
+            most = held + max(batch + training.of(option["micro_batch"]), forward.of(passes), statistics)
+            free = int((budget - base) / MARGIN) - most
+            least = min(least, int(base + MARGIN * most))
+            if free >= 0:
+                kept = min(tokens, free) if on_cpu else None
+                expected = int(base + MARGIN * (most + (kept or 0)))
+                return Plan(
+                    str(config.memory_budget),
+                    **{**option, "forward_batch": passes},
+                    cache_bytes=kept,
+                    summaries=None,
+                    expected=expected,
+                )
+    raise ConfigError(
+        f"A memory budget of {config.memory_budget} cannot be met: learning these tasks with this backbone needs at "
+        f"least {_megabytes(least)}; give that, or take a smaller --backbone, --size or --summaries."
+    )
+
+
+def _options(config: TrainConfig, free_precision: bool) -> Iterator[dict[str, Any]]:
+    """The plans to try, the fastest first, without the batch of a pass and the cache."""
+    for precision in dict.fromkeys([config.precision, *(["bf16"] if free_precision else [])]):
+        for recompute in (False, True):
+            batch = config.batch_size
+            while batch >= (1 if recompute else min(SMALL_BATCH, config.batch_size)):
+                yield {"precision": precision, "recompute": recompute, "micro_batch": batch}
+                batch = math.ceil(batch / 2) if batch > 1 else 0
+
+
+def fit(
+    config: TrainConfig, backbone: Backbone, stream: PreparedStream, run: Path, learned: int, *, free: Collection[str]
+) -> Plan | None:
+    """The plan of a call of `train` for its budget, None without one; `remember` keeps it for the next call.
+
+    ``free`` are the settings, of ``precision`` and ``summaries``, that nobody chose and no run depends on yet. Fewer
+    summaries, whose covariance is the largest thing a task leaves, are the last resort: ``backbone`` then has them.
+    """
+    if config.memory_budget is None:
+        return None
+    if backbone.device.type == "cuda":
+        total = torch.cuda.get_device_properties(backbone.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.memory_budget) / total), backbone.device)
+    else:
+        give_back_early()
+    path = run / FILE
+    before = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a plan that cannot be read is made again
+        known = read_json(path)
+        if (known["memory_budget"], known["batch_size"]) == (config.memory_budget, config.batch_size):
+            before = {key: known[key] for key in CHOICES}
+    plan = partial(make_plan, config=config, stream=stream, learned=learned, free_precision="precision" in free)
+    count = len(backbone.info.summary_blocks)
+    try:
+        return plan(backbone, before=before)
+    except ConfigError:
+        if "summaries" not in free or count == 1:
+            raise
+    for fewer in range(count - 1, 0, -1):
+        backbone.summarise(fewer)
+        with contextlib.suppress(ConfigError):
+            return replace(plan(backbone), summaries=fewer)
+    return plan(backbone)  # raises, and names the least of all
+
+
+def give_back_early() -> None:
+    """Let glibc return every larger block to the system as soon as it is freed, instead of keeping it for later.
+
+    Otherwise the heap grows to far more than tensors ever hold at once. The price is a few page faults a step.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
+
+
+def remember(plan: Plan, batch_size: int, run: Path) -> None:
+    """Write the plan into the run."""
+    write_json(run / FILE, {**asdict(plan), "batch_size": batch_size})
+
+
+def resident_bytes(line: str = "VmRSS") -> int:
+    """Resident memory of this process in bytes, or its peak (``VmHWM``). Raises `ConfigError` where Linux is not."""
+    try:
+        with Path("/proc/self/status").open(encoding="ascii") as file:
+            return next(int(entry.split()[1]) * 1024 for entry in file if entry.startswith(line + ":"))
+    except (OSError, StopIteration) as error:
+        raise ConfigError("A memory budget needs Linux, whose /proc says what is used; leave it out.") from error
+
+
+def _megabytes(size: int) -> str:
+    return f"{math.ceil(size / UNITS['MB'])} MB"
+
+
+def _length(backbone: Backbone) -> int:
+    """Tokens of an image."""
+    return token_bytes(backbone) // (2 * backbone.dim)

@@ -1,0 +1,211 @@
+"""Images behind the frozen prefix: the expensive part, done once an image and kept where memory allows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from duallora_edge.files import cache_folder
+from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner.data import PixelSet
+from duallora_edge.learner.data.cache import release
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.timing import phase
+
+BATCH = 64
+MAX_CACHE_SHARE = 0.4
+
+
+class PrefixCache:
+    """Outputs of the untouched network by the content of the image, for several runs over the same images.
+
+    All runs must share backbone, prefix and precision. ``seconds`` is what the prefix took for the ``images`` it was
+    run on.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.images = 0.0, 0
+        self._known: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._features: dict[bytes, Tensor] = {}
+
+    def __call__(self, backbone: Backbone, pixels: npt.NDArray[np.uint8], precision: str) -> tuple[Tensor, Tensor]:
+        """Tokens float16 [B, L, d] and phi float32 of frames uint8 [B, S, S, 3], on the CPU."""
+        keys = _keys(pixels)
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        if new:
+            started = time.monotonic()
+            tokens, phi = backbone.prefix(torch.from_numpy(pixels[new]).to(backbone.device), precision)
+            for i, image_tokens, image_phi in zip(new, tokens.half().cpu(), phi.cpu(), strict=True):
+                self._known[keys[i]] = (image_tokens.clone(), image_phi.clone())
+            self.seconds += time.monotonic() - started
+            self.images += len(new)
+        known = [self._known[key] for key in keys]
+        return torch.stack([tokens for tokens, _ in known]), torch.stack([phi for _, phi in known])
+
+    def features(self, pixels: npt.NDArray[np.uint8], compute: Callable[[], tuple[Tensor, object]]) -> Tensor:
+        """Features [B, D] of the untouched network for frames uint8 [B, S, S, 3].
+
+        The first of what ``compute`` gives is taken where they are unknown.
+        """
+        keys = _keys(pixels)
+        if any(key not in self._features for key in keys):
+            self._features.update(zip(keys, compute()[0].unbind(), strict=True))
+        return torch.stack([self._features[key] for key in keys])
+
+
+def _keys(pixels: npt.NDArray[np.uint8]) -> list[bytes]:
+    return [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in pixels]
+
+
+class Encoded:
+    """Labelled images behind the frozen prefix.
+
+    ``labels`` int64 [N] are indices into ``classes``; summaries ``phi`` float32 [N, summary_dim] are kept; tokens are
+    kept as float16 while they fit into a share of the free memory, else recomputed for every batch. With
+    ``cache_bytes`` that many bytes of them are kept in memory, the others in a file that vanishes with the process.
+    ``batch_size`` images go through the network at once, with products in ``precision``.
+
+    With several ranks each encodes a run of whole batches, so that every image is in the batch that it is in with one;
+    ``counts`` are the images of each. The summaries are known to all, the tokens when `share_tokens` was called.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: PixelSet,
+        classes: Sequence[str],
+        on_batch: Callable[[int, int], None] = lambda done, total: None,
+        cache: PrefixCache | None = None,
+        *,
+        precision: str = "fp32",
+        batch_size: int = BATCH,
+        cache_bytes: int | None = None,
+    ) -> None:
+        self.cache, self.precision, self.batch_size = cache, precision, batch_size
+        self.backbone, self.pixels = backbone, images.pixels
+        index = {name: number for number, name in enumerate(classes)}
+        self.labels = torch.tensor([index[name] for name in images.labels], dtype=torch.long)
+        count = len(images)
+        row = token_bytes(backbone)
+        self.tokens: Tensor | None = None
+        self._file: IO[bytes] | None = None
+        parts = ranks.parts(self._batches())
+        self._own = parts[ranks.number()]
+        self.counts = [sum(map(len, part)) for part in parts]
+        self._first = sum(self.counts[: ranks.number()])  # the image that the first row of the tokens is of
+        self._shared = ranks.count() == 1
+        own = self.counts[ranks.number()]
+        fits = ranks.agreed(count * row * ranks.on_this_machine() < MAX_CACHE_SHARE * _available_memory())
+        if cache_bytes is not None or fits:
+            kept = own if cache_bytes is None else min(own, cache_bytes // row)
+            self.tokens = torch.empty(kept, row // (2 * backbone.dim), backbone.dim, dtype=torch.float16)
+            if kept < own:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)  # noqa: SIM115 - as long as this object
+        summaries = torch.empty(own, backbone.summary_dim)
+        for batch in self._own:
+            rows = batch - self._first
+            tokens, summaries[rows] = self._encode(batch)
+            if self.tokens is not None:
+                self._keep(rows, tokens)
+            on_batch(int(rows[-1]) + 1, own)
+        self.phi = ranks.gather(summaries, self.counts)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def share_tokens(self) -> None:
+        """Give every rank the tokens of all images, for batches from anywhere, where they are kept."""
+        if self.tokens is not None and not self._shared:
+            self.tokens, self._first, self._shared = ranks.gather(self.tokens, self.counts), 0, True
+
+    def _keep(self, rows: Tensor, tokens: Tensor) -> None:
+        """Store the tokens of the next images: in memory while there is room, then at the end of the file."""
+        assert self.tokens is not None
+        room = max(len(self.tokens) - int(rows[0]), 0)
+        self.tokens[rows[:room]] = tokens[:room]
+        if self._file is not None and room < len(tokens):
+            self._file.write(tokens[room:].numpy().data)
+
+    def _kept(self, indices: Tensor, memory: Tensor) -> Tensor:
+        """Stored tokens float16 [B, L, d]. Rows of the file are read, not mapped: mapped they would count as memory."""
+        if self._file is None:
+            return memory[indices]
+        tokens = torch.empty(len(indices), *memory.shape[1:], dtype=torch.float16)
+        row = memory[:1].nbytes if len(memory) else tokens[:1].nbytes
+        for image, index in zip(tokens, indices.tolist(), strict=True):
+            if index < len(memory):
+                image.copy_(memory[index])
+            else:
+                os.preadv(self._file.fileno(), [image.numpy().data], (index - len(memory)) * row)
+        return tokens
+
+    def _pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
+        """Copies of frames uint8 [B, S, S, 3]; the file that they are mapped from does not stay in memory."""
+        pixels = self.pixels[indices.numpy()]
+        release(self.pixels)
+        return pixels
+
+    @torch.no_grad()
+    def _encode(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens float16 and phi float32 of some images as they are, on the CPU."""
+        with phase("frozen prefix"):
+            pixels = self._pixels(indices)
+            if self.cache is not None:
+                return self.cache(self.backbone, pixels, self.precision)
+            tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device), self.precision)
+            return tokens.half().cpu(), phi.cpu()
+
+    @torch.no_grad()
+    def batch(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Prefix tokens float32 [B, L, d] of some images; ``transform`` augments their pixels first.
+
+        They are rounded to float16 also where they are recomputed, so that free memory does not change results.
+        """
+        if transform is not None:
+            with phase("frozen prefix"):
+                views = transform(torch.from_numpy(self._pixels(indices)).to(self.backbone.device))
+                parts = [
+                    self.backbone.prefix(part, self.precision)[0].half().float()
+                    for part in views.split(self.batch_size)
+                ]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.tokens is None:
+            tokens = torch.cat([self._encode(part)[0] for part in indices.split(self.batch_size)])
+        else:
+            tokens = self._kept(indices - self._first, self.tokens)
+        return tokens.to(self.backbone.device).float()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(indices, tokens, phi) of all images in order; of this rank's where there are several."""
+        for indices in self._own:
+            yield indices, self.batch(indices), self.phi[indices].to(self.backbone.device)
+
+    def _batches(self) -> Sequence[Tensor]:
+        """The numbers of all images in batches; none without images, where `Tensor.split` would give an empty one."""
+        return torch.arange(len(self)).split(self.batch_size) if len(self) else ()
+
+
+def token_bytes(backbone: Backbone) -> int:
+    """Bytes of the stored tokens of one image, float16 [L, d]."""
+    side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
+    return int(((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2)
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without swapping (MemAvailable), or 4 GiB where the system does not say."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 << 30

@@ -1,0 +1,366 @@
+"""What runs the model: a ladder of backends, best first, of which a real inference picks one.
+
+That a provider is compiled in, or even that a session lists it, does not mean that it computes on this machine:
+a build without kernels for the GPU fails at the first run, and some computed silently wrong results. So every
+candidate answers the golden images before it is used, and a candidate that was not used leaves its reason. On a GPU
+each candidate is tried in the precision that the bundle recommends, and in fp32 when fp16 gives wrong answers there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from duallora_edge.errors import BackendError
+from duallora_edge.runtime.bundle import (
+    INPUT,
+    MAX_DIFFERENCE,
+    MAX_FEATURE_DIFFERENCE,
+    MAX_NOVELTY_DIFFERENCE,
+    OUTPUTS,
+    Bundle,
+    FloatArray,
+    Golden,
+    Outputs,
+    gpu_graphs,
+)
+from duallora_edge.runtime.preprocess import Pixels
+
+MIN_COSINE = 0.999
+# The largest batch of an engine that TensorRT builds of a graph that takes any number of images.
+ENGINE_BATCH = 16
+
+Run = Callable[[Pixels], Outputs]
+
+
+class UnavailableError(Exception):
+    """A backend that this installation does not have; its message is the reason."""
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """How the outputs of a backend compare with the golden ones, over ``images`` images.
+
+    ``cosine`` is the smallest cosine between the two probability vectors of an image, ``max_difference`` the
+    largest absolute difference of a class or task probability, ``max_novelty_difference`` that of a novelty, and
+    ``max_feature_difference`` the largest distance of two feature vectors as a share of the golden one's length.
+    ``top1_agreement`` is the share of images with the same best class; two classes that the golden outputs hold closer
+    than twice the tolerance count as the same. ``precision`` decides what is allowed.
+    """
+
+    images: int
+    cosine: float
+    max_difference: float
+    max_novelty_difference: float
+    max_feature_difference: float
+    top1_agreement: float
+    precision: str = "fp32"
+
+    @property
+    def passed(self) -> bool:
+        """Everything within the limits of the precision, with the same best class everywhere. NaN fails."""
+        return (
+            self.max_difference <= MAX_DIFFERENCE[self.precision]
+            and self.cosine >= MIN_COSINE
+            and self.max_novelty_difference <= MAX_NOVELTY_DIFFERENCE
+            and self.max_feature_difference <= MAX_FEATURE_DIFFERENCE[self.precision]
+            and self.top1_agreement == 1.0
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of a probability {self.max_difference:.2g} (at most "
+            f"{MAX_DIFFERENCE[self.precision]:g}), of novelty {self.max_novelty_difference:.2g} (at most "
+            f"{MAX_NOVELTY_DIFFERENCE:g}), of features {self.max_feature_difference:.2g} (at most "
+            f"{MAX_FEATURE_DIFFERENCE[self.precision]:g}), cosine {self.cosine:.6f}, same best class on "
+            f"{self.top1_agreement:.0%} of {self.images} golden images"
+        )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A backend and the precision in which it runs."""
+
+    backend: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} in {self.precision}"
+
+    def is_below(self, other: Rung) -> bool:
+        """Whether it stands below ``other``: a later backend of the ladder, or the same without its fp16."""
+        return self._height < other._height
+
+    @property
+    def _height(self) -> tuple[int, bool]:
+        return -BACKENDS.index(self.backend), self.precision == "fp16"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The backend that runs, the check it passed, and why each better one was not used (name -> reason).
+
+    ``precision`` is that of the graph that runs. A backend that was also tried in fp32 has a second reason, under
+    its name with " in fp32".
+
+    ``run`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
+    at once. It raises `BackendError` when the device fails.
+    """
+
+    name: str
+    run: Run
+    check: GoldenCheck
+    not_used: Mapping[str, str]
+    precision: str = "fp32"
+
+    def __str__(self) -> str:
+        reasons = [f"not {name}: {reason}" for name, reason in self.not_used.items()]
+        return self.name + (f" ({'; '.join(reasons)})" if reasons else "")
+
+    @property
+    def rung(self) -> Rung:
+        """Where on the ladder it stands."""
+        return Rung(self.name, self.precision)
+
+    def to_json(self) -> dict[str, Any]:
+        """Name, precision, golden check and reasons as JSON values."""
+        check = asdict(self.check)
+        return {"name": self.name, "precision": self.precision, "not_used": dict(self.not_used), "golden_check": check}
+
+
+def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+    from duallora_edge.runtime.backends.tensorrt import open_tensorrt
+
+    return open_tensorrt(bundle, build)
+
+
+def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+    """Untested on a device: it needs an ONNX Runtime that was compiled with TensorRT, and a GPU."""
+    from duallora_edge.runtime.backends.engine_cache import engines_folder
+    from duallora_edge.runtime.backends.tensorrt_api import find_gpu
+
+    provider = "TensorrtExecutionProvider"
+    ort = _import_onnxruntime(provider)
+    gpu, manifest = find_gpu(), bundle.manifest
+    model = manifest.files[bundle.graph(manifest.precision).name].sha256
+    device = f"{gpu.compute_capability}x{gpu.multiprocessors}"
+    folder = engines_folder() / f"onnxruntime-{ort.__version__}-{device}-{model[:32]}"
+    if build:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not any(folder.glob("*.engine")):
+        raise UnavailableError("it has no engine of this model yet: load it once with Classifier.load(..., build=True)")
+    options = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_max_workspace_size": str(manifest.workspace_mb * 10**6),
+        "trt_fp16_enable": "1" if manifest.precision == "fp16" else "0",
+    }
+    if manifest.batch is None:  # or every new number of images would build another engine in the middle of a run
+        for end, images in (("min", 1), ("opt", 1), ("max", ENGINE_BATCH)):
+            size = manifest.preprocessing.size
+            options[f"trt_profile_{end}_shapes"] = f"{INPUT}:{images}x{size}x{size}x3"
+    return at_most(_open_onnxruntime(bundle, threads, provider, options), manifest.batch or ENGINE_BATCH)
+
+
+def _open_cuda(bundle: Bundle, threads: int | None) -> Run:
+    # TensorFloat-32 (10 bits of mantissa) is on by default and costs the parity that the bundle promises.
+    return _open_onnxruntime(bundle, threads, "CUDAExecutionProvider", {"use_tf32": "0"})
+
+
+def _open_cpu(bundle: Bundle, threads: int | None) -> Run:
+    return _open_onnxruntime(bundle, threads, "CPUExecutionProvider", {})
+
+
+# Best first. A rung raises UnavailableError when this installation lacks it, anything else when it fails.
+LADDER: dict[str, Callable[[Bundle, int | None], Run]] = {
+    "tensorrt": _open_tensorrt,
+    "onnxruntime-tensorrt": _open_onnxruntime_tensorrt,
+    "cuda": _open_cuda,
+    "cpu": _open_cpu,
+}
+BACKENDS = ("auto", *LADDER)
+# The same rungs where an engine may be built, which takes minutes.
+BUILDERS: dict[str, Callable[[Bundle, int | None], Run]] = {
+    "tensorrt": partial(_open_tensorrt, build=True),
+    "onnxruntime-tensorrt": partial(_open_onnxruntime_tensorrt, build=True),
+}
+
+
+def open_backend(
+    bundle: Bundle, backend: str = "auto", threads: int | None = None, strict: bool = False, build: bool = False
+) -> Backend:
+    """Open the best backend, from ``backend`` downwards, that answers the golden images correctly.
+
+    ``backend``: a rung of the ladder, or ``"auto"`` for those that the manifest names (all when it names none).
+    ``threads``: CPU threads of one inference, by default ONNX Runtime's choice (the physical cores). ``strict``: a
+    fallback is an error. With ``"auto"`` only a backend that is installed and fails counts as one, for a named
+    backend any other than it. ``build``: build TensorRT's engine when there is none yet, which takes minutes on a
+    device; without it, a backend that has no engine is not used.
+
+    Raises `BackendError` when no backend works, or on a fallback with ``strict``.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"There is no backend '{backend}'; use one of {', '.join(BACKENDS)}.")
+    if threads is not None and threads < 1:
+        raise BackendError(f"The number of threads must be at least 1, not {threads}.")
+    golden = bundle.golden()
+    names = list(LADDER)
+    chosen = [name for name in bundle.manifest.backends if name in LADDER] or names
+    missing: set[str] = set()
+    not_used: dict[str, str] = {}
+    for label, name, graph in _attempts(bundle, chosen if backend == "auto" else names[names.index(backend) :]):
+        if name in missing:
+            continue
+        opener = BUILDERS[name] if build and name in BUILDERS else LADDER[name]
+        try:
+            run = in_groups(opener(graph, threads), bundle.manifest.batch)
+            check = check_golden(run, golden, graph.manifest.precision)
+        except UnavailableError as error:
+            not_used[label] = str(error)
+            missing.add(name)
+            if strict and backend == name:
+                break
+            continue
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            not_used[label] = _first_line(error)
+        else:
+            if check.passed:
+                return Backend(name, run, check, not_used, graph.manifest.precision)
+            not_used[label] = f"wrong results in {graph.manifest.precision}, {check}"
+        if strict:
+            break
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in not_used.items())
+    fallback_left = strict and name != names[-1]
+    remedy = "leave out 'strict' to fall back" if fallback_left else "reinstall ONNX Runtime or export the run again"
+    raise BackendError(f"No backend can run {bundle.path} as asked ({reasons}); {remedy}.")
+
+
+def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, Bundle]]:
+    """A label, the rung and the bundle at a precision, for everything worth trying; on a CPU fp16 only costs time."""
+    exact = bundle.in_fp32
+    for name in names:
+        yield name, name, exact if name == "cpu" else bundle
+        if name != "cpu" and bundle.manifest.precision != "fp32":
+            yield f"{name} in fp32", name, exact
+
+
+def check_golden(run: Run, golden: Golden, precision: str = "fp32") -> GoldenCheck:
+    """Run the golden images one by one, as a camera would, and compare every output."""
+    close = 2 * MAX_DIFFERENCE[precision]
+    cosines, agreements, differences = [], [], []
+    for index in range(len(golden.image)):
+        outputs = run(golden.image[index : index + 1])
+        expected, actual = golden.probabilities[index].astype(np.float64), outputs.probabilities[0].astype(np.float64)
+        cosines.append(expected @ actual / (np.linalg.norm(expected) * np.linalg.norm(actual)))
+        agreements.append(expected[actual.argmax()] >= expected.max() - close)
+        feature = golden.features[index].astype(np.float64)
+        differences.append(
+            (
+                np.abs(expected - actual).max(),
+                np.abs(golden.task_probabilities[index] - outputs.task_probabilities[0]).max(),
+                np.abs(golden.novelty[index] - outputs.novelty[0]),
+                np.linalg.norm(feature - outputs.features[0]) / max(float(np.linalg.norm(feature)), 1e-12),
+            )
+        )
+    # np.min and np.max carry a NaN through, so that it fails the check.
+    classes, tasks, novelty, features = np.max(differences, axis=0)
+    return GoldenCheck(
+        images=len(cosines),
+        cosine=float(np.min(cosines)),
+        max_difference=float(np.max([classes, tasks])),
+        max_novelty_difference=float(novelty),
+        max_feature_difference=float(features),
+        top1_agreement=float(np.mean(agreements)),
+        precision=precision,
+    )
+
+
+def in_groups(run: Run, batch: int | None) -> Run:
+    """Let a graph that takes exactly ``batch`` images take any number: the last group is filled up with black ones.
+
+    A graph that takes any number (None) is returned as it is.
+    """
+    if batch is None:
+        return run
+
+    def grouped(images: Pixels) -> Outputs:
+        count = len(images)
+        if count == batch:
+            return run(images)
+        rows = max(1, -(-count // batch)) * batch
+        padded = np.zeros((rows, *images.shape[1:]), images.dtype)
+        padded[:count] = images
+        return _joined([run(padded[start : start + batch]) for start in range(0, rows, batch)], count)
+
+    return grouped
+
+
+def at_most(run: Run, batch: int) -> Run:
+    """Let a model that takes at most ``batch`` images take any number, in several runs."""
+
+    def split(images: Pixels) -> Outputs:
+        if len(images) <= batch:
+            return run(images)
+        starts = range(0, len(images), batch)
+        return _joined([run(images[start : start + batch]) for start in starts], len(images))
+
+    return split
+
+
+def _joined(parts: Sequence[Outputs], count: int) -> Outputs:
+    """The outputs of several runs as those of one, of which the first ``count`` images count."""
+    return Outputs(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in OUTPUTS))
+
+
+def _import_onnxruntime(provider: str) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise UnavailableError(
+            f"ONNX Runtime cannot be imported ({_first_line(error)}): pip install 'duallora-edge[cpu]'"
+        ) from error
+    if provider not in ort.get_available_providers():
+        raise UnavailableError(f"this ONNX Runtime ({ort.__version__}) is built without {provider}")
+    return ort
+
+
+def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Run:
+    ort = _import_onnxruntime(provider)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3  # errors only: graphs with named initializers cause a page of warnings
+    settings.inter_op_num_threads = 1
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    # What was verified, and in no folder in which a graph could look for other files.
+    content = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0])
+    session = ort.InferenceSession(content.source or content.read(), settings, providers=[(provider, options)])
+    session.disable_fallback()  # or a failing GPU would be replaced by the CPU without a word
+    if session.get_providers()[0] != provider:
+        raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
+    shapes = bundle.manifest.output_shapes
+
+    def run(images: Pixels) -> Outputs:
+        try:
+            arrays: list[FloatArray] = session.run(list(OUTPUTS), {INPUT: images})
+        except Exception as error:  # see above: no common base class
+            raise BackendError(
+                f"The model failed on {provider} ({_first_line(error)}); try a smaller batch."
+            ) from error
+        for array, (name, shape) in zip(arrays, shapes(len(images)).items(), strict=True):
+            if array.shape != shape or array.dtype != np.float32:
+                raise BackendError(
+                    f"The model returned '{name}' as {array.dtype} {list(array.shape)} instead of float32 "
+                    f"{list(shape)}; export the run again."
+                )
+        return Outputs(*arrays)
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,193 @@
+"""The TensorRT that is installed here, and what differs between its versions.
+
+Two packages have nearly the same interface: ``tensorrt`` (8.5 to 11; on a Jetson it comes with JetPack) and
+``tensorrt_rtx`` (for RTX-class GPUs, can build ahead of time without one). What all versions share is used as it
+is; the functions below hide the rest. TensorRT 8.5 to 11 could not be run where this was written: those branches are
+untested on a device, and follow the bindings' sources.
+
+``trt.nptype`` is never called: in TensorRT 8.5 it needs ``numpy.bool``, which NumPy 1.24 removed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from duallora_edge.runtime.backends.ladder import UnavailableError
+
+TENSORRT = "tensorrt"
+TENSORRT_RTX = "tensorrt_rtx"
+OLDEST = (8, 5)
+LIBCUDA = "libcuda.so.1"
+
+# CUdevice_attribute of cuda.h
+_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
+_REMEDIES = {
+    TENSORRT: "on a Jetson use JetPack's python3-libnvinfer, with a virtual environment of JetPack's own Python made "
+    "with --system-site-packages; elsewhere pip install 'duallora-edge[tensorrt]'",
+    TENSORRT_RTX: "pip install 'duallora-edge[rtx]'",
+}
+# Of TensorRT 8: these pass values on, so that a precision of their own would only add conversions.
+_WITHOUT_PRECISION = ("CONSTANT", "SHAPE", "IDENTITY", "CAST")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device: ``compute_capability`` as ``"sm87"``, the number of multiprocessors, and its memory in bytes."""
+
+    name: str
+    compute_capability: str
+    multiprocessors: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported TensorRT: the name of its package, its full version, and the module itself."""
+
+    package: str
+    version: str
+    trt: Any = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
+
+    @property
+    def is_rtx(self) -> bool:
+        """TensorRT-RTX, whose engines serve every GPU of a compute capability; TensorRT's serve one GPU model."""
+        return self.package == TENSORRT_RTX
+
+    @property
+    def major(self) -> int:
+        """The major version; that of TensorRT-RTX counts from 1 on its own."""
+        return _numbers(self.version)[0]
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """What TensorRT-RTX can build for ahead of time, as ``"sm86"``; empty for TensorRT."""
+        names = self.trt.ComputeCapability.__members__ if self.is_rtx else ()
+        return tuple(f"sm{number}" for number in sorted(int(name[2:]) for name in names if name.startswith("SM")))
+
+
+def find_gpu() -> Gpu:
+    """The first CUDA device that this process sees, asked of the driver's own library.
+
+    Raises `UnavailableError` with the reason when there is none. Nothing of TensorRT is touched: without a driver,
+    its runtime ends the whole process when it is used.
+    """
+    try:
+        cuda = ctypes.CDLL(LIBCUDA)
+    except OSError as error:
+        raise UnavailableError(f"there is no NVIDIA driver here ({error})") from error
+
+    def ask(function: str, *arguments: Any) -> None:
+        code = getattr(cuda, function)(*arguments)
+        if code:
+            raise UnavailableError(f"the NVIDIA driver answered {function} with error {code}")
+
+    def attribute(number: int) -> int:
+        ask("cuDeviceGetAttribute", ctypes.byref(value), number, device)
+        return value.value
+
+    value, device, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(256)
+    ask("cuInit", 0)
+    ask("cuDeviceGetCount", ctypes.byref(value))
+    if value.value < 1:
+        raise UnavailableError("the NVIDIA driver lists no GPU")
+    ask("cuDeviceGet", ctypes.byref(device), 0)
+    ask("cuDeviceGetName", name, len(name), device)
+    ask("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+    capability = f"sm{attribute(_MAJOR)}{attribute(_MINOR)}"
+    return Gpu(name.value.decode(errors="replace"), capability, attribute(_MULTIPROCESSORS), memory.value)
+
+
+def load_tensorrt(packages: Sequence[str] = (TENSORRT, TENSORRT_RTX)) -> TensorRT:
+    """Import the first of ``packages`` that is installed and new enough.
+
+    Raises `UnavailableError` with the reason and the remedy for each of them.
+    """
+    reasons = []
+    for package in packages:
+        try:
+            trt: Any = importlib.import_module(package)
+        except Exception as error:  # besides ImportError: whatever a damaged installation raises
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons.append(f"{package} cannot be imported ({line[:200]}): {_REMEDIES[package]}")
+            continue
+        found = TensorRT(package, str(trt.__version__), trt)
+        if found.is_rtx or _numbers(found.version) >= OLDEST:
+            return found
+        reasons.append(f"TensorRT {found.version} is older than {'.'.join(map(str, OLDEST))}: update JetPack")
+    raise UnavailableError("; ".join(reasons))
+
+
+def make_logger(trt: Any, report: Callable[[str], None]) -> Any:
+    """A logger that passes errors on. Warnings are dropped: the golden images decide what an engine is worth."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                report(message)
+
+    return Log()
+
+
+def make_runtime(trt: Any, logger: Any) -> Any:
+    """A TensorRT runtime, after the driver was asked for a GPU. Raises `UnavailableError`, see `find_gpu`."""
+    find_gpu()
+    return trt.Runtime(logger)
+
+
+def network_flags(tensorrt: TensorRT) -> int:
+    """The flags of ``create_network``, with which the precisions written in the ONNX file count.
+
+    TensorRT 8 has only the flag of explicit batches; TensorRT 10 can type strictly; TensorRT 11 and TensorRT-RTX
+    always do.
+    """
+    trt = tensorrt.trt
+    if tensorrt.is_rtx or tensorrt.major >= 11:
+        return 0
+    if tensorrt.major < 10:
+        return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def set_precision(tensorrt: TensorRT, network: Any, config: Any, precision: str) -> None:
+    """Make the engine compute in the precisions that the network is written in.
+
+    TensorFloat-32 is switched off, as on every other backend. TensorRT 8 needs a flag for fp16, after which it
+    would choose fp16 everywhere; so each layer that the file keeps in fp32 is told to stay there.
+    """
+    trt = tensorrt.trt
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if tensorrt.is_rtx or tensorrt.major >= 10 or precision != "fp16":
+        return
+    config.set_flag(trt.BuilderFlag.FP16)
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(number) for number in range(layer.num_outputs)]
+        if layer.type.name in _WITHOUT_PRECISION or any(tensor.dtype != trt.float32 for tensor in outputs):
+            continue
+        layer.precision = trt.float32
+        for number in range(layer.num_outputs):
+            layer.set_output_type(number, trt.float32)
+
+
+def device_memory_bytes(engine: Any) -> int:
+    """Bytes of device memory that one execution context takes, besides the weights."""
+    if hasattr(engine, "device_memory_size_v2"):
+        return int(engine.device_memory_size_v2)
+    return int(engine.device_memory_size)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2]) or (0,)

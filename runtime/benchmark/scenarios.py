@@ -1,0 +1,199 @@
+"""The scenarios of the benchmark, named as MLPerf Inference names them, and the phases of a camera frame.
+
+Single stream: one image after the other, judged by its p90. Multi-stream: one query of eight images after the other,
+judged by the p99 of the queries. Offline: as many images as there are, in batches, judged by images per second. The
+runs last seconds, not the ten minutes that MLPerf asks for, so nothing here is an MLPerf result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from duallora_edge.errors import BackendError
+from duallora_edge.runtime.backends.ladder import Run
+from duallora_edge.runtime.benchmark.statistics import Latency, Times, runs_least, summarize
+from duallora_edge.runtime.classifier import Classifier
+from duallora_edge.runtime.device.sampler import MIN_SAMPLES, Power, Watch
+from duallora_edge.runtime.preprocess import Pixels
+
+SINGLE_STREAM, MULTI_STREAM, OFFLINE = SCENARIOS = ("single-stream", "multi-stream", "offline")
+QUERY_IMAGES = 8
+BATCHES = (1, 2, 4, 8, 16)
+# So that a p90, the headline of the single stream, has an interval however short the run.
+MIN_RUNS = runs_least(0.9)
+MIN_BATCHES = 5
+# Warm-up ends when the medians of two blocks that follow each other agree, or at the limits.
+BLOCK = 5
+SETTLED = 0.05
+WARMUP_RUNS = 200
+WARMUP_S = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Times in ms, float64 ``[n, k]``: the last of the k columns is the whole run, the others are its parts.
+
+    ``start`` and ``end`` are times of ``time.perf_counter`` around the n runs, without the ``warmup`` runs before
+    them, whose times had ``settled`` or not.
+    """
+
+    times: Times
+    warmup: int
+    settled: bool
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Energy per image in mJ: mean power times the time that an image takes; None with the reason."""
+
+    millijoules: float | None
+    power: Power | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Latency of queries of ``images`` images; None with the reason when the device could not run them."""
+
+    images: int
+    latency: Latency | None
+    energy: Energy | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Images per second at a batch size, from the total time of ``n`` batches; None with the reason when it failed."""
+
+    batch: int
+    n: int
+    images_per_second: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Offline:
+    """Images per second in the best of the batch sizes of ``sweep``, measured anew, and the latency of its batches."""
+
+    batch: int
+    images_per_second: float
+    latency: Latency
+    energy: Energy
+    sweep: tuple[Throughput, ...]
+
+
+def repeat(call: Callable[[], Sequence[float]], seconds: float, least: int = MIN_RUNS) -> Runs:
+    """Call for ``seconds`` and at least ``least`` times, after a warm-up; ``call`` returns k times in ms."""
+    warmup, settled = warm_up(call)
+    start = time.perf_counter()
+    times = timed(call, seconds, least)
+    return Runs(times, warmup, settled, start, time.perf_counter())
+
+
+def timed(call: Callable[[], Sequence[float]], seconds: float, least: int) -> Times:
+    """What ``call`` returned, float64 ``[n, k]``, when it was called for ``seconds`` and at least ``least`` times."""
+    samples: list[Sequence[float]] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < least or time.perf_counter() < end:
+        samples.append(call())
+    return np.array(samples, dtype=np.float64)
+
+
+def warm_up(call: Callable[[], Sequence[float]]) -> tuple[int, bool]:
+    """Call until the times have settled, at most `WARMUP_RUNS` times or `WARMUP_S` seconds; how often, and whether."""
+    times: list[float] = []
+    end = time.perf_counter() + WARMUP_S
+    while len(times) < WARMUP_RUNS and (len(times) < 2 or time.perf_counter() < end):
+        times.append(call()[-1])
+        if len(times) >= 2 * BLOCK:
+            before, last = np.median(times[-2 * BLOCK : -BLOCK]), np.median(times[-BLOCK:])
+            if abs(last / before - 1) <= SETTLED:
+                return len(times), True
+    return len(times), False
+
+
+def run_batch(run: Run, images: Pixels) -> Callable[[], Sequence[float]]:
+    """A call for `repeat` that runs a batch, uint8 ``[N, S, S, 3]``, and returns its time."""
+
+    def call() -> Sequence[float]:
+        start = time.perf_counter()
+        run(images)
+        return (1000 * (time.perf_counter() - start),)
+
+    return call
+
+
+def stream(run: Run, image: Pixels, images: int, seconds: float, watch: Watch) -> Stream:
+    """One query of ``images`` copies of an image, uint8 ``[S, S, 3]``, after the other; ``watch`` knows the power."""
+    batch = np.repeat(image[None], images, axis=0)
+    try:
+        runs = repeat(run_batch(run, batch), seconds, MIN_RUNS if images == 1 else MIN_BATCHES)
+    except BackendError as error:
+        return Stream(images, None, None, str(error))
+    latency = _latency(runs, -1)
+    return Stream(images, latency, _energy(watch, runs, images * len(runs.times)))
+
+
+def offline(run: Run, image: Pixels, seconds: float, watch: Watch) -> Offline:
+    """Find the best batch size in half of the time, and measure it in the other half. Raises `BackendError`.
+
+    The best is measured anew because the largest of several noisy numbers is too large.
+    """
+    sweep = throughput(run, image, seconds / 2)
+    best = max(sweep, key=lambda row: row.images_per_second or 0.0)
+    if best.images_per_second is None:
+        raise BackendError(f"The model cannot run a single image ({best.reason}); try another backend.")
+    runs = repeat(run_batch(run, np.repeat(image[None], best.batch, axis=0)), seconds / 2, MIN_BATCHES)
+    images = best.batch * len(runs.times)
+    rate = 1000 * images / float(runs.times[:, -1].sum())
+    return Offline(best.batch, rate, _latency(runs, -1), _energy(watch, runs, images), sweep)
+
+
+def throughput(run: Run, image: Pixels, seconds: float) -> tuple[Throughput, ...]:
+    """Images per second at the batch sizes `BATCHES`, each for its share of ``seconds``, of an image ``[S, S, 3]``.
+
+    The first batch that the device cannot run ends the series.
+    """
+    found = []
+    for batch in BATCHES:
+        call = run_batch(run, np.repeat(image[None], batch, axis=0))
+        try:
+            call()  # the first one of a size plans the memory
+            times = timed(call, seconds / len(BATCHES), MIN_BATCHES)[:, -1]
+        except BackendError as error:
+            found.append(Throughput(batch, 0, None, str(error)))
+            break
+        found.append(Throughput(batch, len(times), 1000 * batch * len(times) / float(times.sum())))
+    return tuple(found)
+
+
+def phases(classifier: Classifier, frame: Pixels, seconds: float) -> dict[str, Latency]:
+    """Classify a frame ``uint8 [H, W, 3]`` again and again, and time the three phases and the whole call."""
+
+    def call() -> Sequence[float]:
+        start = time.perf_counter()
+        timings = classifier(frame).timings
+        whole = 1000 * (time.perf_counter() - start)
+        return timings.preprocess_ms, timings.infer_ms, timings.postprocess_ms, whole
+
+    runs = repeat(call, seconds)
+    names = ("preprocess", "infer", "postprocess", "end_to_end")
+    return {name: _latency(runs, column) for column, name in enumerate(names)}
+
+
+def _latency(runs: Runs, column: int) -> Latency:
+    return summarize(runs.times[:, column], runs.warmup, runs.settled)
+
+
+def _energy(watch: Watch, runs: Runs, images: int) -> Energy:
+    power = watch.power(runs.start, runs.end)
+    if power is None:
+        few = f"fewer than {MIN_SAMPLES} readings of the power within {runs.end - runs.start:.1f} s"
+        return Energy(None, None, few if "power_w" in watch.series() else "no power monitor of the whole can be read")
+    return Energy(1000 * power.watts * (runs.end - runs.start) / images, power)

@@ -1,0 +1,113 @@
+"""``duallora-edge build``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+
+from duallora_edge.runtime.backends.engine_build import TIMEOUT_S, build_engines
+from duallora_edge.runtime.backends.engine_cache import Engine, EngineError, RefusedModelError
+from duallora_edge.runtime.backends.ladder import Backend, GoldenCheck, UnavailableError, open_backend
+from duallora_edge.runtime.backends.tensorrt import load_cudart
+from duallora_edge.runtime.bundle import Bundle
+from duallora_edge.text import escaped
+
+
+def _capability(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """A compute capability written as sm86, sm_86 or 8.6."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", value.lower())
+    if match is None:
+        raise click.BadParameter(f"'{value}' is no compute capability such as sm86.")
+    return f"sm{match[1]}{match[2]}"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--compute-capability",
+    "capability",
+    callback=_capability,
+    metavar="SM",
+    help="Build ahead of time with TensorRT-RTX, for RTX-class GPUs of this compute capability, such as sm86.",
+)
+@click.option(
+    "--workspace-mb", type=click.IntRange(min=16), help="Working memory of the builder. Default: as the bundle says."
+)
+@click.option("--timeout", type=click.FloatRange(min=1), default=TIMEOUT_S, show_default=True, help="Seconds.")
+@click.option("--force", is_flag=True, help="Build again although the engine is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def build(
+    bundle: Path, capability: str | None, workspace_mb: int | None, timeout: float, force: bool, as_json: bool
+) -> None:
+    """Build the TensorRT engine of the bundle BUNDLE for the GPU of this machine, and check it.
+
+    The engine is kept in the cache folder, where 'predict', 'benchmark' and applications find it; the golden images of
+    the bundle decide whether it is used. Building with TensorRT on a GPU is untested on a device; building ahead of
+    time with TensorRT-RTX is tested, running what it builds is not. To use an engine that was built ahead of time,
+    copy its folder into the cache of a computer with the same TensorRT-RTX and operating system.
+
+    \b
+    Example:
+      duallora-edge build bundle
+      duallora-edge build bundle --compute-capability sm86
+    """
+    opened = Bundle.open(bundle)
+    if capability is None:
+        _require_cudart()
+
+    def make(chosen: Bundle) -> tuple[list[Engine], Backend | None]:
+        engines = build_engines(
+            chosen, capability, workspace_mb, force, timeout, say=lambda text: click.echo(escaped(text), err=True)
+        )
+        return engines, None if capability else open_backend(chosen, "tensorrt")
+
+    precision, wrong = opened.manifest.precision, ""
+    try:
+        engines, backend = make(opened)
+        if backend and (backend.name, backend.precision) != ("tensorrt", precision):
+            wrong = backend.not_used["tensorrt"]
+    except RefusedModelError as error:
+        if precision == "fp32":
+            raise
+        wrong = str(error)
+    if wrong and precision != "fp32":
+        click.echo(escaped(f"{wrong}\nAn engine in fp32 is made instead."), err=True)
+        engines, backend = make(opened.in_fp32)
+    if backend and backend.name != "tensorrt":
+        raise EngineError(
+            f"The engine was built, but cannot be used ({backend.not_used['tensorrt']}); '{backend.name}' will "
+            "run instead, so please report this."
+        )
+    _show(engines, backend.check if backend else None, as_json)
+
+
+def _require_cudart() -> None:
+    """Before minutes of building, see that the engine could be run and checked."""
+    try:
+        load_cudart()
+    except UnavailableError as error:
+        raise EngineError(f"An engine could be built, but neither checked nor run: {error}.") from error
+
+
+def _show(engines: list[Engine], check: GoldenCheck | None, as_json: bool) -> None:
+    if as_json:
+        golden = None if check is None else {**vars(check), "passed": check.passed}
+        found = {"engines": [engine.to_json() for engine in engines], "golden_check": golden}
+        click.echo(json.dumps(found, indent=2, allow_nan=False))
+        return
+    key = engines[0].key
+    if check is None:
+        click.echo(
+            f"Golden check: not possible here, the engine is for {key.compute_capability}; it is made where the "
+            "engine is loaded."
+        )
+    else:
+        click.echo(f"Golden check: passed in {key.precision}, {check}")
+    for engine in engines:
+        how = "from the cache" if engine.from_cache else f"built in {engine.seconds:.1f} s"
+        click.echo(escaped(f"Engine: {engine.plan} ({engine.bytes / 1e6:.1f} MB, {how})"))

@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from duallora_edge.runtime.backends.ladder import BACKENDS
+from duallora_edge.runtime.sources.opening import MAX_SIDE
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def backend_options(command: Command) -> Command:
+    """The options of every command that runs a model."""
+    for option in (
+        click.option("--strict", is_flag=True, help="Fail instead of falling back to a slower backend."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one inference."),
+        click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Default: the best that works."),
+    ):
+        command = option(command)
+    return command
+
+
+trial_option = click.option(
+    "--trial/--no-trial",
+    default=True,
+    help="Try a bundle that was never loaded here in a child process first. [trial]",
+)
+
+
+def frame_size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """A size such as 1280x720, as (width, height)."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise click.BadParameter(f"'{value}' is no size such as 1280x720 with sides up to {MAX_SIDE}.")
+    return width, height

@@ -1,0 +1,238 @@
+"""``duallora-edge run``."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from duallora_edge.runtime.classifier import Classifier
+from duallora_edge.runtime.commands.options import backend_options, frame_size, trial_option
+from duallora_edge.runtime.service.bundle_watcher import BundleWatcher
+from duallora_edge.runtime.service.monitor import Monitor
+from duallora_edge.runtime.service.pipeline import Answer, Pipeline, Region
+from duallora_edge.runtime.service.smoothing import ExponentialSmoothing
+from duallora_edge.runtime.service.systemd import notify, watchdog
+from duallora_edge.runtime.sources import open_source
+from duallora_edge.text import escaped
+
+SCHEMA = 1
+LISTEN = ("127.0.0.1", 8080)
+STOP_S = 10.0
+_OPEN = "There is no password and no encryption: whoever reaches this address sees {what}."
+
+
+def _region(context: click.Context, parameter: click.Parameter, value: str | None) -> Region | None:
+    """Four shares of the picture such as 0.25,0,0.5,1."""
+    if value is None:
+        return None
+    try:
+        left, top, width, height = (float(part) for part in value.split(","))
+        return Region(left, top, width, height)
+    except ValueError as error:
+        raise click.BadParameter(f"'{value}' is no region such as 0.25,0,0.5,1: {error}.") from error
+
+
+def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    """An address such as 127.0.0.1:8080 or [::1]:8080."""
+    if value is None:
+        return None
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter(f"'{value}' is no address such as 127.0.0.1:8080.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise click.BadParameter(f"{value} is not above 0.")
+    return value
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--source", required=True, metavar="SOURCE", help="Where frames come from; see above.")
+@click.option("--size", callback=frame_size, metavar="WxH", help="Size of raw frames and pipelines, or of a camera.")
+@click.option("--color", type=click.Choice(["rgb", "bgr", "gray"]), default="rgb", help="Order of raw frames.")
+@click.option("--rate", type=float, callback=_positive, help="Frames a second of files and folders, as of a camera.")
+@click.option("--live/--no-live", default=None, help="Drop frames that come too fast. Default: of cameras and streams.")
+@click.option("--loop", is_flag=True, help="Start files and folders over at their end.")
+@click.option("--wait", is_flag=True, help="Keep trying when a camera or stream is not there at the start.")
+@click.option("--every", type=click.IntRange(min=1), default=1, metavar="N", help="Classify every N-th frame only.")
+@click.option(
+    "--roi", callback=_region, metavar="L,T,W,H", help="Classify a part: left, top, width, height from 0 to 1."
+)
+@click.option("--smooth", type=float, callback=_positive, metavar="SECONDS", help="Exponential moving average.")
+@click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Print only answers so confident.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
+@click.option("--frames", type=click.IntRange(min=1), help="Stop after so many answers.")
+@click.option("--show", is_flag=True, help="A page with the live picture and the answers.")
+@click.option("--listen", callback=_address, metavar="HOST:PORT", help="Serve health and metrics (and --show) there.")
+@click.option("--watch", type=click.Path(path_type=Path), help="Swap in the newest bundle of this folder, always.")
+@click.option("--budget-ms", type=click.FloatRange(min=0), help="A swapped bundle slower than this (p90) is given up.")
+@click.option("--stop-first", is_flag=True, help="Drop the old bundle before the new one is loaded: less memory.")
+@click.option("--allow-slower", is_flag=True, help="Swap in also what runs on a slower backend than the old bundle.")
+@click.option(
+    "--build", is_flag=True, help="Build a missing TensorRT engine; for a swap, while the old bundle answers."
+)
+@backend_options
+@trial_option
+def run(
+    bundle: Path,
+    source: str,
+    size: tuple[int, int] | None,
+    color: str,
+    rate: float | None,
+    live: bool | None,
+    loop: bool,
+    wait: bool,
+    every: int,
+    roi: Region | None,
+    smooth: float | None,
+    min_confidence: float,
+    top: int,
+    frames: int | None,
+    show: bool,
+    listen: tuple[str, int] | None,
+    watch: Path | None,
+    budget_ms: float | None,
+    stop_first: bool,
+    allow_slower: bool,
+    build: bool,
+    backend: str,
+    threads: int | None,
+    strict: bool,
+    trial: bool,
+) -> None:
+    """Classify the frames of a camera, stream or file with the bundle BUNDLE: one JSON line an answer.
+
+    SOURCE is /dev/video0 or v4l2://0, csi://0 (a Jetson's camera), gst://PIPELINE, rtsp://HOST/PATH or another video
+    address, a video file, an image, a folder of images, or - for raw frames on standard input. Of a camera or stream
+    the newest frame is classified, the others are dropped and counted; it is opened again when it is lost. Of files
+    every frame is.
+
+    Standard output has the answers only, standard error the rest. The command ends with the source, or properly on
+    Ctrl-C and SIGTERM.
+
+    \b
+    Example:
+      duallora-edge run bundle --source csi://0 --smooth 0.5 --show
+      duallora-edge run bundle --source photos/ --every 2
+      ffmpeg -i clip.mp4 -f rawvideo -pix_fmt rgb24 - | duallora-edge run bundle --source - --size 640x480
+    """
+    watcher: BundleWatcher | None = None
+    with ExitStack() as stack:
+        classifier = Classifier.load(bundle, backend, threads, strict, build=build, trial=trial)
+        _say(f"backend: {classifier.backend}, {classifier.backend.precision}")
+        opened = stack.enter_context(
+            open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
+        )
+        smoothing = ExponentialSmoothing(smooth) if smooth else None
+        pipeline = stack.enter_context(Pipeline(opened, classifier, every, roi, smoothing))
+        monitor = Monitor(pipeline)
+        if show or listen:
+            from duallora_edge.runtime.service.live_server import LiveServer
+
+            server = stack.enter_context(LiveServer(monitor, *(listen or LISTEN), pictures=show))
+            _say(f"{'page' if show else 'health and metrics'}: {server.url}")
+            if not _is_loopback((listen or LISTEN)[0]):
+                _say(_OPEN.format(what="the camera and its answers" if show else "health and metrics"))
+        if watch:
+            watcher = BundleWatcher(classifier, watch, _say, budget_ms, stop_first, allow_slower)
+            stack.enter_context(watcher)
+        stack.enter_context(watchdog(monitor.is_working))
+        stack.enter_context(_stopped_by_signals(pipeline, watcher))
+        notify("READY=1")
+        _print_answers(pipeline, monitor, min_confidence, top, frames)
+        notify("STOPPING=1")
+        _summary(monitor)
+    if watcher is not None and watcher.is_stuck:
+        _end_at_once(0)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def answer_json(answer: Answer, top: int) -> dict[str, Any]:
+    """The line of an answer, as docs/camera.md describes it."""
+    line = {
+        "schema": SCHEMA,
+        "sequence": answer.frame.sequence,
+        "timestamp": round(answer.frame.timestamp, 6),
+        "name": answer.frame.name,
+        "age_ms": answer.age_ms,
+        **answer.prediction.to_json(top),
+    }
+    if answer.instant is not answer.prediction:
+        line["instant"] = {"label": answer.instant.label, "confidence": answer.instant.confidence}
+    return line
+
+
+def _print_answers(pipeline: Pipeline, monitor: Monitor, min_confidence: float, top: int, frames: int | None) -> None:
+    for number, answer in enumerate(pipeline, start=1):
+        monitor.add(answer)
+        if answer.prediction.confidence >= min_confidence:
+            click.echo(json.dumps(answer_json(answer, top), allow_nan=False))
+        if number == frames:
+            return
+
+
+@contextmanager
+def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the answers, within `STOP_S` seconds; the second of them ends the process."""
+
+    def stop(number: int, frame: object) -> None:
+        for name in before:
+            signal.signal(name, signal.SIG_DFL)
+        pipeline.stop()
+        if watcher is not None:
+            watcher.cancel()
+        # A model that hangs holds the thread that waits for its answer or its loading, and that is this one.
+        timer = threading.Timer(STOP_S, _end_at_once, (1,))
+        timer.daemon = True
+        timer.start()
+
+    before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _end_at_once(code: int) -> None:
+    """End the process although a library does not come back."""
+    _say("Ended while a model was being loaded or did not answer.")
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _say(text: str) -> None:
+    click.echo(escaped(text), err=True)
+
+
+def _summary(monitor: Monitor) -> None:
+    health = monitor.health()
+    source, seconds = health["source"], health["uptime_s"]
+    _say(
+        f"{health['answers']} answers in {seconds:.1f} s ({health['answers'] / seconds:.1f} a second), "
+        f"{health['dropped']} frames dropped, {source['refused']} refused, {source['reconnects']} reconnects"
+    )
+    for line in (*source["refusals"], source["note"], source["last_error"]):
+        if line:
+            _say(f"  {line}")

@@ -1,0 +1,249 @@
+"""Questions about this machine, each answered in a process of its own.
+
+A broken GPU package can kill the process that imports it, or never come back. So a question is a function that a
+short-lived child runs; the parent learns the answer, the reason for none, which signal killed it, or that it hung.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from duallora_edge.errors import BackendError, DualLoraEdgeError
+
+MODULE = "duallora_edge.runtime.device.probes"
+NOT_INSTALLED = "not installed"
+KILL_WAIT_S = 5.0
+OOM_SCORE = "900"  # of 1000: when memory runs out, the system ends this process before the application
+_POLL_S = 0.02
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+# The answer is the last marked line: GPU libraries print what they like around it.
+_MARK = "duallora-edge answers: "
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: ``"ok"`` with JSON values, otherwise the reason.
+
+    ``state`` is ``"no"`` (asked properly, and it does not work), ``"crashed"`` (the process died) or ``"hung"``.
+    """
+
+    state: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is an answer."""
+        return self.state == "ok"
+
+
+class NoAnswerError(Exception):
+    """What was asked for is not here; the message is the reason."""
+
+
+def ask(
+    question: str,
+    *arguments: str,
+    timeout_s: float,
+    memory_bytes: int | None = None,
+    cancel: threading.Event | None = None,
+) -> Answer:
+    """Run the function ``question`` ("module:function") on strings, in a process that gets ``timeout_s`` seconds.
+
+    The function returns a dict of JSON values; whatever it raises is a "no" with the error's first line. A process
+    that comes to hold more than ``memory_bytes`` is ended (Linux; memory of a GPU does not count), and so is one whose
+    answer is not wanted any more because ``cancel`` was set.
+    """
+    # The child searches where this process does; "-m" would put the current folder in front.
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}; from {MODULE} import answer; answer({os.getpid()}, sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, question, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + timeout_s
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                output, errors = process.communicate(timeout=_POLL_S)
+                break
+            if cancel is not None and cancel.is_set():
+                return Answer("no", reason="it was cancelled")
+            if time.monotonic() > deadline:
+                return Answer("hung", reason=f"no answer within {timeout_s:g} s")
+            if memory_bytes is not None and _resident_bytes(process.pid) > memory_bytes:
+                return Answer("crashed", reason=f"it took more than {memory_bytes / 1e6:.0f} MB of memory")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            # Not for ever: a process that hangs inside a driver does not even die.
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=KILL_WAIT_S)
+    return _read(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
+
+
+def _resident_bytes(process: int) -> int:
+    """How much memory a process holds; 0 where that cannot be told, as after its end."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
+
+
+def _read(code: int, output: str, errors: str) -> Answer:
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        memory = ", as Linux does when memory runs out" if name == "SIGKILL" else ""
+        return Answer("crashed", reason=f"the process was killed by {name}{memory}")
+    marked = [line for line in output.splitlines() if line.startswith(_MARK)]
+    if code or not marked:
+        said = next((f" ({line.strip()[:200]})" for line in reversed(errors.splitlines()) if line.strip()), "")
+        return Answer("crashed", reason=f"the process ended with code {code} and no answer{said}")
+    return Answer(**json.loads(marked[-1].removeprefix(_MARK)))
+
+
+def answer(parent: int, arguments: Sequence[str]) -> None:
+    """The child's side of `ask`: call the function and print what it says; not to outlive the ``parent``."""
+    _end_with(parent)
+    module, function = arguments[0].split(":")
+    try:
+        result = Answer("ok", getattr(importlib.import_module(module), function)(*arguments[1:]))
+    except Exception as error:  # whatever it is, it is the answer
+        result = Answer("no", reason=first_line(error))
+    print(f"\n{_MARK}{json.dumps(asdict(result))}", flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """End when the parent does, however it does (Linux), and before it when the system runs out of memory."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before it could be watched
+        os._exit(1)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type."""
+    lines = str(error).strip().splitlines()
+    line = (lines[0] if lines else "")[:300]
+    whole = line and isinstance(error, (NoAnswerError, DualLoraEdgeError))  # a sentence that stands alone
+    return line if whole else f"{type(error).__name__}: {line}".rstrip(": ")
+
+
+def package(modules: str, distributions: str) -> dict[str, Any]:
+    """Import the first of ``modules`` that exists; its version, or that of the first distribution (comma-separated).
+
+    Of ONNX Runtime also the providers that are compiled in, which says nothing about whether they run.
+    """
+    for name in modules.split(","):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and f"{name}.".startswith(f"{error.name}."):
+                continue  # it or a package above it, not something that it needs
+            raise
+        break
+    else:
+        raise NoAnswerError(NOT_INSTALLED)
+    if module.__file__ is None:
+        raise NoAnswerError("its folder is there, but empty")
+    if hasattr(module, "nptype"):  # TensorRT's Python names NumPy types that newer NumPy does not have
+        module.nptype(module.float32)
+    values = {"version": getattr(module, "__version__", None) or _version(distributions.split(","))}
+    if hasattr(module, "get_available_providers"):
+        values["providers"] = module.get_available_providers()
+    return values
+
+
+def _version(distributions: Sequence[str]) -> str | None:
+    from importlib import metadata  # here, for it takes longer to import than the rest of the runtime's own code
+
+    for name in distributions:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def cuda() -> dict[str, Any]:
+    """Ask the driver's own library: its CUDA version and the devices it can see (memory in bytes)."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NoAnswerError(f"no NVIDIA driver ({error})") from error
+
+    def call(name: str, *arguments: object) -> None:
+        code = getattr(driver, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            driver.cuGetErrorName(code, ctypes.byref(text))
+            raise NoAnswerError(f"{name} failed with {(text.value or b'error').decode()} ({code})")
+
+    def integer(name: str, *arguments: object) -> int:
+        value = ctypes.c_int()
+        call(name, ctypes.byref(value), *arguments)
+        return value.value
+
+    call("cuInit", 0)
+    version = integer("cuDriverGetVersion")
+    devices = []
+    for index in range(integer("cuDeviceGetCount")):
+        device, text, size = integer("cuDeviceGet", index), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        call("cuDeviceGetName", text, len(text), device)
+        call("cuDeviceTotalMem_v2", ctypes.byref(size), device)
+        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        major, minor = (integer("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76))
+        name = text.value.decode(errors="replace")
+        devices.append({"name": name, "compute_capability": f"{major}.{minor}", "memory_bytes": size.value})
+    if not devices:
+        raise NoAnswerError("the driver sees no device")
+    return {"version": f"{version // 1000}.{version % 1000 // 10}", "devices": devices}
+
+
+def tensorrt_start(module: str) -> dict[str, Any]:
+    """Create TensorRT's runtime; only for machines whose driver answers, for without one TensorRT crashes."""
+    trt = importlib.import_module(module)
+    trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    return {}
+
+
+def rungs(bundle: str) -> dict[str, Any]:
+    """Verify a bundle; the names of all ``rungs`` of the ladder, and of those that ``auto`` tries, best first."""
+    from duallora_edge.runtime.backends.ladder import LADDER
+    from duallora_edge.runtime.bundle import Bundle
+
+    manifest = Bundle.open(bundle).manifest
+    return {"rungs": list(LADDER), "auto": [name for name in manifest.backends if name in LADDER] or list(LADDER)}
+
+
+def rung(bundle: str, name: str) -> dict[str, Any]:
+    """Run the golden images on the rung ``name`` alone."""
+    from duallora_edge.runtime.backends import ladder as backends
+    from duallora_edge.runtime.bundle import Bundle
+
+    # Without 'strict', which would leave out a second try in fp32; this process opens nothing else afterwards.
+    backends.LADDER = {name: backends.LADDER[name]}
+    try:
+        backend = backends.open_backend(Bundle.open(bundle), name)
+    except BackendError as error:
+        # "No backend can run ... (NAME: REASON); REMEDY.": here only the reason is of interest.
+        _, found, rest = str(error).partition(f"({name}: ")
+        raise NoAnswerError(rest.rpartition("); ")[0] if found else str(error)) from error
+    return {"check": str(backend.check), **backend.to_json()}

@@ -1,0 +1,121 @@
+"""How a pipeline is doing, for a page, a supervisor, or a time series."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from duallora_edge import __version__
+from duallora_edge.runtime.process_memory import read_pss
+from duallora_edge.runtime.service.pipeline import Answer, Pipeline
+from duallora_edge.runtime.service.prometheus import Histogram, counter, gauge, histogram, info
+
+WINDOW_S = 10.0
+# A live source that gave no answer for so long is told as unhealthy.
+SILENCE_S = 30.0
+
+
+class Monitor:
+    """Counts what a pipeline answers. `add` is for the thread that iterates; everything else may be asked from any."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[float, float]] = deque()  # moment and age in ms
+        self._ages, self._inferences = Histogram(), Histogram()
+        self._answers = 0
+        self._last: Answer | None = None
+        self._last_at = self._started
+
+    @property
+    def last(self) -> Answer | None:
+        """The latest answer."""
+        return self._last
+
+    def add(self, answer: Answer) -> None:
+        """Count an answer."""
+        now = time.monotonic()
+        with self._lock:
+            self._answers += 1
+            self._last, self._last_at = answer, now
+            self._recent.append((now, answer.age_ms))
+            self._forget(now)
+            self._ages.add(answer.age_ms / 1000)
+            self._inferences.add(answer.instant.timings.infer_ms / 1000)
+
+    def _forget(self, now: float) -> None:
+        while self._recent and self._recent[0][0] < now - WINDOW_S:
+            self._recent.popleft()
+
+    def health(self) -> dict[str, Any]:
+        """Everything at this moment, as JSON values.
+
+        ``ok`` is false when there is no model, or a live source gave no answer for `SILENCE_S` seconds. ``rate``
+        (answers a second) and ``age_ms`` are over the last `WINDOW_S` seconds.
+        """
+        now = time.monotonic()
+        with self._lock:
+            self._forget(now)
+            ages = [age for _, age in self._recent]
+            answers, idle = self._answers, now - self._last_at
+        classifier, source = self._pipeline.classifier.health(), self._pipeline.source.stats
+        p50, p90 = (float(value) for value in np.percentile(ages, (50, 90))) if ages else (None, None)
+        return {
+            "ok": classifier.status != "failed" and not self._is_silent(),
+            "uptime_s": now - self._started,
+            "answers": answers,
+            "rate": len(ages) / min(WINDOW_S, max(now - self._started, 1e-3)),
+            "age_ms": {"p50": p50, "p90": p90},
+            "dropped": source.dropped + self._pipeline.dropped,
+            "idle_s": idle,
+            "source": {"description": self._pipeline.source.description, **asdict(source)},
+            "classifier": classifier.to_json(),
+        }
+
+    def is_working(self) -> bool:
+        """False when only a new start can help: there is no model, or frames come and no answers.
+
+        A source that is lost is none of it, for it is opened again and again.
+        """
+        stuck = self._is_silent() and self._pipeline.source.stats.connected
+        return self._pipeline.classifier.health().status != "failed" and not stuck
+
+    def _is_silent(self) -> bool:
+        return self._pipeline.source.live and time.monotonic() - self._last_at > SILENCE_S
+
+    def metrics(self) -> str:
+        """Everything in the text format of Prometheus (version 0.0.4)."""
+        classifier, source = self._pipeline.classifier.health(), self._pipeline.source.stats
+        dropped = source.dropped + self._pipeline.dropped
+        runs = {"bundle": classifier.bundle, "backend": classifier.backend, "precision": classifier.precision}
+        pss = read_pss().bytes
+        swap = classifier.last_swap
+        swapped = {key: str(value) for key, value in asdict(swap).items() if key != "reason"} if swap else None
+        with self._lock:
+            answers, ages, inferences = self._answers, self._ages.copy(), self._inferences.copy()
+        return "".join(
+            (
+                info("build_info", "Version of duallora-edge.", {"version": __version__}),
+                info("bundle_info", "The bundle that answers, and what runs it.", runs),
+                counter("frames_captured_total", "Frames that the source gave.", source.captured),
+                counter("frames_dropped_total", "Frames replaced by newer ones before the model was free.", dropped),
+                counter("frames_refused_total", "Pictures that could not be used.", source.refused),
+                gauge("source_connected", "Whether the source gives frames.", int(source.connected)),
+                counter("source_reconnects_total", "Times a lost source came back.", source.reconnects),
+                counter("answers_total", "Frames answered.", answers),
+                counter("failures_total", "Runs of the model that failed.", classifier.failures),
+                counter("swaps_confirmed_total", "Bundles swapped in for good.", classifier.swaps.get("confirmed", 0)),
+                counter("swaps_returned_total", "Bundles given up again.", classifier.swaps.get("returned", 0)),
+                counter("swaps_refused_total", "Bundles not fit to answer.", classifier.swaps.get("refused", 0)),
+                info("last_swap_info", "The last change of bundles, with backends.", swapped) if swapped else "",
+                histogram("answer_age_seconds", "From the capture of a frame to its answer.", ages),
+                histogram("inference_seconds", "Time of the model on a frame.", inferences),
+                gauge("memory_pss_bytes", "Memory of the process (PSS).", pss),
+            )
+        )

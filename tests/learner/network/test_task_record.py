@@ -1,0 +1,47 @@
+"""Records: what is stored is what was learned, and nothing twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from duallora_edge.learner.network.task_record import TaskInfo, TaskRecord
+from duallora_edge.learner.statistics.gaussian import ClassStatistics
+
+
+@pytest.mark.parametrize("features", [1, 2, 7])
+def test_half_of_the_scatter_is_stored_and_all_of_it_read(two_tasks: list[TaskRecord], features: int) -> None:
+    x = torch.randn(20, features, generator=torch.Generator().manual_seed(0))
+    statistics = ClassStatistics.of(x, torch.arange(20) % 2, 2)
+    record = replace(two_tasks[0], statistics=statistics)
+    files = record.tensors()
+    assert files["statistics"]["scatter"].shape == (features * (features + 1) // 2,)
+    found = TaskRecord.from_tensors(record.info, files).statistics
+    for name in ("counts", "means", "scatter"):
+        torch.testing.assert_close(getattr(found, name), getattr(statistics, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"classifier": "ridge", "gate": "open", "calibration": "none"}, {"counts": {}, "held_back": {}}]
+)
+def test_a_description_survives_json(two_tasks: list[TaskRecord], changes: dict[str, object]) -> None:
+    info = replace(two_tasks[1].info, **changes)  # type: ignore[arg-type]
+    value = json.loads(json.dumps(info.to_json()))
+    assert TaskInfo.from_json({**value, "of a later version": 1}) == info
+    for key in value:
+        with pytest.raises(ValueError, match=f"{key}: "):
+            TaskInfo.from_json({name: part for name, part in value.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("adapters", "blocks.1.residual.v_up"), ("bases", "blocks.0.v"), ("statistics", "curve.nll"), ("head", "head")],
+)
+def test_a_missing_tensor_is_named(two_tasks: list[TaskRecord], file: str, name: str) -> None:
+    files = two_tasks[0].tensors()
+    del files[file][name]
+    with pytest.raises(KeyError, match=name.replace(".", r"\.")):
+        TaskRecord.from_tensors(two_tasks[0].info, files)

@@ -1,0 +1,262 @@
+"""Whole calls of training and measuring on small image folders, with the embedded backbone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from duallora_edge.errors import ConfigError, DataError, RunError
+from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.report.metrics import Row
+from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.train import Listener, measure_run, pick_device, pick_precision, train_run
+
+QUICK = TrainConfig(
+    device="cpu", precision="fp32", rank_orthogonal=2, rank_residual=2, epochs=1, min_steps=4, batch_size=16
+)
+GIVEN = ("rank_orthogonal", "rank_residual", "epochs", "min_steps", "batch_size", "precision")
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.rows: list[int] = []
+        self.stages: set[str] = set()
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        assert 0 < done <= total
+        self.stages.add(stage)
+
+    def row(self, state: int, row: Row) -> None:
+        self.rows.append(state)
+
+
+def train(run: Path, data: Path | str = "", **settings: object) -> Notes:
+    notes = Notes()
+    train_run(run, replace(QUICK, data=str(data), **settings), [*GIVEN, *settings], notes)
+    return notes
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, image_stream: Path) -> tuple[Path, Notes]:
+    """A run that learned both tasks of the stream; to be copied before it is changed."""
+    path = tmp_path_factory.mktemp("learned") / "run"
+    return path, train(path, image_stream)
+
+
+@pytest.fixture
+def run(tmp_path: Path, learned: tuple[Path, Notes]) -> Path:
+    return Path(shutil.copytree(learned[0], tmp_path / "run"))
+
+
+def test_a_stream_is_learned_and_reported(learned: tuple[Path, Notes]) -> None:
+    path, notes = learned
+    assert [record.info.name for record in Run.open(path).records()] == ["01-round", "02-lines"]
+    assert notes.rows == [1, 2] and notes.stages == {"decode", "encode", "train"}
+    for name in ("report.html", "metrics.json", "rows.json"):
+        assert (path / "reports" / name).stat().st_size > 0
+    assert not (path / "checkpoint").exists()
+
+
+def test_the_same_call_again_learns_nothing(run: Path, image_stream: Path) -> None:
+    before = Run.open(run).digest()
+    notes = train(run, image_stream)
+    assert "Task 01-round is already learned" in notes.lines and "Task 02-lines is already learned" in notes.lines
+    assert notes.rows == [] and Run.open(run).digest() == before
+
+
+def test_without_data_the_last_images_are_used(run: Path) -> None:
+    assert "Task 02-lines is already learned" in train(run).lines
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+APART = [
+    ("site", "site/tasks", {}, "The images in .* lie inside the run"),
+    ("site", "site", {}, "The images in .* lie inside the run"),
+    ("link", "site/tasks", {}, "The images in .* lie inside the run"),
+    ("site", "link/tasks", {}, "The images in .* lie inside the run"),
+    ("site/tasks/run", "site/tasks", {}, "lies inside the images in"),
+    ("link/tasks/run", "site/tasks", {}, "lies inside the images in"),
+    ("site", "site/list.csv", {}, "The images in .* lie inside the run"),
+    ("site", "list.csv", {}, "Images of .* lie inside the run"),
+    ("site", "photos", {}, "Images of .* lie inside the run"),
+    ("run", "site/tasks", {"weights": "run/w.safetensors"}, "The weights in .* lie inside the run"),
+    ("run", "torchvision:MNIST", {"data_root": "run/new"}, "The data sets in .* lie inside the run"),
+]
+
+
+@pytest.mark.parametrize(("run", "data", "settings", "reason"), APART)
+def test_a_run_is_apart_from_what_it_learns_from(
+    tmp_path: Path, image_task: Callable[..., Path], run: str, data: str, settings: dict[str, str], reason: str
+) -> None:
+    """Folders, links to them, and single images that a manifest or a link takes from elsewhere."""
+    images = image_task(tmp_path / "site" / "tasks" / "one", {"disc": 0, "square": 1}, train=2, test=1)
+    (tmp_path / "link").symlink_to("site")
+    rows = [f"{path},{path.parent.name}\n" for path in sorted(images.rglob("*.png"))]
+    for file in (tmp_path / "list.csv", tmp_path / "site" / "list.csv"):
+        file.write_text("path,label\n" + "".join(rows))
+    for path in images.rglob("train/*/*.png"):  # the last one is a link
+        (tmp_path / "photos" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "photos" / path.parent.name / path.name)
+    (tmp_path / "photos" / "disc" / "00.png").unlink()
+    (tmp_path / "photos" / "disc" / "00.png").symlink_to(images / "train" / "disc" / "00.png")
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=f"{reason}.*; give another"):
+        train(
+            tmp_path / run,
+            data if data.startswith("torchvision") else tmp_path / data,
+            **{key: str(tmp_path / value) for key, value in settings.items()},
+        )
+    assert contents(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_images_never_becomes_a_run(tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    image_task(tmp_path / "site" / "tasks" / "one", {"disc": 0, "square": 1}, train=2, test=1)
+    shutil.copytree(tmp_path / "site" / "tasks", tmp_path / "photos")
+    before = contents(tmp_path / "site")
+    with pytest.raises(RunError, match=r"holds other files \(tasks, .*give an empty or new folder"):
+        train(tmp_path / "site", tmp_path / "photos")
+    assert contents(tmp_path / "site") == before
+
+
+def test_tasks_one_by_one_equal_the_stream(
+    tmp_path: Path, learned: tuple[Path, Notes], image_stream: Path, image_task: Callable[..., Path]
+) -> None:
+    for name in ("01-round", "02-lines"):
+        train(tmp_path / "run", image_stream / name, task_name=name)
+    assert Run.open(tmp_path / "run").digest() == Run.open(learned[0]).digest()
+
+
+def test_other_images_under_a_learned_name_are_refused(
+    run: Path, tmp_path: Path, image_task: Callable[..., Path]
+) -> None:
+    before = Run.open(run).digest()
+    image_task(tmp_path / "other" / "02-lines", {"cross": 2, "ring": 3}, seed=9)
+    with pytest.raises(DataError, match=r"learned a task '02-lines' from other images; .*--task-name"):
+        train(run, tmp_path / "other")
+    assert Run.open(run).digest() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "problems"),
+    [
+        ({"seed": 5}, ["seed is 0, not 5"]),
+        ({"rank_residual": 3, "method": "frozen"}, ["rank_residual is 2, not 3", "method is 'dual_lora'"]),
+        ({"backbone": "vit_tiny_patch16_224", "size": 128}, ["backbone is 'embedded'", "size is None, not 128"]),
+    ],
+)
+def test_settings_of_a_run_cannot_change(
+    run: Path, image_stream: Path, settings: dict[str, object], problems: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="made with other settings") as caught:
+        train(run, image_stream, **settings)
+    assert all(problem in str(caught.value) for problem in problems)
+
+
+def test_automatic_precision_never_contradicts(run: Path, image_stream: Path) -> None:
+    assert Run.open(run).config.precision == "fp32"
+    train(run, image_stream, precision="auto")
+
+
+def test_rollback_and_training_again_give_the_same_run(run: Path, image_stream: Path) -> None:
+    opened = Run.open(run)
+    tasks, digest = {p: p.read_bytes() for p in (run / "tasks").rglob("*.*") if p.is_file()}, opened.digest()
+    opened.set_head(opened.head()[:1])
+    assert train(run, image_stream).rows == [2]  # the first state was measured before
+    assert Run.open(run).digest() == digest
+    assert {p: p.read_bytes() for p in (run / "tasks").rglob("*.*") if p.is_file()} == tasks
+
+
+def test_measuring_again_gives_the_same_numbers(run: Path) -> None:
+    before = json.loads((run / "reports" / "rows.json").read_text())
+    notes = Notes()
+    measure_run(Run.open(run), None, "cpu", None, notes)
+    assert notes.rows == [1, 2]
+    assert json.loads((run / "reports" / "rows.json").read_text()) == before
+
+
+def test_a_run_without_tasks_cannot_be_measured(run: Path) -> None:
+    Run.open(run).set_head([])
+    with pytest.raises(RunError, match="learned no task yet"):
+        measure_run(Run.open(run), None, "cpu", None, Notes())
+
+
+def test_images_that_are_gone_are_said_and_not_measured(
+    tmp_path: Path, image_task: Callable[..., Path], image_stream: Path
+) -> None:
+    first = image_task(tmp_path / "first", {"disc": 0, "square": 1})
+    train(tmp_path / "run", first)
+    shutil.rmtree(first)
+    notes = train(tmp_path / "run", image_stream / "02-lines")
+    assert any(f"images from {first} cannot be read and are not measured" in line for line in notes.lines)
+    last = list(json.loads((tmp_path / "run" / "reports" / "rows.json").read_text()).values())[-1]
+    assert [cell["n"] for cell in last] == [0, 8]
+
+
+def test_a_lost_note_of_the_sources_stops_nothing(run: Path, tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    (run / "sources.json").unlink()
+    with pytest.raises(ConfigError, match="knows no images yet; name them with --data"):
+        train(run)
+    train(run, image_task(tmp_path / "third", {"dot": 4, "bar": 5}))
+    assert len(Run.open(run).head()) == 3
+
+
+def test_a_single_class_and_a_known_class(run: Path, tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    notes = train(run, image_task(tmp_path / "new-site", {"cross": 6}))
+    assert any("one class gives no gradient" in line for line in notes.lines)
+    records = Run.open(run).records()
+    assert records[-1].info.classes == ("cross",) and len(records) == 3
+
+
+def test_five_images_a_class_and_no_test_images(tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    """Fewer than five training images a class: nothing is held back, and with none for the test nothing is measured."""
+    folder = image_task(tmp_path / "few", {"disc": 0, "square": 1}, train=4, test=1)
+    shutil.rmtree(folder / "test")
+    notes = train(tmp_path / "run", folder)
+    assert any("8 images to learn from, 0 held back, 0 for the test" in line for line in notes.lines)
+
+
+def test_real_digits_are_learned_without_forgetting(tmp_path: Path) -> None:
+    """Three tasks of two handwritten digits (scikit-learn's): far better than chance on all of them at the end."""
+    digits = load_digits()
+    for split, chosen in (("train", slice(0, 200)), ("test", slice(200, 300))):
+        for index, (image, label) in enumerate(zip(digits.images[chosen], digits.target[chosen], strict=True)):
+            if label < 6:
+                folder = tmp_path / "digits" / split / str(label)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32)).save(folder / f"{index}.png")
+    notes = Notes()
+    config = replace(
+        QUICK, data=str(tmp_path / "digits"), classes_per_task=2, min_steps=15, rank_orthogonal=8, rank_residual=8
+    )
+    metrics = train_run(tmp_path / "run", config, [], notes)
+    assert notes.rows == [1, 2, 3]
+    assert (metrics.summary["last_accuracy"] or 0) > 0.8
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("tpu!", "mps", "meta", ""):
+        with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N"):
+            pick_device(name)
+
+
+def test_precision() -> None:
+    assert pick_precision("fp32", torch.device("cpu")) == "fp32"
+    assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")

@@ -1,0 +1,254 @@
+"""The ladder: a real inference decides, every rung that was passed over says why, strict forbids a fallback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from duallora_edge.errors import BackendError
+from duallora_edge.runtime.backends import ladder as backends
+from duallora_edge.runtime.backends.ladder import Rung, UnavailableError, check_golden, open_backend
+from duallora_edge.runtime.backends.tensorrt_api import Gpu
+from duallora_edge.runtime.bundle import (
+    MAX_DIFFERENCE,
+    MAX_FEATURE_DIFFERENCE,
+    MAX_NOVELTY_DIFFERENCE,
+    OUTPUTS,
+    Bundle,
+    Content,
+    Golden,
+    Outputs,
+)
+from duallora_edge.runtime.preprocess import Pixels
+
+CPU = backends.LADDER["cpu"]
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def failing(error: Exception) -> Callable[[Bundle, int | None], backends.Run]:
+    def opener(bundle: Bundle, threads: int | None) -> backends.Run:
+        raise error
+
+    return opener
+
+
+def wrong(bundle: Bundle, threads: int | None) -> backends.Run:
+    """A rung that starts and computes, but not the right numbers."""
+    run = CPU(bundle, threads)
+
+    def shifted(images: Pixels) -> Outputs:
+        outputs = run(images)
+        probabilities = np.roll(outputs.probabilities, 1, axis=1)
+        return Outputs(probabilities, outputs.task_probabilities, outputs.novelty, outputs.features)
+
+    return shifted
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("images", [1, 5])
+def test_outputs_equal_the_reference(
+    shared_bundle: Path, numpy_outputs: Callable[[Pixels], dict[str, np.ndarray]], backend: str, images: int
+) -> None:
+    opened = open_backend(Bundle.open(shared_bundle), backend, threads=1)
+    frames = np.random.default_rng(images).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
+    outputs = opened.run(frames)
+    for name, expected in numpy_outputs(frames).items():
+        np.testing.assert_allclose(getattr(outputs, name), expected, atol=1e-5)
+    assert opened.check.passed and opened.check.images == 4
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
+def test_a_missing_provider_is_told(shared_bundle: Path) -> None:
+    bundle = Bundle.open(shared_bundle)
+    opened = open_backend(bundle, "cuda")
+    assert opened.name == "cpu"
+    assert "built without CUDAExecutionProvider" in opened.not_used["cuda"]
+    assert str(opened).startswith("cpu (not cuda: ")
+    assert open_backend(bundle, "cpu", strict=True).not_used == {}
+    assert open_backend(bundle, "auto", strict=True).name == "cpu"
+    with pytest.raises(BackendError, match=r"cuda: .* built without .*leave out 'strict'"):
+        open_backend(bundle, "cuda", strict=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="this ONNX Runtime has no CUDA")
+def test_cuda_gives_the_golden_outputs(shared_bundle: Path) -> None:
+    assert open_backend(Bundle.open(shared_bundle), "cuda", strict=True).check.passed
+
+
+@pytest.mark.parametrize(
+    ("opener", "reason", "is_fallback"),
+    [
+        (failing(RuntimeError("no kernel image\nsecond line")), "no kernel image", True),
+        (failing(RuntimeError()), "RuntimeError", True),
+        (failing(UnavailableError("not installed")), "not installed", False),
+        (wrong, "wrong results in fp32, largest difference", True),
+    ],
+)
+def test_the_ladder(
+    shared_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opener: Callable[[Bundle, int | None], backends.Run],
+    reason: str,
+    is_fallback: bool,
+) -> None:
+    bundle = Bundle.open(shared_bundle)
+    monkeypatch.setattr(backends, "LADDER", {"cuda": opener, "cpu": CPU})
+    opened = open_backend(bundle, "auto")
+    assert opened.name == "cpu" and opened.not_used["cuda"].startswith(reason)
+    assert "second line" not in opened.not_used["cuda"]
+    assert opened.to_json()["not_used"] == opened.not_used
+    with pytest.raises(BackendError, match="cuda: "):
+        open_backend(bundle, "cuda", strict=True)
+    if is_fallback:
+        with pytest.raises(BackendError, match="cuda: "):
+            open_backend(bundle, "auto", strict=True)
+    else:
+        assert open_backend(bundle, "auto", strict=True).name == "cpu"
+
+
+class Session:
+    """ONNX Runtime as it would be if it were compiled with TensorRT; it writes the engine as that one does."""
+
+    def __init__(self, path: str, settings: object, providers: list[tuple[str, dict[str, str]]]) -> None:
+        (self.provider, self.options) = providers[0]
+        self.real = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.run = self.real.run
+        folder = Path(self.options["trt_engine_cache_path"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.engine").touch()
+        sessions.append(self)
+
+    def disable_fallback(self) -> None:
+        pass
+
+    def get_providers(self) -> list[str]:
+        return [self.provider, "CPUExecutionProvider"]
+
+
+sessions: list[Session] = []
+
+
+def test_onnxruntime_with_tensorrt(shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An imitation: what ONNX Runtime does with the options, no test here tells."""
+    bundle, provider = Bundle.open(shared_bundle), "TensorrtExecutionProvider"
+    reason = open_backend(bundle, "onnxruntime-tensorrt").not_used["onnxruntime-tensorrt"]
+    assert f"built without {provider}" in reason
+    monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "duallora_edge.runtime.backends.tensorrt_api.find_gpu", lambda: Gpu("Imaginary Orin", "sm87", 8, 8 * 10**9)
+    )
+    imitation = SimpleNamespace(
+        __version__="1.20.0",
+        get_available_providers=lambda: [provider, "CPUExecutionProvider"],
+        SessionOptions=onnxruntime.SessionOptions,
+        InferenceSession=Session,
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", imitation)
+    with pytest.raises(BackendError, match=r"no engine of this model yet: load it once with .*build=True"):
+        open_backend(bundle, "onnxruntime-tensorrt", strict=True)
+    assert not sessions
+    assert open_backend(bundle, "onnxruntime-tensorrt", strict=True, build=True).name == "onnxruntime-tensorrt"
+    assert sessions[0].options["trt_max_workspace_size"] == "512000000"
+    assert sessions[0].options["trt_fp16_enable"] == "0"
+    assert sessions[0].options["trt_profile_max_shapes"] == "image:16x16x16x3"
+    assert open_backend(bundle, "onnxruntime-tensorrt", strict=True).check.passed
+
+
+def test_no_rung_works(bundle: Path, seal: Callable[[Path], None]) -> None:
+    arrays = dict(np.load(bundle / "golden.npz"))
+    arrays["probabilities"] = arrays["probabilities"][:, ::-1].copy()
+    np.savez(bundle / "golden.npz", **arrays)
+    seal(bundle)
+    with pytest.raises(BackendError, match="cpu: wrong results"):
+        open_backend(Bundle.open(bundle))
+
+
+def test_a_model_that_is_none(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    with pytest.raises(BackendError, match=r"cpu: .*export the run again"):
+        open_backend(replace(opened, contents={**opened.contents, "model.onnx": Content(b"no model")}))
+
+
+def test_without_onnxruntime(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"pip install 'duallora-edge\[cpu\]'"):
+        open_backend(Bundle.open(shared_bundle))
+
+
+@pytest.mark.parametrize(("backend", "threads"), [("npu", None), ("cpu", 0)])
+def test_wrong_arguments(shared_bundle: Path, backend: str, threads: int | None) -> None:
+    with pytest.raises(BackendError):
+        open_backend(Bundle.open(shared_bundle), backend, threads)
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 16, 16, 3), np.float32)])
+def test_a_run_that_fails(shared_bundle: Path, images: Pixels) -> None:
+    with pytest.raises(BackendError, match="The model failed on CPUExecutionProvider"):
+        open_backend(Bundle.open(shared_bundle)).run(images)
+
+
+@pytest.mark.parametrize(
+    ("difference", "passed"),
+    [(0.0, True), (0.9, True), (1.1, False), (np.nan, False)],
+)
+@pytest.mark.parametrize("output", ["probabilities", "task_probabilities", "novelty", "features"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_tolerance(precision: str, output: str, difference: float, passed: bool) -> None:
+    limits = {"novelty": MAX_NOVELTY_DIFFERENCE, "features": MAX_FEATURE_DIFFERENCE[precision]}
+    difference *= limits.get(output, MAX_DIFFERENCE[precision])
+    golden = Golden(
+        probabilities=np.array([[0.5, 0.5], [0.9, 0.1]], np.float32),
+        task_probabilities=np.array([[1.0, 0.0], [0.0, 1.0]], np.float32),
+        novelty=np.array([0.25, 0.5], np.float32),
+        features=np.array([[3.0, 4.0], [0.0, 1.0]], np.float32),
+        image=np.zeros((2, 8, 8, 3), np.uint8),
+    )
+    arrays = {name: getattr(golden, name).copy() for name in OUTPUTS}
+    arrays[output][1] += np.float32(difference) * (np.float32(1) if output == "novelty" else np.float32([-1, 1]))
+    if output == "features":
+        arrays[output][1, 0] = 0  # along the vector alone, of length 1
+    rows = iter(range(2))
+
+    def run(images: Pixels) -> Outputs:
+        row = next(rows)
+        return Outputs(*(arrays[name][row : row + 1] for name in OUTPUTS))
+
+    check = check_golden(run, golden, precision)
+    assert check.passed is passed
+    found = {"novelty": check.max_novelty_difference, "features": check.max_feature_difference}
+    assert found.get(output, check.max_difference) == pytest.approx(difference, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("rung", "other", "below"),
+    [
+        (("cpu", "fp32"), ("tensorrt", "fp16"), True),
+        (("tensorrt", "fp32"), ("tensorrt", "fp16"), True),
+        (("tensorrt", "fp16"), ("tensorrt", "fp32"), False),
+        (("cuda", "fp16"), ("tensorrt", "fp32"), True),
+        (("tensorrt", "fp32"), ("cuda", "fp16"), False),
+        (("cpu", "fp32"), ("cpu", "fp32"), False),
+    ],
+)
+def test_which_rung_is_below(rung: tuple[str, str], other: tuple[str, str], below: bool) -> None:
+    assert Rung(*rung).is_below(Rung(*other)) is below
+
+
+def test_a_tie_in_the_golden_outputs_may_fall_either_way() -> None:
+    golden = Golden(
+        probabilities=np.array([[0.4999, 0.5001]], np.float32),
+        task_probabilities=np.ones((1, 1), np.float32),
+        novelty=np.zeros(1, np.float32),
+        features=np.zeros((1, 1), np.float32),
+        image=np.zeros((1, 8, 8, 3), np.uint8),
+    )
+    swapped = Outputs(golden.probabilities[:, ::-1], golden.task_probabilities, golden.novelty, golden.features)
+    assert check_golden(lambda images: swapped, golden).passed

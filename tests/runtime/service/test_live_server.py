@@ -1,0 +1,470 @@
+"""What is served is what the monitor knows, to those who may see it, and nobody who looks slows the pipeline."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.files import read_json, write_json
+from duallora_edge.runtime import Classifier, Prediction
+from duallora_edge.runtime.bundle import MANIFEST
+from duallora_edge.runtime.prediction import Timings
+from duallora_edge.runtime.service import live_server
+from duallora_edge.runtime.service.live_server import LiveServer, ServerError
+from duallora_edge.runtime.service.monitor import Monitor
+from duallora_edge.runtime.service.pipeline import Answer, Pipeline
+from duallora_edge.runtime.sources import Frame, open_source
+
+WAIT_S = 10.0
+SCRIPT = "<script>document.title = 'taken'</script>"
+CHROMIUM = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
+
+
+class Known:
+    """A monitor that knows what it is told."""
+
+    def __init__(self, last: Answer | None = None, **classifier: Any) -> None:
+        self.last = last
+        self.ok, self.source = True, {"connected": True, "last_error": None}
+        self.classifier = {"status": "ok", **classifier}
+
+    def health(self) -> dict[str, Any]:
+        return {"ok": self.ok, "source": self.source, "classifier": self.classifier}
+
+    def metrics(self) -> str:
+        return 'bundle{name="\ud800"} 1\n'
+
+
+def answer_to(pixels: np.ndarray, sequence: int = 0) -> Answer:
+    values = np.array([0.75, 0.25], np.float32)
+    prediction = Prediction(
+        SCRIPT, 0.75, "t", 1.0, 0.0, None, Timings(0, 0, 0), "b", 2, values, (SCRIPT, "\N{CJK UNIFIED IDEOGRAPH-99AC}")
+    )
+    return Answer(Frame(pixels, sequence, float(sequence), float(sequence)), prediction, prediction, 12.5)
+
+
+def noise(sequence: int) -> Answer:
+    pixels = np.random.default_rng(sequence).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    return answer_to(pixels, sequence)
+
+
+@pytest.fixture
+def known() -> Known:
+    return Known(answer_to(np.full((30, 40, 3), 200, np.uint8)))
+
+
+@pytest.fixture
+def server(known: Known) -> Iterator[LiveServer]:
+    with LiveServer(known, port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[LiveServer]]:
+    """One of this machine alone, and one of all its addresses."""
+    with LiveServer(Known(), port=0) as here, LiveServer(Known(), "0.0.0.0", 0) as everywhere:
+        yield [here, everywhere]
+
+
+@contextmanager
+def watched(bundle: Path) -> Iterator[Monitor]:
+    """A monitor of a camera that sees red."""
+    red = np.full((24, 36, 3), (250, 5, 5), np.uint8)
+    with Pipeline(open_source([red], live=True, rate=30, loop=True), Classifier.load(bundle, "cpu", 1)) as pipeline:
+        monitor = Monitor(pipeline)
+        thread = threading.Thread(target=lambda: [monitor.add(answer) for answer in pipeline], daemon=True)
+        thread.start()
+        wait_for(lambda: monitor.last is not None)
+        yield monitor
+    thread.join()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def port_of(server: LiveServer) -> int:
+    return int(server.url.rsplit(":", 1)[1].strip("/"))
+
+
+def ask(
+    server: LiveServer, path: str, method: str = "GET", **headers: str
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=WAIT_S)) as connection:
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+
+
+def connect(server: LiveServer, request: str, buffer: int | None = None) -> socket.socket:
+    client = socket.socket()
+    client.settimeout(WAIT_S)
+    if buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    client.connect(("127.0.0.1", port_of(server)))
+    client.sendall(request.replace("\n", "\r\n").encode())
+    return client
+
+
+def watch(server: LiveServer, buffer: int | None = None) -> tuple[int, socket.socket]:
+    """Ask for the stream: the status, and the connection with everything after."""
+    client = connect(server, "GET /stream.mjpg HTTP/1.1\nHost: localhost\n\n", buffer)
+    return int(client.recv(64).split()[1]), client
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+@pytest.mark.parametrize("started", [True, False])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/", "text/html; charset=utf-8"),
+        ("/state.json", "application/json"),
+        ("/health?x=1", "application/json"),
+        ("/metrics", "text/plain; version=0.0.4; charset=utf-8"),
+        ("/frame.jpg", "image/jpeg"),
+    ],
+)
+def test_what_there_is(known: Known, path: str, kind: str, started: bool, pictures: bool) -> None:
+    known.last = known.last if started else None
+    with LiveServer(known, port=0, pictures=pictures) as server:
+        status, headers, body = ask(server, path)
+        assert ask(server, path, "HEAD")[::2] == (status, b"")
+        assert pictures or ask(server, "/stream.mjpg")[0] == 404
+    expected = 200
+    if path == "/frame.jpg" and not (pictures and started):
+        expected = 503 if pictures else 404
+    if expected != 200 or (path == "/" and not pictures):
+        kind = "text/plain; charset=utf-8"
+    assert (status, headers["Content-Type"]) == (expected, kind)
+    assert headers["Cache-Control"] == "no-store" and headers["X-Content-Type-Options"] == "nosniff"
+    assert not [name for name in headers if name.startswith("Access-Control")]
+    assert len(body) == int(headers["Content-Length"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        *((method, "/", 405) for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW")),
+        *(("GET", path, 404) for path in ("/live_page.html", "/../pyproject.toml", "//etc/passwd", "/..%2f", "x", "*")),
+    ],
+)
+def test_what_there_is_not(server: LiveServer, method: str, path: str, status: int) -> None:
+    found, headers, body = ask(server, path, method)
+    assert found == status and headers.get("Allow") == ("GET, HEAD" if status == 405 else None)
+    assert len(body) < 100
+
+
+@pytest.mark.parametrize(
+    ("host", "at_home", "elsewhere"),
+    [
+        ("localhost", True, True),
+        ("LOCALHOST.:9000", True, True),
+        ("127.0.0.1:80", True, True),
+        ("[::1]:8080", True, True),
+        ("192.168.0.7:8080", False, True),
+        ("[fd00::7]", False, True),
+        (socket.gethostname(), socket.gethostname() == "localhost", True),
+        (f"{socket.gethostname()}.local", False, True),
+        ("evil.example", False, False),
+        ("127.0.0.1.evil.example", False, False),
+        ("localhost@evil.example", False, False),
+        ("evil.example:80:localhost", False, False),
+        ("", False, False),
+    ],
+)
+def test_only_its_own_names(servers: list[LiveServer], host: str, at_home: bool, elsewhere: bool) -> None:
+    for server, allowed in zip(servers, (at_home, elsewhere), strict=True):
+        assert ask(server, "/state.json", Host=host)[0] == (200 if allowed else 403)
+
+
+def test_what_a_bundle_says(shared_bundle: Path) -> None:
+    with watched(shared_bundle) as monitor, LiveServer(monitor, port=0) as server:
+        state = json.loads(ask(server, "/state.json")[2])
+        assert state["state"] == "ok" and state["health"]["ok"] and state["health"]["answers"] > 0
+        answer = state["answer"]
+        assert (answer["label"], answer["task"], answer["bundle"], answer["bundle_version"]) == (
+            "red",
+            "warm",
+            "colours",
+            3,
+        )
+        assert answer["top"][0]["label"] == "red" and len(answer["top"]) == 4
+        assert answer["is_novel"] is False and answer["age_ms"] > 0 and answer["sequence"] >= 0
+        assert json.loads(ask(server, "/health")[2]).keys() == state["health"].keys()
+        assert b"duallora_edge_answers_total" in ask(server, "/metrics")[2]
+        picture = Image.open(io.BytesIO(ask(server, "/frame.jpg")[2]))
+        assert picture.size == (36, 24) and np.allclose(np.asarray(picture).mean((0, 1)), (250, 5, 5), atol=4)
+
+
+@pytest.mark.parametrize(
+    ("word", "change"),
+    [
+        ("ok", {}),
+        ("probation", {"classifier": {"status": "probation"}}),
+        ("loading", {"classifier": {"status": "loading"}, "last": None}),
+        ("failed", {"classifier": {"status": "failed"}, "ok": False}),
+        ("waiting", {"last": None}),
+        ("waiting", {"last": None, "source": {"connected": False, "last_error": None}}),
+        ("lost", {"last": None, "source": {"connected": False, "last_error": "unplugged"}}),
+        ("lost", {"source": {"connected": False, "last_error": "unplugged"}, "ok": False}),
+        ("ok", {"source": {"connected": True, "last_error": "unplugged"}}),
+        ("ended", {"source": {"connected": False, "last_error": None}}),
+        ("silent", {"ok": False}),
+    ],
+)
+def test_states(known: Known, server: LiveServer, word: str, change: dict[str, Any]) -> None:
+    vars(known).update(change)
+    assert json.loads(ask(server, "/state.json")[2])["state"] == word
+    assert ask(server, "/health")[0] == (200 if known.ok else 503)
+    assert f'{word}: "' in ask(server, "/")[2].decode()  # there are words for it
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((640, 480), (640, 480)), ((1920, 1080), (960, 540)), ((1080, 1920), (540, 960)), ((4000, 1), (960, 1))],
+)
+def test_pictures_are_scaled(
+    known: Known, server: LiveServer, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    known.last = answer_to(np.zeros((size[1], size[0], 3), np.uint8))
+    assert Image.open(io.BytesIO(ask(server, "/frame.jpg")[2])).size == expected
+
+
+def test_a_picture_is_encoded_once_and_only_when_asked_for(
+    known: Known, server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = live_server._encode
+    monkeypatch.setattr(live_server, "_encode", lambda frame: encoded.append(frame.sequence) or encode(frame))
+    known.last = noise(1)
+    ask(server, "/state.json")
+    known.last = noise(2)
+    clients = [threading.Thread(target=ask, args=(server, "/frame.jpg")) for _ in range(8)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    assert encoded == [2]
+    _, headers, _ = ask(server, "/frame.jpg")
+    status, _, body = ask(server, "/frame.jpg", If_None_Match=headers["ETag"])
+    assert (status, body) == (304, b"")
+    known.last = noise(3)
+    assert ask(server, "/frame.jpg", If_None_Match=headers["ETag"])[0] == 200 and encoded == [2, 3]
+
+
+def test_the_stream(known: Known, server: LiveServer) -> None:
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=WAIT_S)) as connection:
+        connection.request("GET", "/stream.mjpg")
+        response = connection.getresponse()
+        assert response.headers["Content-Type"] == "multipart/x-mixed-replace; boundary=picture"
+        assert response.readline() == b"--picture\r\n"
+        for sequence in range(1, 4):
+            known.last = answer_to(np.full((10, 10 * sequence, 3), 9, np.uint8), sequence)
+            while True:
+                assert response.readline() == b"Content-Type: image/jpeg\r\n"
+                length = int(response.readline().split()[1])
+                assert response.readline() == b"\r\n"
+                image = Image.open(io.BytesIO(response.read(length)))
+                assert response.readline() + response.readline() == b"\r\n--picture\r\n"
+                if image.size == (10 * sequence, 10):
+                    break
+    assert ask(server, "/stream.mjpg", "HEAD")[0] == 200
+    known.last = None
+    assert ask(server, "/stream.mjpg")[0] == 503
+
+
+def test_so_many_viewers_and_no_more(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_server, "MAX_VIEWERS", 2)
+    monkeypatch.setattr(live_server, "_REPEAT_S", 0.05)
+    with LiveServer(known, port=0) as server:
+        (first, one), (second, two), (third, three) = (watch(server) for _ in range(3))
+        assert (first, second, third) == (200, 200, 503)
+        received = b""
+        while received.count(b"--picture\r\n") < 2:
+            received += one.recv(4096)
+        one.close()  # noticed, though there is no new picture
+
+        def admitted() -> bool:
+            status, client = watch(server)
+            client.close()
+            return status == 200
+
+        wait_for(admitted)
+        two.close()
+        three.close()
+
+
+def test_a_viewer_who_does_not_read_is_dropped(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_server._Handler, "timeout", 0.3)
+    monkeypatch.setattr(live_server, "STREAM_RATE", 200)
+    with LiveServer(known, port=0) as server:
+        _, client = watch(server, buffer=4096)
+        sequence = 0
+
+        def gone() -> bool:
+            nonlocal sequence
+            sequence += 1
+            known.last = noise(sequence)
+            return not server._server._connections
+
+        wait_for(gone)
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        ("GET / HTTP/1.1\nHost: localhost\n", None),
+        ("", None),
+        ("GET / HTTP/1.1\nHost: localhost\nX: " + "x" * 20000, 431),
+        ("GET /" + "x" * 20000, 431),
+        ("GET / HTTP/1.1\n" + "X: x\n" * 200 + "\n", 431),
+        ("GET / HTTP/1.1\n\n", 403),
+        ("GET / HTTP/1.1\nHost: localhost\nHost: evil.example\n\n", 403),
+        ("GET / HTTP/3.0\nHost: localhost\n\n", 505),
+        ("hello\n\n", 400),
+        ("\x16\x03\x01\n\n", 400),
+    ],
+)
+def test_requests_that_never_end_or_make_no_sense(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, request_: str, status: int | None
+) -> None:
+    monkeypatch.setattr(live_server._Handler, "timeout", 0.2)
+    with closing(connect(server, request_)) as client:
+        received = b""
+        with suppress(ConnectionResetError):  # the rest of the request was not read
+            while chunk := client.recv(4096):
+                received += chunk
+    assert received == b"" if status is None else received.startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_requests_one_after_the_other(server: LiveServer) -> None:
+    one = "GET /health HTTP/1.1\nHost: localhost\n\n"
+    with closing(connect(server, one * 2 + one.replace("\n\n", "\nConnection: close\n\n"))) as client:
+        received = b"".join(iter(lambda: client.recv(4096), b""))
+    assert received.count(b"HTTP/1.1 200 OK") == 3
+    with closing(connect(server, one.replace("\n\n", f"\nContent-Length: {len(one)}\n\n") + one)) as client:
+        assert b"".join(iter(lambda: client.recv(4096), b"")).count(b"HTTP/1.1") == 1
+
+
+def test_slow_clients_make_room_for_others(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_server, "MAX_CONNECTIONS", 4)
+    slow = [connect(server, "GET /health HTTP/1.1\nX: ") for _ in range(12)]
+    assert [ask(server, "/health")[0] for _ in range(3)] == [200] * 3
+    assert slow[0].recv(1) == b""  # it had waited for longest
+    for client in slow:
+        client.close()
+    wait_for(lambda: not server._server._connections and not server._server._waiting)
+
+
+def test_so_many_connections_and_no_more(known: Known, server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_server, "MAX_CONNECTIONS", 2)
+    clients = [watch(server)[1] for _ in range(2)]  # these do not wait for anything
+    with closing(connect(server, "")) as refused:
+        assert refused.recv(1) == b""
+    for client in clients:
+        client.close()
+    known.last = noise(1)  # sending it, the server finds out
+    wait_for(lambda: not server._server._connections)
+    assert ask(server, "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", None, r"Port \d+ of 127\.0\.0\.1 is in use; choose another one with --listen\."),
+        ("192.0.2.1", 0, r"'192\.0\.2\.1' is no address of this machine .*; choose one with --listen\."),
+        ("no such host", 0, "'no such host' is no address of this machine .* --listen"),
+        ("x" * 70, 0, "is no address of this machine .* --listen"),
+    ],
+)
+def test_where_nothing_can_be_served(
+    known: Known, server: LiveServer, host: str, port: int | None, message: str
+) -> None:
+    with pytest.raises(ServerError, match=message) as raised:
+        LiveServer(known, host, port_of(server) if port is None else port)
+    assert isinstance(raised.value, DualLoraEdgeError)
+    for wrong in (-1, 65536):
+        with pytest.raises(ValueError, match="port must be"):
+            LiveServer(known, host, wrong)
+
+
+def test_the_end_with_clients_connected(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_server._Handler, "timeout", 100.0)
+    server = LiveServer(known, port=0)
+    port = port_of(server)
+    (_, watching), silent = watch(server), connect(server, "GET")
+    wait_for(lambda: len(server._server._connections) == 2)
+    server.close()
+    server.close()
+    for client in (watching, silent):
+        with suppress(ConnectionResetError), client:
+            while client.recv(65536):
+                pass
+    with LiveServer(known, port=port) as again:  # the port is free at once
+        assert again.url == f"http://127.0.0.1:{port}/" and ask(again, "/health")[0] == 200
+
+
+@pytest.mark.parametrize(("host", "name"), [("0.0.0.0", socket.gethostname()), ("::1", "[::1]")])
+def test_the_address(known: Known, host: str, name: str) -> None:
+    if host == "::1" and not Path("/proc/net/if_inet6").is_file():
+        pytest.skip("this machine has no IPv6")
+    with LiveServer(known, host, 0) as server:
+        assert re.fullmatch(rf"http://{re.escape(name)}:\d+/", server.url)
+
+
+def test_the_page_runs_nothing_but_its_own(server: LiveServer) -> None:
+    nonces = set()
+    for _ in range(2):
+        _, headers, body = ask(server, "/")
+        policy, page = headers["Content-Security-Policy"], body.decode()
+        (nonce,) = set(re.findall(r"'nonce-([\w-]+)'", policy))
+        nonces.add(nonce)
+        assert page.count(f'nonce="{nonce}"') == 2 == len(re.findall("<(?:script|style)", page))
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert not re.search(r"https?:|innerHTML|insertAdjacent| on\w+=| style=", page)
+    assert len(nonces) == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_in_a_browser(bundle: Path, tmp_path: Path) -> None:
+    document = read_json(bundle / MANIFEST)
+    document["classes"][0], document["tasks"][0]["name"] = SCRIPT, "<i>warm</i>"
+    write_json(bundle / MANIFEST, document)
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=2000",
+    ]
+    with watched(bundle) as monitor, LiveServer(monitor, port=0) as server:
+        dumped = subprocess.run(
+            [str(CHROMIUM), *options, "--dump-dom", server.url], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    escaped = SCRIPT.replace("<", "&lt;").replace(">", "&gt;")
+    assert re.search(rf'id="label"[^>]*>{re.escape(escaped)}</p>', dumped)
+    assert re.search(r'id="task">Task \W?&lt;i&gt;warm&lt;/i&gt;\W?, \S+%</p>', dumped)
+    rows = re.findall(r'<li><span dir="auto">(.*?)</span><b>(.*?)</b><div><i style="width: [\d.e-]+%;">', dumped)
+    assert len(rows) == 4 and rows[0][0] == escaped and all(share.endswith("%") for _, share in rows)
+    assert re.search(r'id="picture"[^>]*src="blob:', dumped) and not re.search(r'id="picture"[^>]*hidden', dumped)
+    assert re.search(r'id="state">running</dd>', dumped) and "<title>duallora-edge live</title>" in dumped
