@@ -24,7 +24,7 @@ from onnxruntime.quantization import quantize_dynamic
 
 from duallora_edge.export.parity import Arrays, Parity, onnx_outputs, torch_outputs
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import INPUT, Bundle
 from duallora_edge.runtime.preprocess import Pixels
@@ -35,7 +35,7 @@ from duallora_edge.runtime.preprocess import Pixels
 @click.argument("bundle_path", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True))
 @click.option("--images", default=1000, show_default=True, type=click.IntRange(1))
 def main(run_path: Path, bundle_path: Path, images: int) -> None:
-    run, bundle = Run.open(run_path), Bundle.open(bundle_path)
+    run, bundle = RunDirectory.open(run_path), Bundle.open(bundle_path)
     model = compose(run.backbone(), run.records()).eval()
     names = {run.read_info(task).name for task in run.head()}
     pixels, labels = [], []

@@ -26,7 +26,7 @@ from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.report.metrics import Cell, Predictions, pool
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.calibration import Mixture
 from duallora_edge.learner.statistics.gaussian import GaussianClassifier
 from duallora_edge.learner.train import read_images, source_groups
@@ -67,7 +67,7 @@ def ways(model: ComposedModel, records: list[TaskRecord], features: Tensor) -> d
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @torch.no_grad()
 def main(path: Path, weights: str | None, json_path: Path | None) -> None:
-    run = Run.open(path)
+    run = RunDirectory.open(path)
     backbone, records = run.backbone(weights), run.records()
     model, infos = compose(backbone, records), [record.info for record in records]
     cells: dict[str, list[Cell]] = {}

@@ -19,7 +19,7 @@ import click
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.bundle import Bundle
 
@@ -30,7 +30,7 @@ CAPABILITY = "sm86"
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path, exists=True))
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
 def main(run_path: Path, rounds: int) -> None:
-    run = Run.open(run_path)
+    run = RunDirectory.open(run_path)
     records, target = run.records(), resolve_target("rtx-sm86")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DUALLORA_EDGE_CACHE"] = folder

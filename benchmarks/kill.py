@@ -41,11 +41,10 @@ from duallora_edge.errors import SwapError
 from duallora_edge.export import bundle as exporting
 from duallora_edge.export import commands as export_commands
 from duallora_edge.files import read_json, write_json
-from duallora_edge.learner import commands
+from duallora_edge.learner import commands, train
 from duallora_edge.learner import timing as profile
-from duallora_edge.learner import train as session
-from duallora_edge.learner.methods import training as recipe
-from duallora_edge.learner.run_directory import FileCheckpoint, Run
+from duallora_edge.learner.methods import training
+from duallora_edge.learner.run_directory import FileCheckpoint, RunDirectory
 from duallora_edge.runtime.backends import engine_build as engine
 from duallora_edge.runtime.backends.engine_cache import find_engine
 from duallora_edge.runtime.backends.tensorrt_api import load_tensorrt
@@ -122,15 +121,15 @@ class Whereabouts:
 
     def install(self) -> None:
         """Mark the places in this process."""
-        recipe.optimise = self.marked(STEP, recipe.optimise)
+        training.optimise = self.marked(STEP, training.optimise)
         FileCheckpoint.save = self.marked(f"{STEP}: checkpoint", FileCheckpoint.save)  # type: ignore[method-assign]
-        Run.commit = self.marked(COMMIT, Run.commit, change=True)  # type: ignore[method-assign]
-        Run.set_head = self.marked(ROLLBACK, Run.set_head, change=True)  # type: ignore[method-assign]
+        RunDirectory.commit = self.marked(COMMIT, RunDirectory.commit, change=True)  # type: ignore[method-assign]
+        RunDirectory.set_head = self.marked(ROLLBACK, RunDirectory.set_head, change=True)  # type: ignore[method-assign]
         exporting._write = self.marked(EXPORT, exporting._write, change=True)
         engine.build_engine = self.marked(BUILD, engine.build_engine, change=True)
         Classifier.swap = self.marked(SWAP, Classifier.swap, change=True)  # type: ignore[method-assign]
         profile._current = _Phases(self)
-        session.report = lambda *_: None  # figures, which take longer than the training here
+        train.report = lambda *_: None  # figures, which take longer than the training here
 
 
 class _Phases(profile.Profile):
@@ -186,7 +185,7 @@ class Training:
         call("train", "--data", images, "--run", folder / "run", "--config", config, "--no-evaluate")
 
     def check(self, folder: Path, returned: int) -> None:
-        if Run.exists(folder / "run"):
+        if RunDirectory.exists(folder / "run"):
             found = committed(folder / "run")
             if len(found) < returned or found != committed(self.whole)[: len(found)]:
                 raise SystemExit(f"{folder}: {returned} commits had returned, {len(found)} tasks are there")
@@ -210,9 +209,9 @@ class Undoing:
 
     def work(self, folder: Path) -> None:
         # One that was killed after HEAD was replaced is not undone again; opening the run for a change finishes it.
-        if len(Run.open(folder / "run").head()) == len(TASKS):
+        if len(RunDirectory.open(folder / "run").head()) == len(TASKS):
             call(self.words[0], folder / "run", *self.words[1:])
-        with Run.open(folder / "run").locked():
+        with RunDirectory.open(folder / "run").locked():
             pass
 
     def check(self, folder: Path, returned: int) -> None:
@@ -323,7 +322,7 @@ def call(*words: str | Path) -> None:
 
 def committed(run: Path) -> list[str]:
     """Ids of the tasks of a run, whose files are all read and checked."""
-    opened = Run.open(run)
+    opened = RunDirectory.open(run)
     opened.records()
     return [task.id for task in opened.head()]
 

@@ -24,7 +24,7 @@ from duallora_edge.errors import ConfigError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.memory_budget import FILE, UNITS, parse_bytes, resident_bytes
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import Listener, new_backbone, read_images, train_run
 
 CLASSES = 4
@@ -113,7 +113,7 @@ def main(
                 click.echo(f"{budget:<8} {problem}")
                 rows.append({**row, "refused": problem})
                 continue
-            means = Run.open(run).records()[-1].statistics.means
+            means = RunDirectory.open(run).records()[-1].statistics.means
             reference = means if reference is None else reference
             plan = read_json(run / FILE) if budget else {}
             row |= {

@@ -28,7 +28,7 @@ from duallora_edge.learner.methods import compose
 from duallora_edge.learner.methods.training import collect_features
 from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import read_images, source_groups
 
 Scores = npt.NDArray[np.float64]
@@ -47,7 +47,7 @@ def scores(model: ComposedModel, encoded: Encoded, precision: str) -> tuple[Scor
 @click.option("--weights", help="The backbone's weights, when the file was moved.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(path: Path, weights: str | None, json_path: Path | None) -> None:
-    run = Run.open(path)
+    run = RunDirectory.open(path)
     backbone, records = run.backbone(weights), run.records()
     names = [record.info.name for record in records]
     tests: dict[str, PixelSet] = {}

@@ -34,7 +34,7 @@ from duallora_edge.learner.methods import compose
 from duallora_edge.learner.methods.training import collect_features, linear, mix
 from duallora_edge.learner.network.backbone import Backbone, products
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.train import read_images, source_groups
 
@@ -104,7 +104,7 @@ def readings(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, head: T
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(path: Path, weights: str | None, learning_rate: float | None, threads: int, json_path: Path | None) -> None:
     torch.set_num_threads(threads)
-    run = Run.open(path)
+    run = RunDirectory.open(path)
     config, records = run.config, run.records()
     if config.method != "joint":
         raise click.UsageError(f"{path} was trained with {config.method}; it must be a run of --method joint.")

@@ -1,6 +1,6 @@
 """Training by two processes beside one, on this CPU: images a second.
 
-    python benchmarks/ranks.py --json ranks.json
+    python benchmarks/distributed.py --json distributed.json
 
 The same images are put behind the frozen prefix and learned by one process of one thread, by two of one thread each,
 and by one of two threads, in a random order every round, so that all see the same state of the machine. Ratios are of
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from duallora_edge.files import write_json
-from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner import distributed
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import learn_task
@@ -89,9 +89,9 @@ def start(processes: int, threads: int, words: list[str]) -> dict[str, float]:
 @click.option("--worker", is_flag=True, hidden=True)
 def main(rounds: int, images: int, steps: int, batch: int, json_path: Path | None, worker: bool) -> None:
     if worker:
-        with ranks.joined():
+        with distributed.process_group():
             rates = measure(images, steps, batch)
-            if ranks.is_first():
+            if distributed.is_main():
                 click.echo(json.dumps(rates))
         return
     words = ["--images", str(images), "--steps", str(steps), "--batch", str(batch)]

@@ -27,7 +27,7 @@ from duallora_edge.learner.methods import METHODS, compose
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
 from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import open_run, train_run
 from duallora_edge.runtime.bundle import INPUT
 
@@ -169,7 +169,7 @@ def _check_free(out: Path) -> None:
 
 def _results(out: Path) -> Iterator[Path]:
     """The stored results in ``out``: a JSON file beside the run that it is of."""
-    return (path for path in sorted(out.glob("*.json")) if Run.exists(path.with_suffix("")))
+    return (path for path in sorted(out.glob("*.json")) if RunDirectory.exists(path.with_suffix("")))
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache
     watch.say(f"\n== {variant.label}, seed {config.seed}")
     given = [key for key, value in config.to_json().items() if value != getattr(TrainConfig(), key)]
     metrics: Metrics = train_run(path, config, given, watch, cache)
-    run = Run.open(path)
+    run = RunDirectory.open(path)
     infos = [run.read_info(task) for task in run.head()]
     images = sum(sum(info.counts.values()) for info in infos)
     seconds = watch.seconds + images * cache.seconds / max(cache.images, 1)
@@ -260,7 +260,7 @@ def _check_settings(path: Path, config: TrainConfig) -> None:
                 )
 
 
-def _trained(run: Run) -> float:
+def _trained(run: RunDirectory) -> float:
     """Trained numbers a task, heads left out: up-projections of both adapters, mean over tasks."""
     records = run.records()
     total = sum(
@@ -277,7 +277,7 @@ def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -
     sessions = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in variants:
-            run = Run.open(out / f"{variant.file_name}-{seed}")
+            run = RunDirectory.open(out / f"{variant.file_name}-{seed}")
             model = compose(run.backbone(), run.records()).eval()
             path = Path(folder) / f"{variant.file_name}.onnx"
             onnx.save(build_model(model, 17, 8), path)

@@ -20,7 +20,7 @@ from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.evaluate import report
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import train_run
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.preprocess import read_image
@@ -53,7 +53,7 @@ def demo(folder: Path, seed: int) -> None:
         listener.say(f"\n== {method}")
         chosen = replace(config, method=method)
         results[method] = train_run(folder / method, chosen, ["method", "seed"], listener)
-    run = Run.open(folder / METHODS[0])
+    run = RunDirectory.open(folder / METHODS[0])
     page = report(run, results[METHODS[0]], [(METHODS[1], results[METHODS[1]])])
     listener.say("\n== export for a Jetson, checked against the trained model")
     model = compose(run.backbone(), run.records()).eval()

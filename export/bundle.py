@@ -24,7 +24,7 @@ from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, 
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
 from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedModel
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import (
     GOLDEN,
@@ -61,7 +61,7 @@ class Exported:
 
 
 def export_run(
-    run: Run,
+    run: RunDirectory,
     model: ComposedModel,
     target: Target,
     output: Path,
@@ -231,7 +231,7 @@ def _previous(output: Path) -> tuple[int, tuple[str, ...]]:
     return manifest.bundle_version, names
 
 
-def _provenance(run: Run) -> dict[str, Any]:
+def _provenance(run: RunDirectory) -> dict[str, Any]:
     return {
         "made_by": f"duallora-edge {__version__}",
         "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -280,7 +280,7 @@ cd "$(dirname "$0")"
 
 
 def _readme(
-    run: Run,
+    run: RunDirectory,
     model: ComposedModel,
     target: Target,
     estimates: tuple[Estimate, ...],

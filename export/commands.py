@@ -14,7 +14,7 @@ from duallora_edge.device_profiles.profile import PRECISIONS
 from duallora_edge.errors import DataError, ExportError
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import MAX_BATCH
 from duallora_edge.runtime.preprocess import Pixels
@@ -92,7 +92,7 @@ def export(
       duallora-edge export runs/site-a --target orin-nx-16gb --jetpack 6.2 -o bundle
     """
     resolved = resolve_target(target, jetpack)
-    opened = Run.open(run)
+    opened = RunDirectory.open(run)
     records = opened.records()
     if not records:
         raise ExportError(f"The run {run} has learned no task yet; 'duallora-edge train' teaches it one.")
@@ -131,7 +131,7 @@ def export(
     click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {texts} MB"))
 
 
-def training_images(run: Run) -> Pixels | None:
+def training_images(run: RunDirectory) -> Pixels | None:
     """Up to `REAL_IMAGES` training images, spread over the tasks, or None (said) where no source can be read."""
     names = {run.read_info(task).name for task in run.head()}
     pixels: list[Pixels] = []

@@ -16,13 +16,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from duallora_edge.errors import RunError
 from duallora_edge.files import cache_folder, write_json
-from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner import distributed
 from duallora_edge.learner.config import load_config, read_yaml
 from duallora_edge.learner.evaluate import measured_rows, report
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.report.definitions import DEFINITIONS
 from duallora_edge.learner.report.metrics import Metrics, Row, TaskClasses, pool
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import profiling
 from duallora_edge.learner.train import Listener, measure_run, pick_device, train_run
 from duallora_edge.text import escaped
@@ -158,18 +158,18 @@ def train(
     """
     if flags["task_order"] is not None:
         flags["task_order"] = tuple(name.strip() for name in flags["task_order"].split(","))
-    with ranks.joined():
-        config = ranks.first(lambda: load_config(config_path, flags))
+    with distributed.process_group():
+        config = distributed.on_main(lambda: load_config(config_path, flags))
         given = [*(key for key, value in flags.items() if value is not None), *config_keys(config_path)]
-        listener = TerminalListener() if ranks.is_first() else Listener()
-        if profiled and ranks.is_first():
+        listener = TerminalListener() if distributed.is_main() else Listener()
+        if profiled and distributed.is_main():
             with profiling(pick_device(config.device)) as profile:
                 metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
             write_json(run_path / "reports" / "profile.json", profile.to_json())
             listener.say(profile.table())
         else:
             metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
-        if ranks.is_first():
+        if distributed.is_main():
             if evaluate or as_json:
                 show_metrics(metrics, as_json)
             else:
@@ -196,8 +196,8 @@ def evaluate(
       duallora-edge evaluate runs/site-a
       duallora-edge evaluate runs/site-a --compare runs/site-a-sequential
     """
-    opened = Run.open(run)
-    comparisons = [(other.name, stored_metrics(Run.open(other))) for other in others]
+    opened = RunDirectory.open(run)
+    comparisons = [(other.name, stored_metrics(RunDirectory.open(other))) for other in others]
     metrics = measure_run(opened, data, device, weights, TerminalListener())
     if comparisons:
         report(opened, metrics, comparisons)
@@ -217,7 +217,7 @@ def status(run: Path, privacy: bool, as_json: bool) -> None:
       duallora-edge status runs/site-a
       duallora-edge status runs/site-a --privacy
     """
-    opened = Run.open(run)
+    opened = RunDirectory.open(run)
     value = privacy_list(opened) if privacy else describe(opened)
     if as_json:
         echo(json.dumps(value, indent=2))
@@ -235,7 +235,7 @@ def rollback(run: Path) -> None:
     Example:
       duallora-edge rollback runs/site-a
     """
-    opened = Run.open(run)
+    opened = RunDirectory.open(run)
     with opened.locked():
         head = opened.head()
         if not head:
@@ -259,7 +259,7 @@ def remove(run: Path, task: str) -> None:
     Example:
       duallora-edge remove runs/site-a dtd10
     """
-    opened = Run.open(run)
+    opened = RunDirectory.open(run)
     with opened.locked():
         entry = opened.find(task)
         head = opened.head()
@@ -299,7 +299,7 @@ def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[st
         echo(f"{definition.title:<{width}}{values}")
 
 
-def stored_metrics(run: Run) -> Metrics:
+def stored_metrics(run: RunDirectory) -> Metrics:
     """The metrics of a run's states as they were measured last. Raises `RunError` when a state was not measured."""
     head, known = run.head(), measured_rows(run)
     infos = [run.read_info(task) for task in head]
@@ -310,7 +310,7 @@ def stored_metrics(run: Run) -> Metrics:
         raise RunError(f"The run {run.path} was not measured; 'duallora-edge evaluate {run.path}' does it.") from error
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: RunDirectory) -> dict[str, Any]:
     """What `status` prints, for programs."""
     head, known = run.head(), measured_rows(run)
     row = known.get(run.digest(), ())
@@ -369,7 +369,7 @@ STORED = {
 }
 
 
-def privacy_list(run: Run) -> dict[str, Any]:
+def privacy_list(run: RunDirectory) -> dict[str, Any]:
     """Everything the run stores about images, in files with sizes, and what is stored outside of it."""
     files = []
     for entry in run.head():

@@ -35,7 +35,7 @@ TIMEOUT_VARIABLE = "DUALLORA_EDGE_TIMEOUT"
 TIMEOUT_S = 600
 
 
-class LostRankError(RunError):
+class LostProcessError(RunError):
     """Another process of the training is gone or silent."""
 
     def __init__(self) -> None:
@@ -83,36 +83,36 @@ class _Group:
 _group: _Group | None = None
 
 
-def number() -> int:
-    """The number of this rank."""
+def rank() -> int:
+    """The rank of this process, as in torch.distributed; 0 without `torchrun`."""
     return dist.get_rank() if _group else 0
 
 
-def count() -> int:
-    """How many ranks there are."""
+def world_size() -> int:
+    """The number of ranks; 1 without `torchrun`."""
     return dist.get_world_size() if _group else 1
 
 
-def is_first() -> bool:
-    """Whether this rank writes and tells: rank 0, and whoever is alone."""
-    return number() == 0
+def is_main() -> bool:
+    """Whether this is rank 0, which writes files and talks to the user."""
+    return rank() == 0
 
 
 def local_rank() -> int:
-    """The number of this process among those on its machine."""
+    """The rank of this process among those on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def on_this_machine() -> int:
-    """How many ranks share the memory of this machine."""
+def local_world_size() -> int:
+    """The number of ranks on this machine, which share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group else 1
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Meet the other ranks where `torchrun` started several, and leave them at the end.
 
-    Raises `LostRankError` when another rank is lost, `SystemExit` where another rank tells the user what is wrong.
+    Raises `LostProcessError` when another rank is lost, `SystemExit` where another rank tells the user what is wrong.
     """
     global _group
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
@@ -131,103 +131,103 @@ def joined() -> Iterator[None]:
         if _group and (error is _group.heard or (isinstance(error, _TOLD_ONCE) and _group.is_told())):
             raise SystemExit(1) from error
         if isinstance(error, _Terminated):
-            raise LostRankError from error
+            raise LostProcessError from error
         raise
     finally:
         _group = None
 
 
-def first(work: Callable[[], T]) -> T:
-    """What ``work`` gives on rank 0, which alone does it; its error is raised on all ranks."""
+def on_main(work: Callable[[], T]) -> T:
+    """Do ``work`` on rank 0 alone; its result is returned, and its error raised, on all ranks."""
     if _group is None:
         return work()
-    return _result(_from_rank(_attempt(work) if is_first() else (None, None), 0), 0)
+    return _result(_from_rank(_attempt(work) if is_main() else (None, None), 0), 0)
 
 
-def in_turn(work: Callable[[], T]) -> T:
-    """Each rank does ``work``, those after rank 0 when it is done: they find in a cache what it left there.
+def main_first(work: Callable[[], T]) -> T:
+    """Do ``work`` on every rank, on rank 0 first: the others find in a cache what it left there.
 
     An error of any rank is raised on all.
     """
     if _group is None:
         return work()
     outcome: tuple[T | None, Exception | None] = (None, None)
-    if is_first():
+    if is_main():
         outcome = _attempt(work)
     _result((None, _from_rank(outcome[1], 0)), 0)
-    if not is_first():
+    if not is_main():
         outcome = _attempt(work)
-    errors: list[Exception | None] = [None] * count()
+    errors: list[Exception | None] = [None] * world_size()
     with _together():
         dist.all_gather_object(errors, outcome[1], group=_group.patient)
-    for rank, error in enumerate(errors):
-        _result((None, error), rank)
-    return _result(outcome, number())
+    for source, error in enumerate(errors):
+        _result((None, error), source)
+    return _result(outcome, rank())
 
 
 @contextmanager
-def held_by_first(context: AbstractContextManager[None]) -> Iterator[None]:
+def held_by_main(context: AbstractContextManager[None]) -> Iterator[None]:
     """Rank 0 enters ``context`` for all ranks; that it cannot is raised on all."""
     with ExitStack() as stack:
-        first(lambda: stack.enter_context(context))
+        on_main(lambda: stack.enter_context(context))
         yield
 
 
-def same(value: T) -> T:
-    """The value of rank 0: what processors of different kinds compute differs in the last digits."""
+def broadcast(value: T) -> T:
+    """The value of rank 0, since processors of different kinds differ in the last digits."""
     return value if _group is None else _from_rank(value, 0)
 
 
-def parts(items: Items) -> list[Items]:
+def shards(items: Items) -> list[Items]:
     """Neighbouring items for each rank, the first ranks one more where it does not come out even."""
-    size, more = divmod(len(items), count())
-    ends = [size * rank + min(rank, more) for rank in range(count() + 1)]
+    size, more = divmod(len(items), world_size())
+    ends = [size * index + min(index, more) for index in range(world_size() + 1)]
     return [items[begin:end] for begin, end in itertools.pairwise(ends)]  # type: ignore[misc]
 
 
 def own_rows(total: int) -> slice:
     """The rows of a batch of ``total`` that are this rank's; none where there are more ranks than rows."""
-    own = parts(range(total))[number()]
+    own = shards(range(total))[rank()]
     return slice(own.start, own.stop)
 
 
-def gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
+def all_gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """All rows [sum of counts, ...], on the CPU, of which rank r gives its [counts[r], ...]."""
     if _group is None:
         return rows
-    whole = torch.empty(sum(counts), *same(rows.shape[1:]), dtype=rows.dtype)
+    whole = torch.empty(sum(counts), *broadcast(rows.shape[1:]), dtype=rows.dtype)
     with _together():
-        for rank, part in enumerate(whole.split(list(counts))):
+        for source, part in enumerate(whole.split(list(counts))):
             if not len(part):
                 continue
-            if rank == number():
+            if source == rank():
                 part.copy_(rows)
-            dist.broadcast(part, rank)
+            dist.broadcast(part, source)
     return whole
 
 
-def add(tensor: Tensor) -> None:
+def all_reduce(tensor: Tensor) -> None:
     """Replace a tensor by its sum over the ranks, the same bits on all."""
     if _group is not None:
         with _together():
             dist.all_reduce(tensor)
 
 
-def add_gradients(parameters: Sequence[Tensor]) -> None:
+def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace the gradients by their sums over the ranks, in one all-reduce; none counts as zero."""
     if _group is None:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    add(flat)
+    all_reduce(flat)
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = total.view_as(parameter)
 
 
-def agreed(value: bool) -> bool:
+def all_agree(value: bool) -> bool:
     """Whether ``value`` holds on all ranks."""
     votes = torch.tensor([int(not value)])
-    add(votes)
+    all_reduce(votes)
     return not int(votes)
 
 
@@ -239,32 +239,32 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _result(outcome: tuple[T | None, Exception | None], rank: int) -> T:
-    """The result of an outcome on ``rank``, or its error raised here: of the same type, so that all ranks agree."""
+def _result(outcome: tuple[T | None, Exception | None], source: int) -> T:
+    """The result of an outcome on rank ``source``, or its error raised here, of the same type on all ranks."""
     value, error = outcome
     if error is not None:
-        if _group is not None and rank != number():
+        if _group is not None and source != rank():
             _group.heard = error
         raise error
     return value  # type: ignore[return-value]
 
 
-def _from_rank(value: T, rank: int) -> T:
-    """The ``value`` of one rank on all of them."""
+def _from_rank(value: T, source: int) -> T:
+    """The ``value`` of rank ``source`` on all ranks."""
     box = [value]
     assert _group is not None
     with _together():
-        dist.broadcast_object_list(box, rank, group=_group.patient)
+        dist.broadcast_object_list(box, source, group=_group.patient)
     return box[0]
 
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Something that needs the other ranks. Raises `LostRankError` when one of them is lost."""
+    """Something that needs the other ranks. Raises `LostProcessError` when one of them is lost."""
     try:
         yield
     except RuntimeError as error:  # of gloo ("Connection closed by peer", "Timed out"), NCCL and the store alike
-        raise LostRankError from error
+        raise LostProcessError from error
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

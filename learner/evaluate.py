@@ -11,7 +11,7 @@ import torch
 
 from duallora_edge.errors import RunError
 from duallora_edge.files import read_json, write_json
-from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner import distributed
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.methods.training import collect_features
@@ -21,7 +21,7 @@ from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCac
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import timed
 
 Progress = Callable[[int, int], None]
@@ -81,7 +81,7 @@ class Tests:
         return Cell.from_predictions(predictions, columns)
 
 
-def measured_rows(run: Run) -> dict[str, Row]:
+def measured_rows(run: RunDirectory) -> dict[str, Row]:
     """Rows measured earlier, by the digest of the state they were measured on: one cell a task of the state.
 
     Raises `RunError` when they are damaged.
@@ -103,16 +103,16 @@ def measured_rows(run: Run) -> dict[str, Row]:
         ) from error
 
 
-def evaluate_run(run: Run, tests: Tests | None, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:
+def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:
     """Measure every state of the run on every task it knows.
 
     With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
     state that is measured now. Without ``tests`` nothing is measured, and the cells of other states stay empty.
     """
-    head = ranks.first(run.head)
+    head = distributed.on_main(run.head)
     if not head:
         raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
-    known = ranks.first(partial(measured_rows, run)) if reuse else {}
+    known = distributed.on_main(partial(measured_rows, run)) if reuse else {}
     records = run.records(head) if tests else []
     rows: dict[str, Row] = {}
     for k in range(1, len(head) + 1):
@@ -125,25 +125,25 @@ def evaluate_run(run: Run, tests: Tests | None, *, reuse: bool, on_row: Callable
             rows[state] = tests.row(records[:k])
             on_row(k, rows[state])
     if tests is not None:
-        ranks.first(partial(_write_rows, run, rows))
+        distributed.on_main(partial(_write_rows, run, rows))
     infos = map(run.read_info, head)
     return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), tuple(rows.values()))
 
 
-def _write_rows(run: Run, rows: Mapping[str, Row]) -> None:
+def _write_rows(run: RunDirectory, rows: Mapping[str, Row]) -> None:
     (run.path / "reports").mkdir(exist_ok=True)
     write_json(run.path / "reports" / "rows.json", {key: [c.to_json() for c in row] for key, row in rows.items()})
 
 
 @timed("evaluation")
-def report(run: Run, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
+def report(run: RunDirectory, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
     """Write the report of a run into its folder ``reports``; returns the path of report.html."""
     return write_report(
         run.path / "reports", metrics, About(run.path.name, run.config.method, details(run)), comparisons
     )
 
 
-def details(run: Run) -> dict[str, str]:
+def details(run: RunDirectory) -> dict[str, str]:
     """The facts under which a run's numbers were measured, as label and text."""
     config, info = run.config, run.info
     facts: Mapping[str, Any] = {

@@ -75,7 +75,7 @@ class StoredTask:
         return {"folder": self.folder, "id": self.id}
 
 
-class Run:
+class RunDirectory:
     """A run directory, opened for reading; `locked` guards every change."""
 
     def __init__(self, path: Path, config: TrainConfig, info: BackboneInfo) -> None:
@@ -88,7 +88,7 @@ class Run:
         return (path / "run.yaml").is_file()
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig, info: BackboneInfo) -> Run:
+    def create(cls, path: Path, config: TrainConfig, info: BackboneInfo) -> RunDirectory:
         """Make a new run directory. Raises `RunError` when something else is there."""
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is not a folder; give another name with --run.")
@@ -113,7 +113,7 @@ class Run:
         return cls(path, config, info)
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: Path) -> RunDirectory:
         """Open an existing run. Raises `RunError` when it is missing, damaged or of another schema."""
         if not path.is_dir():
             raise RunError(f"{path} is not a folder; 'duallora-edge train --data DIR --run {path}' makes a run.")

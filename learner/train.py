@@ -16,8 +16,7 @@ import torch
 
 from duallora_edge import interrupts
 from duallora_edge.errors import ConfigError, DataError, RunError
-from duallora_edge.learner import distributed as ranks
-from duallora_edge.learner import memory_budget as memory
+from duallora_edge.learner import distributed, memory_budget
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import ImageFile, PreparedStream, PreparedTask, Stream, open_stream, prepare
 from duallora_edge.learner.evaluate import Tests, evaluate_run, report
@@ -25,7 +24,7 @@ from duallora_edge.learner.methods import METHODS, learn_task
 from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.report.metrics import Metrics, Row
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import phase, start_task, timed
 from duallora_edge.runtime.preprocess import Preprocessing
 
@@ -63,12 +62,12 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("No CUDA device is available; leave out --device or use --device cpu.")
-    if device.type == "cuda" and ranks.count() > 1:
+    if device.type == "cuda" and distributed.world_size() > 1:
         if ":" in name:
             raise ConfigError(f"Several processes cannot share {name}; use --device cuda, which gives each its own.")
-        if ranks.on_this_machine() > torch.cuda.device_count():
+        if distributed.local_world_size() > torch.cuda.device_count():
             raise ConfigError(
-                f"{ranks.on_this_machine()} processes need as many CUDA devices, this machine has "
+                f"{distributed.local_world_size()} processes need as many CUDA devices, this machine has "
                 f"{torch.cuda.device_count()}; use --nproc-per-node {torch.cuda.device_count()} or --device cpu."
             )
     return device
@@ -96,9 +95,9 @@ def new_backbone(config: TrainConfig, listener: Listener) -> Backbone:
     )
 
 
-def open_run(path: Path, config: TrainConfig, given: Sequence[str]) -> Run:
+def open_run(path: Path, config: TrainConfig, given: Sequence[str]) -> RunDirectory:
     """Open the run at ``path``. Settings in ``given`` must not contradict those it was made with."""
-    run = Run.open(path)
+    run = RunDirectory.open(path)
     values, stored = config.to_json(), run.config.to_json()
     if config.precision == "auto":  # what was chosen when the run was made
         values["precision"] = stored["precision"]
@@ -161,13 +160,13 @@ def read_images(
         seed=config.seed,
         data_root=Path(config.data_root) if config.data_root else None,
     )
-    stream = ranks.in_turn(open_source)
+    stream = distributed.main_first(open_source)
     if apart_from is not None:
         _check_images_apart(apart_from, stream)
     listener.say(stream.describe())
     preprocessing = Preprocessing(info.size, config.resize, info.interpolation)
     on_progress = partial(_progress, listener, "decode")
-    prepared = ranks.in_turn(lambda: prepare(stream, preprocessing, on_progress=on_progress))
+    prepared = distributed.main_first(lambda: prepare(stream, preprocessing, on_progress=on_progress))
     if config.develop:
         listener.say("Measuring on a fifth of the training images; the test images are left alone")
         return prepared.for_development(config.seed)
@@ -189,14 +188,14 @@ def train_run(
     last call are used. Interrupted at any moment, the same call continues. ``cache`` shares what the frozen prefix
     makes of the images with other runs. Returns the metrics of the run; without ``evaluate`` states stay unmeasured.
 
-    Several ranks (`ranks.joined`) learn it together; the folder of the run must be one that all of them see.
+    Several ranks (`distributed.process_group`) learn it together; the folder of the run must be one that all of them see.
     """
-    run = ranks.first(lambda: open_run(path, config, given) if Run.exists(path) else None)
+    run = distributed.on_main(lambda: open_run(path, config, given) if RunDirectory.exists(path) else None)
     if not config.data:
         if run is None:
             raise ConfigError("Name the images to learn from with --data DIR.")
-        config = replace(config, **ranks.first(partial(_last_source, run)))
-    ranks.first(partial(check_apart, path, config))
+        config = replace(config, **distributed.on_main(partial(_last_source, run)))
+    distributed.on_main(partial(check_apart, path, config))
     device = pick_device(config.device)
     free: set[str] = set()
     if run is None:
@@ -204,29 +203,29 @@ def train_run(
             free.add("precision")
         if config.summaries is None and cache is None:  # a cache holds the summaries of several runs
             free.add("summaries")
-        backbone = ranks.in_turn(partial(new_backbone, config, listener))
-        config = replace(config, precision=ranks.same(pick_precision(config.precision, device)))
+        backbone = distributed.main_first(partial(new_backbone, config, listener))
+        config = replace(config, precision=distributed.broadcast(pick_precision(config.precision, device)))
     else:
-        backbone = ranks.in_turn(partial(run.backbone, config.weights))
+        backbone = distributed.main_first(partial(run.backbone, config.weights))
         config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
     stream = read_images(config, backbone.info, listener, apart_from=path)
     listener.say(stream.health.table())
     if METHODS[config.method].single_task:
         stream = stream.merged()
-    if config.memory_budget is not None and ranks.count() > 1:
+    if config.memory_budget is not None and distributed.world_size() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
-    learned = len(ranks.first(run.head)) if run else 0
-    plan = memory.fit(config, backbone.to(device), stream, path, learned, free=free)
+    learned = len(distributed.on_main(run.head)) if run else 0
+    plan = memory_budget.fit(config, backbone.to(device), stream, path, learned, free=free)
     if plan:
         config = plan.apply(config)
         listener.say(plan.describe(config.batch_size))
     # Only now, so that images that cannot be used do not leave an empty run behind.
-    run = run or ranks.first(partial(Run.create, path, config, backbone.info))
-    with ranks.held_by_first(run.locked()):
-        known = ranks.first(partial(_check_known, run, stream))
-        ranks.first(partial(run.remember_source, [task.name for task in stream.tasks], config))
+    run = run or distributed.on_main(partial(RunDirectory.create, path, config, backbone.info))
+    with distributed.held_by_main(run.locked()):
+        known = distributed.on_main(partial(_check_known, run, stream))
+        distributed.on_main(partial(run.remember_source, [task.name for task in stream.tasks], config))
         if plan:
-            memory.remember(plan, config.batch_size, path)
+            memory_budget.remember(plan, config.batch_size, path)
         backbone.to(device)
         tests = None
         if evaluate:
@@ -245,11 +244,11 @@ def train_run(
             metrics = evaluate_run(run, tests, reuse=True, on_row=listener.row)
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")
-        ranks.first(partial(report, run, metrics))
+        distributed.on_main(partial(report, run, metrics))
     return metrics
 
 
-def measure_run(run: Run, data: str | None, device: str, weights: str | None, listener: Listener) -> Metrics:
+def measure_run(run: RunDirectory, data: str | None, device: str, weights: str | None, listener: Listener) -> Metrics:
     """Measure every state of a run again and write the report; ``data`` replaces the remembered source."""
     with run.locked():
         backbone = run.backbone(weights).to(pick_device(device))
@@ -261,14 +260,14 @@ def measure_run(run: Run, data: str | None, device: str, weights: str | None, li
 
 
 def _learn(
-    run: Run,
+    run: RunDirectory,
     backbone: Backbone,
     task: PreparedTask,
     config: TrainConfig,
     listener: Listener,
     cache: PrefixCache | None,
 ) -> None:
-    past = run.records(ranks.first(run.head))
+    past = run.records(distributed.on_main(run.head))
     if past and past[-1].info.method != config.method:
         raise RunError(f"The run {run.path} was trained with {past[-1].info.method}; use a new --run.")
     number = len(past) + 1
@@ -281,15 +280,15 @@ def _learn(
     checkpoint = run.checkpoint(_training_key(run, task, config))
     started = time.monotonic()
     record = learn_task(backbone, past, task, config, checkpoint, partial(_progress, listener), cache)
-    record = ranks.same(record)
+    record = distributed.broadcast(record)
     with phase("checkpoint"):
-        ranks.first(partial(run.commit, record))
+        distributed.on_main(partial(run.commit, record))
     listener.learned(task.name, time.monotonic() - started)
     residual = "" if record.info.residual == "none" else f", residual {record.info.residual}"
     listener.say(f"  learned in {time.monotonic() - started:.0f} s{residual}")
 
 
-def _training_key(run: Run, task: PreparedTask, config: TrainConfig) -> str:
+def _training_key(run: RunDirectory, task: PreparedTask, config: TrainConfig) -> str:
     """Identifies one training exactly: a checkpoint of another configuration, state or task is not continued."""
     without = (*SOURCE, "weights", "memory_budget", "cache_bytes")  # what changes no result
     settings = {key: value for key, value in config.to_json().items() if key not in without}
@@ -297,14 +296,14 @@ def _training_key(run: Run, task: PreparedTask, config: TrainConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _last_source(run: Run) -> dict[str, Any]:
+def _last_source(run: RunDirectory) -> dict[str, Any]:
     sources = run.sources()
     if not sources:
         raise ConfigError(f"The run {run.path} knows no images yet; name them with --data DIR.")
     return list(sources.values())[-1]
 
 
-def _check_known(run: Run, stream: PreparedStream) -> set[str]:
+def _check_known(run: RunDirectory, stream: PreparedStream) -> set[str]:
     """Names of the tasks that are already learned, from the same images. Raises `DataError` for other images."""
     learned = {info.name: info for info in map(run.read_info, run.head())}
     for task in stream.tasks:
@@ -317,14 +316,14 @@ def _check_known(run: Run, stream: PreparedStream) -> set[str]:
 
 
 def add_tests(
-    run: Run, tests: Tests, listener: Listener, *, data: str | None = None, skip: Collection[str] = ()
+    run: RunDirectory, tests: Tests, listener: Listener, *, data: str | None = None, skip: Collection[str] = ()
 ) -> None:
     """Read and encode the test images of the active tasks from where they were learned (or from ``data``).
 
     A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
     """
-    infos = {info.name: info for info in map(run.read_info, ranks.first(run.head)) if info.name not in skip}
-    for settings in ranks.first(partial(source_groups, run, infos)):
+    infos = {info.name: info for info in map(run.read_info, distributed.on_main(run.head)) if info.name not in skip}
+    for settings in distributed.on_main(partial(source_groups, run, infos)):
         if data is not None:
             settings["data"] = data
         try:
@@ -341,7 +340,7 @@ def add_tests(
                 tests.add(task, infos[task.name].classes)
 
 
-def source_groups(run: Run, names: Collection[str]) -> list[dict[str, Any]]:
+def source_groups(run: RunDirectory, names: Collection[str]) -> list[dict[str, Any]]:
     """The different sources (settings of `TrainConfig`) of the named tasks, in the order they were used.
 
     Tasks whose source is not known (sources.json was lost) make an empty group.

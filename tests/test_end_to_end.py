@@ -14,7 +14,7 @@ from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import Listener, train_run
 from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.preprocess import read_image
@@ -59,7 +59,7 @@ def test_learn_export_and_run(assets: Path, manifest: Path, tmp_path: Path) -> N
     assert summary["task_accuracy"] is not None and summary["task_accuracy"] > 0.95
     assert summary["forgetting_task_given"] is not None and summary["forgetting_task_given"] < 0.08
 
-    run = Run.open(tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
     model = compose(run.backbone(), run.records()).eval()
     export_run(run, model, resolve_target("x86-cpu"), tmp_path / "bundle", None)
     classifier = Classifier.load(tmp_path / "bundle", threads=1)

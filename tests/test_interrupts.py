@@ -13,7 +13,7 @@ import pytest
 
 from duallora_edge import interrupts
 from duallora_edge.learner.commands import TerminalListener
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 
 
 class Ends:
@@ -52,7 +52,7 @@ def test_an_interrupt_that_is_lost_stops_training(
     code, _, errors = call("train", *options)
     assert code == 1 and "Interrupted; what was committed is kept." in errors
     assert seen.count(stage) == 1 and seen[-1] == stage
-    assert not Run.exists(run) or Run.open(run).head() == []
+    assert not RunDirectory.exists(run) or RunDirectory.open(run).head() == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner import distributed
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.data.augment import Augment
@@ -150,12 +150,12 @@ def add_moments(totals: Moments, rows: Sequence[Rows]) -> Moments:
 
 def over_ranks(moments: Moments, backbone: Backbone) -> Moments:
     """The sums of moments over the ranks, float64, in one all-reduce; a rank may have none."""
-    if ranks.count() == 1:
+    if distributed.world_size() == 1:
         return moments
     totals = torch.zeros(len(backbone.suffix), 2, backbone.dim, backbone.dim, dtype=torch.float64)
     for total, pair in zip(totals, moments, strict=False):
         total.copy_(torch.stack(pair))
-    ranks.add(totals)
+    distributed.all_reduce(totals)
     return [(q, v) for q, v in totals]
 
 
@@ -178,7 +178,7 @@ def look(lesson: Lesson, blocks: Sequence[AdaptedBlock], collect: Collect) -> Be
         moments = add_moments(moments, rows)
         features.append(f.float().cpu())
     known = torch.cat(features) if features else torch.zeros(0, lesson.backbone.dim)
-    return Before(over_ranks(moments, lesson.backbone), ranks.gather(known, lesson.train.counts))
+    return Before(over_ranks(moments, lesson.backbone), distributed.all_gather(known, lesson.train.counts))
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def train_adapters(
     not need and later classes may; with ``kl_weight`` w it is (1 - w) CE + w KL(softmax(before) ||
     softmax(f)) instead, as in arXiv 2311.02428. ``head`` is where the head starts, zero by default.
     """
-    downs = ranks.same(downs)
+    downs = distributed.broadcast(downs)
     adapters: list[Adapter] = []
     for block, down in zip(blocks, downs, strict=True):
         q_down, v_down = (torch.cat([own, down.residual]).float().to(block.weight) for own in (down.q, down.v))
@@ -271,7 +271,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
         if position == 0 or step == start:
             order = torch.randperm(len(train), generator=generator.manual_seed(mix(config.seed, lesson.number, epoch)))
         batch = order[position * config.batch_size :][: config.batch_size]
-        rows = ranks.own_rows(len(batch))
+        rows = distributed.own_rows(len(batch))
         own, view = batch[rows], None
         if config.augment != "none" or config.flip:
             seed = mix(config.seed, lesson.number, step, 1)
@@ -283,7 +283,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
             micro = accumulate(lesson, optimizer, loss_of, own, train.batch(own, view), len(batch), micro)
         else:
             optimizer.zero_grad(set_to_none=True)
-        ranks.add_gradients(parameters)
+        distributed.all_reduce_gradients(parameters)
         with phase("optimiser"):
             optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0:
@@ -332,7 +332,7 @@ def mix(*numbers: int) -> int:
 
 @timed("checkpoint")
 def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
-    if not ranks.is_first():
+    if not distributed.is_main():
         return
     tensors = {}
     for index, parameter in enumerate(parameters):
@@ -343,7 +343,7 @@ def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parame
 
 
 def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> int:
-    saved = ranks.first(checkpoint.load)
+    saved = distributed.on_main(checkpoint.load)
     if saved is None:
         return 0
     step, tensors = saved
@@ -398,4 +398,4 @@ def collect_features(
     known = torch.cat(features) if features else torch.zeros(0, size)
     if collect != "none":
         moments = over_ranks(moments, network.backbone)
-    return ranks.gather(known, encoded.counts), moments
+    return distributed.all_gather(known, encoded.counts), moments

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from duallora_edge.files import cache_folder
-from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner import distributed
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.data.cache import release
 from duallora_edge.learner.network.backbone import Backbone
@@ -99,13 +99,15 @@ class Encoded:
         row = token_bytes(backbone)
         self.tokens: Tensor | None = None
         self._file: IO[bytes] | None = None
-        parts = ranks.parts(self._batches())
-        self._own = parts[ranks.number()]
+        parts = distributed.shards(self._batches())
+        self._own = parts[distributed.rank()]
         self.counts = [sum(map(len, part)) for part in parts]
-        self._first = sum(self.counts[: ranks.number()])  # the image that the first row of the tokens is of
-        self._shared = ranks.count() == 1
-        own = self.counts[ranks.number()]
-        fits = ranks.agreed(count * row * ranks.on_this_machine() < MAX_CACHE_SHARE * _available_memory())
+        self._first = sum(self.counts[: distributed.rank()])  # the image that the first row of the tokens is of
+        self._shared = distributed.world_size() == 1
+        own = self.counts[distributed.rank()]
+        fits = distributed.all_agree(
+            count * row * distributed.local_world_size() < MAX_CACHE_SHARE * _available_memory()
+        )
         if cache_bytes is not None or fits:
             kept = own if cache_bytes is None else min(own, cache_bytes // row)
             self.tokens = torch.empty(kept, row // (2 * backbone.dim), backbone.dim, dtype=torch.float16)
@@ -119,7 +121,7 @@ class Encoded:
             if self.tokens is not None:
                 self._keep(rows, tokens)
             on_batch(int(rows[-1]) + 1, own)
-        self.phi = ranks.gather(summaries, self.counts)
+        self.phi = distributed.all_gather(summaries, self.counts)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,7 +129,7 @@ class Encoded:
     def share_tokens(self) -> None:
         """Give every rank the tokens of all images, for batches from anywhere, where they are kept."""
         if self.tokens is not None and not self._shared:
-            self.tokens, self._first, self._shared = ranks.gather(self.tokens, self.counts), 0, True
+            self.tokens, self._first, self._shared = distributed.all_gather(self.tokens, self.counts), 0, True
 
     def _keep(self, rows: Tensor, tokens: Tensor) -> None:
         """Store the tokens of the next images: in memory while there is room, then at the end of the file."""

@@ -16,7 +16,7 @@ from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.network.task_record import TaskRecord
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
 
 SOFT = -torch.arange(len(TEMPERATURES), dtype=torch.float)  # held-back likelihoods that ask for the highest one
@@ -55,15 +55,15 @@ def compose(
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> Run:
+def run(tmp_path: Path, tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> RunDirectory:
     """A run on disk, named ``site``, that learned two tasks of two classes."""
-    created = Run.create(tmp_path / "site", TrainConfig(), tiny_backbone.info)
+    created = RunDirectory.create(tmp_path / "site", TrainConfig(), tiny_backbone.info)
     for record in two_tasks:
         created.commit(soften(record))
     return created
 
 
 @pytest.fixture
-def model(run: Run, tiny_backbone: Backbone) -> ComposedModel:
+def model(run: RunDirectory, tiny_backbone: Backbone) -> ComposedModel:
     """The model of ``run``."""
     return methods.compose(tiny_backbone, run.records()).eval()

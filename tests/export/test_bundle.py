@@ -25,7 +25,7 @@ from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedModel
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, MODEL_FP16, OUTPUTS
@@ -40,7 +40,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def bundle(run: Run, model: ComposedModel, tmp_path: Path) -> Path:
+def bundle(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> Path:
     """A bundle of version 1."""
     export_run(run, model, TARGET, tmp_path / "out" / "bundle", None)
     return tmp_path / "out" / "bundle"
@@ -48,7 +48,7 @@ def bundle(run: Run, model: ComposedModel, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("name", "jetpack"), [("orin-nano-8gb", "6.2"), ("x86-cpu", None), ("xavier-nx", "5.1")])
 def test_the_runtime_answers_as_pytorch(
-    run: Run, model: ComposedModel, tmp_path: Path, name: str, jetpack: str | None
+    run: RunDirectory, model: ComposedModel, tmp_path: Path, name: str, jetpack: str | None
 ) -> None:
     target = resolve_target(name, jetpack)
     exported = export_run(run, model, target, tmp_path / "bundle", REAL)
@@ -69,7 +69,7 @@ def test_the_runtime_answers_as_pytorch(
         assert prediction.novelty == pytest.approx(expected["novelty"][index], rel=1e-3)
 
 
-def test_manifest(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL)
     manifest = read_json(tmp_path / "bundle" / MANIFEST)
     assert (manifest["name"], manifest["bundle_version"]) == ("site", 1)
@@ -102,7 +102,7 @@ def test_manifest(run: Run, model: ComposedModel, tmp_path: Path) -> None:
     assert provenance["backbone"]["name"] == "tiny" and set(provenance["versions"]) >= {"torch", "onnx"}
 
 
-def test_half_precision_is_a_second_graph(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+def test_half_precision_is_a_second_graph(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL, precision="fp16", batch=2)
     bundle = Bundle.open(tmp_path / "bundle")
     assert (bundle.manifest.precision, bundle.manifest.batch) == ("fp16", 2)
@@ -119,7 +119,7 @@ def test_half_precision_is_a_second_graph(run: Run, model: ComposedModel, tmp_pa
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_split_bundle_keeps_its_prefix_after_a_new_task(
-    run: Run, model: ComposedModel, tiny_backbone: Backbone, tmp_path: Path, precision: str
+    run: RunDirectory, model: ComposedModel, tiny_backbone: Backbone, tmp_path: Path, precision: str
 ) -> None:
     exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL, precision=precision, batch=1, split=True)
     before = Bundle.open(tmp_path / "bundle")
@@ -139,7 +139,7 @@ def test_a_split_bundle_keeps_its_prefix_after_a_new_task(
 
 @pytest.mark.parametrize(("precision", "batch"), [("fp16", 1), ("fp16", None), ("fp32", 4)])
 def test_the_recipe_of_jetpack_5(
-    run: Run, model: ComposedModel, tmp_path: Path, precision: str, batch: int | None
+    run: RunDirectory, model: ComposedModel, tmp_path: Path, precision: str, batch: int | None
 ) -> None:
     """trtexec gets the right file and shapes, and is told what must stay fp32, by names that the graph has."""
     target = resolve_target("xavier-nx", "5.1")
@@ -165,7 +165,7 @@ def test_the_recipe_of_jetpack_5(
 
 @pytest.mark.parametrize("real", [None, REAL[:0]], ids=["unknown", "none"])
 def test_parity_on_real_images_is_claimed_only_when_there_were_any(
-    run: Run, model: ComposedModel, tmp_path: Path, real: np.ndarray | None
+    run: RunDirectory, model: ComposedModel, tmp_path: Path, real: np.ndarray | None
 ) -> None:
     parity = export_run(run, model, TARGET, tmp_path / "bundle", real).manifest.parity
     assert "generated" in parity and "real" not in parity
@@ -202,7 +202,7 @@ def test_readme_says_what_the_bundle_is(bundle: Path) -> None:
     assert "Estimates, not measured on the device:" in text and text.count("\n* orin-nano-8gb") == 2
 
 
-def test_an_export_replaces_the_bundle_as_a_whole(run: Run, model: ComposedModel, bundle: Path) -> None:
+def test_an_export_replaces_the_bundle_as_a_whole(run: RunDirectory, model: ComposedModel, bundle: Path) -> None:
     second = export_run(run, model, resolve_target("x86-cpu"), bundle, None)
     assert second.manifest.bundle_version == Bundle.open(bundle).manifest.bundle_version == 2
     assert sorted(path.name for path in bundle.iterdir()) == sorted((GOLDEN, MANIFEST, MODEL, README))
@@ -211,7 +211,7 @@ def test_an_export_replaces_the_bundle_as_a_whole(run: Run, model: ComposedModel
     assert export_run(run, model, TARGET, bundle, None).manifest.bundle_version == 10
 
 
-def test_foreign_files_in_a_bundle_are_named_and_stay(run: Run, model: ComposedModel, bundle: Path) -> None:
+def test_foreign_files_in_a_bundle_are_named_and_stay(run: RunDirectory, model: ComposedModel, bundle: Path) -> None:
     (bundle / "notes.txt").write_text("mine")
     (bundle / "photos").mkdir()
     before = content(bundle)
@@ -221,7 +221,7 @@ def test_foreign_files_in_a_bundle_are_named_and_stay(run: Run, model: ComposedM
 
 
 def test_what_comes_while_a_bundle_is_replaced_is_kept(
-    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(*arguments: Any) -> Any:
         (bundle / "notes.txt").write_text("mine")
@@ -234,7 +234,7 @@ def test_what_comes_while_a_bundle_is_replaced_is_kept(
 
 
 def test_what_was_written_is_read_back_before_it_replaces_anything(
-    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that stores something else than it was given."""
     before, real = content(bundle.parent), Path.write_bytes
@@ -248,7 +248,7 @@ def test_what_was_written_is_read_back_before_it_replaces_anything(
     assert content(bundle.parent) == before
 
 
-def test_an_empty_folder_is_used(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+def test_an_empty_folder_is_used(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     assert export_run(run, model, TARGET, tmp_path / "new", None).manifest.bundle_version == 1
     Bundle.open(tmp_path / "new")
@@ -257,7 +257,7 @@ def test_an_empty_folder_is_used(run: Run, model: ComposedModel, tmp_path: Path)
 @pytest.mark.parametrize("version", [None, 3])
 @pytest.mark.parametrize("name", ["photo.jpg", ".hidden", "sub/photo.jpg", MANIFEST])
 def test_a_folder_of_somebody_else_is_refused_and_untouched(
-    run: Run, model: ComposedModel, tmp_path: Path, name: str, version: int | None
+    run: RunDirectory, model: ComposedModel, tmp_path: Path, name: str, version: int | None
 ) -> None:
     folder = tmp_path / "mine"
     (folder / name).parent.mkdir(parents=True)
@@ -268,7 +268,7 @@ def test_a_folder_of_somebody_else_is_refused_and_untouched(
     assert content(tmp_path) == before
 
 
-def test_a_file_is_refused_and_untouched(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+def test_a_file_is_refused_and_untouched(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("words")
     with pytest.raises(ExportError, match="exists and is not a bundle"):
         export_run(run, model, TARGET, tmp_path / "mine", None)
@@ -286,7 +286,7 @@ def damaged(model: ComposedModel, opset: int, ir_version: int, **options: Any) -
 
 
 def test_a_graph_that_answers_otherwise_leaves_the_old_bundle(
-    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(bundle.parent)
     monkeypatch.setattr("duallora_edge.export.bundle.build_model", damaged)
@@ -299,7 +299,7 @@ def test_a_graph_that_answers_otherwise_leaves_the_old_bundle(
 
 
 def test_a_graph_that_fails_on_real_images_alone_is_refused(
-    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(bundle.parent)
     whole = torch_outputs
@@ -318,7 +318,7 @@ def test_a_graph_that_fails_on_real_images_alone_is_refused(
 
 @pytest.mark.parametrize("synced", [0, 2])
 def test_a_full_disk_leaves_the_old_bundle(
-    run: Run, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch, synced: int
+    run: RunDirectory, model: ComposedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch, synced: int
 ) -> None:
     before, left = content(bundle.parent), [synced]
 
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_the_old_bundle(
     assert content(bundle.parent) == before
 
 
-def test_a_damaged_bundle_is_not_replaced_without_a_word(run: Run, model: ComposedModel, bundle: Path) -> None:
+def test_a_damaged_bundle_is_not_replaced_without_a_word(run: RunDirectory, model: ComposedModel, bundle: Path) -> None:
     (bundle / MODEL).write_bytes(b"short")
     before = content(bundle)
     with pytest.raises(ExportError, match=r"holds no readable bundle \(.*model.onnx has 5 bytes"):

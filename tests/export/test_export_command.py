@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from duallora_edge.cli import main
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.bundle import MANIFEST, MODEL, MODEL_FP16
 from duallora_edge.runtime.preprocess import read_image
@@ -133,8 +133,8 @@ def test_wrong_choices(call: Call, learned: Path, tmp_path: Path, arguments: tup
 
 
 def test_a_run_without_tasks(call: Call, learned: Path, tmp_path: Path) -> None:
-    opened = Run.open(learned)
-    Run.create(tmp_path / "empty", opened.config, opened.info)
+    opened = RunDirectory.open(learned)
+    RunDirectory.create(tmp_path / "empty", opened.config, opened.info)
     message = failure(call("export", tmp_path / "empty", "-o", tmp_path / "bundle"))
     assert message.endswith("has learned no task yet; 'duallora-edge train' teaches it one.")
     assert not (tmp_path / "bundle").exists()

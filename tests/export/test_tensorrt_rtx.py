@@ -9,7 +9,7 @@ import pytest
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.network.network import ComposedModel
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.bundle import Bundle
 
@@ -23,7 +23,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path / "cache"))
 
 
-def test_engines_of_all_gpus(run: Run, model: ComposedModel, tmp_path: Path) -> None:
+def test_engines_of_all_gpus(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     export_run(run, model, resolve_target("rtx-sm86"), tmp_path / "bundle", None, precision="fp16", batch=1)
     bundle = Bundle.open(tmp_path / "bundle")
     engines = [build_engine(bundle, capability) for capability in CAPABILITIES]
@@ -43,7 +43,7 @@ def test_engines_of_all_gpus(run: Run, model: ComposedModel, tmp_path: Path) -> 
     ],
 )
 def test_graphs_of_every_kind(
-    run: Run,
+    run: RunDirectory,
     model: ComposedModel,
     tmp_path: Path,
     target: str,

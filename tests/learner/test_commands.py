@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from duallora_edge.learner.commands import folder_bytes
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--precision", "fp32")
@@ -60,7 +60,7 @@ def test_measuring_can_wait(call: Call, tmp_path: Path, learned: Path, image_str
     code, out, err = call("train", "--data", image_stream, "--run", path, *QUICK, "--no-evaluate")
     assert code == 0 and "after 2 tasks" not in err
     assert out.startswith(f"Not measured; 'duallora-edge evaluate {path}' does it.")
-    assert Run.open(path).digest() == Run.open(learned).digest()
+    assert RunDirectory.open(path).digest() == RunDirectory.open(learned).digest()
     rows = Path("reports", "rows.json")
     assert not (path / rows).exists()
     assert "after 2 tasks" in call("train", "--run", path)[2]  # the same call measures what is missing
@@ -88,7 +88,7 @@ def test_status(call: Call, run: Path) -> None:
     assert out.splitlines()[-1] == f"Run: {run}"
     value = json.loads(call("status", run, "--json")[1])
     assert [(task["name"], task["classes"]) for task in value["tasks"]] == [("01-round", 2), ("02-lines", 2)]
-    assert value["digest"] == Run.open(run).digest() and value["in_training"] is None
+    assert value["digest"] == RunDirectory.open(run).digest() and value["in_training"] is None
     assert value["bytes"] == sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) == folder_bytes(run)
 
 
@@ -103,7 +103,7 @@ def test_status_privacy_lists_every_file_of_the_tasks(call: Call, run: Path) -> 
 
 
 def test_status_tells_of_interrupted_training(call: Call, run: Path) -> None:
-    Run.open(run).checkpoint("key").save(30, {"a": torch.zeros(1)})
+    RunDirectory.open(run).checkpoint("key").save(30, {"a": torch.zeros(1)})
     assert "in training, 30 steps done; 'duallora-edge train' continues it" in call("status", run)[1]
     call("rollback", run)
     assert "in training" not in call("status", run)[1]
@@ -132,7 +132,7 @@ def test_evaluate_beside_another_run(call: Call, run: Path, learned: Path) -> No
 
 
 def test_a_locked_run_can_be_read_but_not_changed(call: Call, run: Path, image_stream: Path) -> None:
-    with Run.open(run).locked():
+    with RunDirectory.open(run).locked():
         for arguments in (
             ("rollback", run),
             ("remove", run, "01-round"),
@@ -184,7 +184,7 @@ def test_all_problems_of_a_configuration_at_once(call: Call, tmp_path: Path) -> 
 def test_settings_come_from_file_and_flags(call: Call, tmp_path: Path, image_stream: Path) -> None:
     (tmp_path / "train.yaml").write_text(f"data: {image_stream}\ntask_order: [02-lines]\nseed: 4\nepochs: 3\n")
     code, _, _ = call("train", "--config", tmp_path / "train.yaml", "--run", tmp_path / "run", *QUICK)
-    run = Run.open(tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
     assert code == 0 and (run.config.seed, run.config.epochs) == (4, 1)
     assert [run.read_info(task).name for task in run.head()] == ["02-lines"]
 
@@ -248,7 +248,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_keeps_what_was_learned(call: Call, run: Path, small_disk: Path, image_stream: Path) -> None:
     shutil.copytree(run, small_disk / "run")
     call("rollback", small_disk / "run")
-    digest = Run.open(small_disk / "run").digest()
+    digest = RunDirectory.open(small_disk / "run").digest()
     stopper = small_disk / "stopper"
     with pytest.raises(OSError), stopper.open("wb", buffering=0) as file:
         while file.write(bytes(4096)) == 4096:
@@ -257,10 +257,10 @@ def test_a_full_disk_keeps_what_was_learned(call: Call, run: Path, small_disk: P
     message = failure(call("train", "--data", image_stream, "--run", small_disk / "run"))
     assert "No space left on device" in message and "Free some space and run the same command again" in message
     assert call("status", small_disk / "run")[0] == 0
-    assert Run.open(small_disk / "run").digest() == digest
+    assert RunDirectory.open(small_disk / "run").digest() == digest
     stopper.unlink()
     assert call("train", "--data", image_stream, "--run", small_disk / "run")[0] == 0
-    assert Run.open(small_disk / "run").digest() == Run.open(run).digest()
+    assert RunDirectory.open(small_disk / "run").digest() == RunDirectory.open(run).digest()
 
 
 def test_a_task_that_later_ones_build_on_is_not_removed(
@@ -281,7 +281,7 @@ def test_a_task_that_later_ones_build_on_is_not_removed(
 def test_rows_that_do_not_fit_the_state(call: Call, run: Path) -> None:
     path = run / "reports" / "rows.json"
     rows = json.loads(path.read_text())
-    last = Run.open(run).digest()
+    last = RunDirectory.open(run).digest()
     for damage in ({last: rows[last][:1]}, {last: 5}, {last: [{"n": 10**400}]}, [], {last: [{"bin_count": "x"}] * 2}):
         path.write_text(json.dumps(damage))
         assert "rows.json is damaged" in failure(call("status", run))

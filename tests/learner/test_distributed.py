@@ -21,10 +21,10 @@ from PIL import Image
 from torch.distributed import TCPStore
 
 from duallora_edge.errors import ConfigError
-from duallora_edge.learner import distributed as ranks
+from duallora_edge.learner import distributed
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.network.adapters import Adapter
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import pick_device
 
 LOST = "Another process of this training ended or did not answer in time; run the same command again"
@@ -123,7 +123,7 @@ def files(run: Path) -> set[Path]:
 
 
 def probabilities(path: Path, images: Path) -> torch.Tensor:
-    run = Run.open(path)
+    run = RunDirectory.open(path)
     backbone = run.backbone()
     frames = [Image.open(p).resize((backbone.info.size,) * 2) for p in sorted(images.rglob("test/*/*.png"))]
     with torch.no_grad():
@@ -134,14 +134,14 @@ def probabilities(path: Path, images: Path) -> torch.Tensor:
 def checkpointed(run: Path, started: Started) -> None:
     """Wait until training is under way."""
     deadline = time.monotonic() + 60
-    while not Run.exists(run) or Run.open(run).training_steps() is None:
+    while not RunDirectory.exists(run) or RunDirectory.open(run).training_steps() is None:
         assert time.monotonic() < deadline and all(p.is_alive() for p in started.processes), started.said()
         time.sleep(0.02)
 
 
 def test_two_ranks_give_the_result_of_one(learned: dict[int, Path], image_stream: Path) -> None:
     """Up to rounding, which Adam magnifies in numbers that hardly matter: tight for one task, loose after two."""
-    one, two = (Run.open(learned[count]) for count in (1, 2))
+    one, two = (RunDirectory.open(learned[count]) for count in (1, 2))
     assert files(one.path) == files(two.path)
     assert (one.path / "run.yaml").read_bytes() == (two.path / "run.yaml").read_bytes()
     for a, b, bound in zip(one.records(), two.records(), (1e-3, 0.05), strict=True):
@@ -172,7 +172,7 @@ def test_torchrun_gives_the_same_bytes_again(learned: dict[int, Path], tmp_path:
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("Last accuracy, mean over tasks") == 1
     assert answer.stderr.count("Task 2 02-lines") == 1
-    assert Run.open(tmp_path / "run").digest() == Run.open(learned[2]).digest()
+    assert RunDirectory.open(tmp_path / "run").digest() == RunDirectory.open(learned[2]).digest()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_other_methods(start: Start, tmp_path: Path, image_stream: Path, method:
     for count in (1, 2):
         started = start(tmp_path / str(count), image_stream, count, "--method", method, "--flip")
         assert started.join() == [0] * count, started.said()
-    one, two = (Run.open(tmp_path / str(count)) for count in (1, 2))
+    one, two = (RunDirectory.open(tmp_path / str(count)) for count in (1, 2))
     assert (one.digest() == two.digest()) or not exact
     expected, found = (probabilities(run.path, image_stream) for run in (one, two))
     assert float((expected - found).abs().max()) < 1e-3
@@ -207,7 +207,7 @@ def test_a_killed_rank_ends_all_and_any_number_resumes(
         assert again.join() == [0] * count, again.said()
         assert files(resumed) == files(learned[1])
         assert float((expected - probabilities(resumed, image_stream)).abs().max()) < 1e-3
-        assert count != 2 or Run.open(resumed).digest() == Run.open(learned[2]).digest()
+        assert count != 2 or RunDirectory.open(resumed).digest() == RunDirectory.open(learned[2]).digest()
 
 
 def test_a_silent_rank_is_not_waited_for_for_ever(start: Start, tmp_path: Path, image_stream: Path) -> None:
@@ -238,7 +238,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(
         assert started.join(60) == [1, 1]
         assert started.said().count("Error:") == 1 and "file/decoded" in started.said()
     assert not (tmp_path / "run").exists()
-    run = Run.open(Path(shutil.copytree(learned[1], tmp_path / "locked")))
+    run = RunDirectory.open(Path(shutil.copytree(learned[1], tmp_path / "locked")))
     with run.locked():
         started = start(run.path, image_stream, 2)
         assert started.join(60) == [1, 1]
@@ -250,13 +250,13 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(
     [(1, 5, [5]), (2, 5, [3, 2]), (3, 2, [1, 1, 0]), (2, 0, [0, 0])],
 )
 def test_parts(monkeypatch: pytest.MonkeyPatch, count: int, total: int, expected: list[int]) -> None:
-    monkeypatch.setattr(ranks, "count", lambda: count)
-    parts = ranks.parts(range(total))
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
+    parts = distributed.shards(range(total))
     assert [len(part) for part in parts] == expected
     assert [number for part in parts for number in part] == list(range(total))
     for number in range(count):
-        monkeypatch.setattr(ranks, "number", lambda number=number: number)
-        assert torch.arange(total)[ranks.own_rows(total)].tolist() == list(parts[number])
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        assert torch.arange(total)[distributed.own_rows(total)].tolist() == list(parts[number])
 
 
 @pytest.mark.parametrize(
@@ -266,8 +266,8 @@ def test_parts(monkeypatch: pytest.MonkeyPatch, count: int, total: int, expected
 def test_each_process_has_a_device_of_its_own(
     monkeypatch: pytest.MonkeyPatch, name: str, devices: int, problem: str
 ) -> None:
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setattr(ranks, "on_this_machine", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     with pytest.raises(ConfigError, match=problem):
@@ -281,7 +281,10 @@ def test_a_timeout_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch, text: s
     monkeypatch.setenv("DUALLORA_EDGE_TIMEOUT", text)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(ConfigError, match="DUALLORA_EDGE_TIMEOUT must be a number of seconds"), ranks.joined():
+        with (
+            pytest.raises(ConfigError, match="DUALLORA_EDGE_TIMEOUT must be a number of seconds"),
+            distributed.process_group(),
+        ):
             pass
     finally:
         signal.signal(signal.SIGTERM, before)

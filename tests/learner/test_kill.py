@@ -14,7 +14,7 @@ import pytest
 
 from duallora_edge.cli import main
 from duallora_edge.errors import RunError
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 
 KILLS = 5
 
@@ -52,14 +52,14 @@ def test_killed_training_ends_in_the_same_state(tmp_path: Path, image_stream: Pa
         process = start(tmp_path / "killed", image_stream, 24)
         process.join(moments.uniform(0.1, 0.7) * length)
         kill(process)
-        if Run.exists(tmp_path / "killed"):
+        if RunDirectory.exists(tmp_path / "killed"):
             with pytest.raises(SystemExit) as stopped:
                 main(["status", str(tmp_path / "killed")])
             assert not stopped.value.code
     last = start(tmp_path / "killed", image_stream, 24)
     last.join()
     assert last.exitcode == 0
-    whole_run, killed = Run.open(tmp_path / "whole"), Run.open(tmp_path / "killed")
+    whole_run, killed = RunDirectory.open(tmp_path / "whole"), RunDirectory.open(tmp_path / "killed")
     assert len(killed.head()) == 2 and killed.digest() == whole_run.digest()
     left = {path.relative_to(killed.path) for path in killed.path.rglob("*")}
     assert left == {path.relative_to(whole_run.path) for path in whole_run.path.rglob("*")}
@@ -69,10 +69,10 @@ def test_the_lock_names_its_process_and_dies_with_it(tmp_path: Path, image_strea
     process = start(tmp_path / "run", image_stream, 100_000)
     try:
         deadline = time.monotonic() + 60
-        while not Run.exists(tmp_path / "run") or Run.open(tmp_path / "run").training_steps() is None:
+        while not RunDirectory.exists(tmp_path / "run") or RunDirectory.open(tmp_path / "run").training_steps() is None:
             assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.05)
-        run = Run.open(tmp_path / "run")
+        run = RunDirectory.open(tmp_path / "run")
         with pytest.raises(RunError, match=f"Process {process.pid} is writing to"), run.locked():
             pass
     finally:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from duallora_edge.errors import ConfigError
-from duallora_edge.learner import memory_budget as memory
+from duallora_edge.learner import memory_budget
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import HealthReport, PreparedStream, PreparedTask
 from duallora_edge.learner.memory_budget import Cost, live_peak, make_plan, parse_bytes, training_cost
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 
 MB = 1 << 20
 BASE = 100 * MB
@@ -71,14 +71,14 @@ def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     def training(_: Backbone, config: TrainConfig) -> Cost:
         return Cost(0, MB // (4 if config.recompute else 1) // (2 if config.precision == "bf16" else 1))
 
-    monkeypatch.setattr(memory, "MARGIN", 1.0)
-    monkeypatch.setattr(memory, "LATER", 0)
-    monkeypatch.setattr(memory, "token_bytes", lambda _: MB // 8)
-    monkeypatch.setattr(memory, "resident_bytes", lambda: BASE)
-    monkeypatch.setattr(memory, "held_bytes", lambda *_: 0)
-    monkeypatch.setattr(memory, "statistics_bytes", lambda *_: 0)
-    monkeypatch.setattr(memory, "training_cost", training)
-    monkeypatch.setattr(memory, "forward_cost", lambda _, config: Cost(0, training(_, config).image // 2))
+    monkeypatch.setattr(memory_budget, "MARGIN", 1.0)
+    monkeypatch.setattr(memory_budget, "LATER", 0)
+    monkeypatch.setattr(memory_budget, "token_bytes", lambda _: MB // 8)
+    monkeypatch.setattr(memory_budget, "resident_bytes", lambda: BASE)
+    monkeypatch.setattr(memory_budget, "held_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory_budget, "statistics_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory_budget, "training_cost", training)
+    monkeypatch.setattr(memory_budget, "forward_cost", lambda _, config: Cost(0, training(_, config).image // 2))
 
 
 @pytest.mark.usefixtures("known_costs")
@@ -122,12 +122,14 @@ def test_fewer_summaries_are_the_last_resort(
     budget: int, chosen: int | None,
 ) -> None:  # fmt: skip
     """The second summary takes 30 MB: it goes where somebody may choose and everything else is too little."""
-    monkeypatch.setattr(memory, "held_bytes", lambda backbone, *_: (len(backbone.info.summary_blocks) - 1) * 30 * MB)
+    monkeypatch.setattr(
+        memory_budget, "held_bytes", lambda backbone, *_: (len(backbone.info.summary_blocks) - 1) * 30 * MB
+    )
     backbone, config = make_backbone(), TrainConfig(precision="fp32", memory_budget=f"{budget}MB")
     if chosen:
         with pytest.raises(ConfigError, match="cannot be met"):
-            memory.fit(config, backbone, stream, tmp_path, 0, free={"precision"})
-    plan = memory.fit(config, backbone, stream, tmp_path, 0, free={"summaries"})
+            memory_budget.fit(config, backbone, stream, tmp_path, 0, free={"precision"})
+    plan = memory_budget.fit(config, backbone, stream, tmp_path, 0, free={"summaries"})
     assert plan is not None and plan.summaries == plan.apply(config).summaries == chosen
     assert len(backbone.info.summary_blocks) == (chosen or 2)
     assert ("--summaries 1, the most that fit" in plan.describe(32)) == (chosen is not None)
@@ -150,7 +152,7 @@ def test_training_within_a_budget(
     assert call(*arguments, tmp_path / "free")[0] == 0
     code, _, err = call(*arguments, tmp_path / "run", "--memory-budget", "64GB")
     assert code == 0 and "Memory budget 64GB: batches of 32 images, 64 a pass" in err and "expected peak" in err
-    assert Run.open(tmp_path / "run").digest() == Run.open(tmp_path / "free").digest()
+    assert RunDirectory.open(tmp_path / "run").digest() == RunDirectory.open(tmp_path / "free").digest()
     assert call(*arguments, tmp_path / "run", "--memory-budget", "63GB")[0] == 0  # it may change
     code, _, err = call(*arguments, tmp_path / "small", "--memory-budget", "50MB")
     assert code == 1 and "memory budget of 50MB cannot be met" in err

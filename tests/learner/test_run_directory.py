@@ -22,7 +22,7 @@ from duallora_edge.learner.config import SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.task_record import TaskRecord
-from duallora_edge.learner.run_directory import MARKER, SCHEMA, SPARE, FileCheckpoint, Run, StoredTask
+from duallora_edge.learner.run_directory import MARKER, SCHEMA, SPARE, FileCheckpoint, RunDirectory, StoredTask
 
 CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
 
@@ -30,8 +30,8 @@ MEMORY = {"images": torch.arange(48, dtype=torch.uint8).reshape(1, 4, 4, 3), "la
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_backbone: Backbone) -> Run:
-    return Run.create(tmp_path / "run", CONFIG, tiny_backbone.info)
+def run(tmp_path: Path, tiny_backbone: Backbone) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "run", CONFIG, tiny_backbone.info)
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +45,17 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_opens_as_it_was_created(run: Run, tiny_backbone: Backbone) -> None:
-    opened = Run.open(run.path)
+def test_a_run_opens_as_it_was_created(run: RunDirectory, tiny_backbone: Backbone) -> None:
+    opened = RunDirectory.open(run.path)
     assert opened.info == tiny_backbone.info
     assert opened.config == replace(CONFIG, data="", task_order=None)  # where images lie is no part of a run
     assert opened.head() == [] and opened.training_steps() is None and opened.sources() == {}
 
 
-def test_a_committed_task_reads_back(run: Run, two_tasks: list[TaskRecord]) -> None:
+def test_a_committed_task_reads_back(run: RunDirectory, two_tasks: list[TaskRecord]) -> None:
     for record in two_tasks:
         run.commit(record)
-    opened = Run.open(run.path)
+    opened = RunDirectory.open(run.path)
     for record, found in zip(two_tasks, opened.records(), strict=True):
         assert found.info == record.info
         for name, part in record.tensors().items():
@@ -67,7 +67,9 @@ def test_a_committed_task_reads_back(run: Run, two_tasks: list[TaskRecord]) -> N
 
 
 @pytest.mark.parametrize("memory", [{}, MEMORY], ids=["none", "images"])
-def test_a_memory_is_a_file_of_its_own(run: Run, two_tasks: list[TaskRecord], memory: dict[str, torch.Tensor]) -> None:
+def test_a_memory_is_a_file_of_its_own(
+    run: RunDirectory, two_tasks: list[TaskRecord], memory: dict[str, torch.Tensor]
+) -> None:
     """Stored images keep their type, and a task without any has no such file."""
     task = run.commit(replace(two_tasks[0], memory=memory))
     assert (run.path / "tasks" / task.folder / "memory.safetensors").exists() == bool(memory)
@@ -76,7 +78,7 @@ def test_a_memory_is_a_file_of_its_own(run: Run, two_tasks: list[TaskRecord], me
     assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in memory.items())
 
 
-def test_rollback_is_the_identity(run: Run, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
+def test_rollback_is_the_identity(run: RunDirectory, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
     for record in two_tasks:
         run.commit(record)
     before, digest = snapshot(run.path), run.digest()
@@ -87,13 +89,13 @@ def test_rollback_is_the_identity(run: Run, two_tasks: list[TaskRecord], third: 
     assert (run.digest(), snapshot(run.path)) == (digest, before)
 
 
-def test_remove_leaves_the_other_tasks_alone(run: Run, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
+def test_remove_leaves_the_other_tasks_alone(run: RunDirectory, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
     for record in [*two_tasks, third]:
         run.commit(record)
     kept = snapshot(run.path / "tasks" / "0003-third-task")
     head = run.head()
     run.set_head([head[0], head[2]])
-    assert [record.info.name for record in Run.open(run.path).records()] == ["first", "third task/é"]
+    assert [record.info.name for record in RunDirectory.open(run.path).records()] == ["first", "third task/é"]
     assert snapshot(run.path / "tasks" / "0003-third-task") == kept
     assert not (run.path / "tasks" / "0002-second").exists()
     assert run.commit(two_tasks[1]).folder == "0004-second"  # a number is never given twice to living tasks
@@ -101,7 +103,7 @@ def test_remove_leaves_the_other_tasks_alone(run: Run, two_tasks: list[TaskRecor
 
 @pytest.mark.parametrize("file", ["adapters", "bases", "head", "statistics", "memory"])
 @pytest.mark.parametrize("where", [0, 0.5, -1], ids=["first", "middle", "last"])
-def test_one_changed_byte_is_noticed(run: Run, two_tasks: list[TaskRecord], file: str, where: float) -> None:
+def test_one_changed_byte_is_noticed(run: RunDirectory, two_tasks: list[TaskRecord], file: str, where: float) -> None:
     task = run.commit(replace(two_tasks[0], memory=MEMORY))
     path = run.path / "tasks" / task.folder / f"{file}.safetensors"
     content = bytearray(path.read_bytes())
@@ -121,7 +123,7 @@ def test_one_changed_byte_is_noticed(run: Run, two_tasks: list[TaskRecord], file
     ],
 )
 def test_a_changed_description_is_noticed(
-    run: Run, two_tasks: list[TaskRecord], change: Callable[[str], str], reason: str
+    run: RunDirectory, two_tasks: list[TaskRecord], change: Callable[[str], str], reason: str
 ) -> None:
     task = run.commit(two_tasks[0])
     path = run.path / "tasks" / task.folder / "task.json"
@@ -130,7 +132,7 @@ def test_a_changed_description_is_noticed(
         run.read_info(task)
 
 
-def put_hashes_right(run: Run) -> StoredTask:
+def put_hashes_right(run: RunDirectory) -> StoredTask:
     """The only task of a run, whose hashes now are those of what lies there."""
     folder = next((run.path / "tasks").iterdir())
     description = json.loads((folder / "task.json").read_text())
@@ -170,7 +172,7 @@ def put_hashes_right(run: Run) -> StoredTask:
     ids=str,
 )
 def test_a_description_that_makes_no_sense(
-    run: Run, two_tasks: list[TaskRecord], changes: dict[str, object], reason: str
+    run: RunDirectory, two_tasks: list[TaskRecord], changes: dict[str, object], reason: str
 ) -> None:
     folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
     edit_json(folder / "task.json", **changes)
@@ -179,7 +181,7 @@ def test_a_description_that_makes_no_sense(
     assert "restore it from a copy" in str(caught.value)
 
 
-def test_a_description_without_a_key(run: Run, two_tasks: list[TaskRecord]) -> None:
+def test_a_description_without_a_key(run: RunDirectory, two_tasks: list[TaskRecord]) -> None:
     folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
     description = json.loads((folder / "task.json").read_text())
     for key in two_tasks[0].info.to_json():
@@ -214,7 +216,7 @@ def test_a_description_without_a_key(run: Run, two_tasks: list[TaskRecord]) -> N
     ],
 )
 def test_tensors_that_do_not_fit(
-    run: Run,
+    run: RunDirectory,
     two_tasks: list[TaskRecord],
     file: str,
     name: str,
@@ -234,7 +236,7 @@ def test_tensors_that_do_not_fit(
     "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=["pipe", "folder", "link"]
 )
 def test_what_is_no_file_is_not_waited_for(
-    run: Run, two_tasks: list[TaskRecord], make: Callable[[Path], object]
+    run: RunDirectory, two_tasks: list[TaskRecord], make: Callable[[Path], object]
 ) -> None:
     task = run.commit(two_tasks[0])
     path = run.path / "tasks" / task.folder / "head.safetensors"
@@ -248,7 +250,7 @@ def test_what_is_no_file_is_not_waited_for(
 
 
 @pytest.mark.parametrize("file", ["head.safetensors", "task.json"])
-def test_a_missing_file_is_noticed(run: Run, two_tasks: list[TaskRecord], file: str) -> None:
+def test_a_missing_file_is_noticed(run: RunDirectory, two_tasks: list[TaskRecord], file: str) -> None:
     task = run.commit(two_tasks[0])
     (run.path / "tasks" / task.folder / file).unlink()
     with pytest.raises(RunError, match="cannot be read"):
@@ -276,7 +278,7 @@ def test_a_missing_file_is_noticed(run: Run, two_tasks: list[TaskRecord], file: 
         json.dumps({"tasks": 2 * [{"folder": "0001-a", "id": "0" * 64}]}),
     ],
 )
-def test_a_damaged_head(run: Run, head: str) -> None:
+def test_a_damaged_head(run: RunDirectory, head: str) -> None:
     (run.path / "HEAD.json").write_text(head)
     with pytest.raises(RunError, match=r"HEAD\.json is damaged .*; restore it"):
         run.head()
@@ -323,10 +325,10 @@ def edit_json(path: Path, **changes: object) -> None:
         (lambda path: shutil.rmtree(path), "is not a folder; .* makes a run"),
     ],
 )
-def test_a_damaged_run_does_not_open(run: Run, damage: Callable[[Path], object], reason: str) -> None:
+def test_a_damaged_run_does_not_open(run: RunDirectory, damage: Callable[[Path], object], reason: str) -> None:
     damage(run.path)
     with pytest.raises(RunError, match=reason) as caught:
-        Run.open(run.path)
+        RunDirectory.open(run.path)
     assert "\n" not in str(caught.value)
 
 
@@ -343,31 +345,31 @@ def test_a_foreign_folder_is_refused(tmp_path: Path, tiny_backbone: Backbone, na
         (path / MARKER).mkdir()
     before = snapshot(path)
     with pytest.raises(RunError, match=r"holds other files \(.*give an empty or new folder"):
-        Run.create(path, CONFIG, tiny_backbone.info)
+        RunDirectory.create(path, CONFIG, tiny_backbone.info)
     with pytest.raises(RunError, match="is not a folder"):
-        Run.create(path / name, CONFIG, tiny_backbone.info)
+        RunDirectory.create(path / name, CONFIG, tiny_backbone.info)
     assert snapshot(path) == before
 
 
 def test_a_creation_that_was_killed_is_done_again(tmp_path: Path, tiny_backbone: Backbone) -> None:
     """Killed before each file that it writes; a file that somebody put there meanwhile stays."""
-    expected = snapshot(Run.create(tmp_path / "whole", CONFIG, tiny_backbone.info).path)
+    expected = snapshot(RunDirectory.create(tmp_path / "whole", CONFIG, tiny_backbone.info).path)
     for number in range(1, 5):
         path = tmp_path / str(number)
         with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(Path, "replace", dying_at(number, Path.replace))
-            Run.create(path, CONFIG, tiny_backbone.info)
-        assert not Run.exists(path)
+            RunDirectory.create(path, CONFIG, tiny_backbone.info)
+        assert not RunDirectory.exists(path)
         (path / "tasks.txt").write_text("mine")
-        run = Run.create(path, CONFIG, tiny_backbone.info)
+        run = RunDirectory.create(path, CONFIG, tiny_backbone.info)
         found = snapshot(path)
         assert found.pop("tasks.txt") == b"mine" and found == expected
         with pytest.raises(RunError, match="Another process has just made"):
-            Run.create(path, replace(CONFIG, seed=4), tiny_backbone.info)
+            RunDirectory.create(path, replace(CONFIG, seed=4), tiny_backbone.info)
     run.path.joinpath("run.yaml").unlink()
     (run.path / "tasks" / "0001-first").mkdir()
     with pytest.raises(RunError, match=r"has tasks but no run\.yaml; restore it"):
-        Run.create(run.path, CONFIG, tiny_backbone.info)
+        RunDirectory.create(run.path, CONFIG, tiny_backbone.info)
 
 
 def dying_at(number: int, function: Callable[..., object]) -> Callable[..., object]:
@@ -383,36 +385,36 @@ def dying_at(number: int, function: Callable[..., object]) -> Callable[..., obje
     return call
 
 
-def test_a_run_without_a_marker(run: Run, two_tasks: list[TaskRecord]) -> None:
+def test_a_run_without_a_marker(run: RunDirectory, two_tasks: list[TaskRecord]) -> None:
     """The version before this one wrote none: its run.yaml, backbone.json and HEAD.json say whose the run is."""
     run.commit(two_tasks[0])
     for name in (MARKER, SPARE, ".lock"):
         (run.path / name).unlink()
-    old = Run.open(run.path)
+    old = RunDirectory.open(run.path)
     with old.locked():
         old.commit(two_tasks[1])
         assert old.set_head(old.head()[:1]) == []
     assert [path.name for path in (run.path / "tasks").iterdir()] == ["0001-first"]
 
 
-def test_the_weights_must_be_those_of_the_run(run: Run) -> None:
+def test_the_weights_must_be_those_of_the_run(run: RunDirectory) -> None:
     edit_yaml(run.path / "run.yaml", backbone="embedded")
     info = {**json.loads((run.path / "backbone.json").read_text()), "name": "embedded", "size": 64}
     (run.path / "backbone.json").write_text(json.dumps(info))
     with pytest.raises(RunError, match=r"not those the run was trained with .*--weights"):
-        Run.open(run.path).backbone()
+        RunDirectory.open(run.path).backbone()
 
 
-def test_one_writer_at_a_time(run: Run) -> None:
+def test_one_writer_at_a_time(run: RunDirectory) -> None:
     with run.locked():
         with pytest.raises(RunError, match=f"Process {os.getpid()} is writing .*wait for it or stop it"), run.locked():
             pass
-        assert Run.open(run.path).head() == []  # reading goes on
+        assert RunDirectory.open(run.path).head() == []  # reading goes on
     with run.locked():
         pass
 
 
-def test_a_lock_that_is_a_link(run: Run) -> None:
+def test_a_lock_that_is_a_link(run: RunDirectory) -> None:
     (run.path / "thesis").write_text("years of work")
     (run.path / ".lock").unlink()
     (run.path / ".lock").symlink_to("thesis")
@@ -421,7 +423,7 @@ def test_a_lock_that_is_a_link(run: Run) -> None:
     assert (run.path / "thesis").read_text() == "years of work"
 
 
-def test_a_lock_of_strange_content(run: Run) -> None:
+def test_a_lock_of_strange_content(run: RunDirectory) -> None:
     (run.path / ".lock").write_bytes("café \x1b[2J".encode())
     with (run.path / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -429,7 +431,7 @@ def test_a_lock_of_strange_content(run: Run) -> None:
             pass
 
 
-def test_what_a_killed_writer_left_is_swept(run: Run, two_tasks: list[TaskRecord]) -> None:
+def test_what_a_killed_writer_left_is_swept(run: RunDirectory, two_tasks: list[TaskRecord]) -> None:
     run.commit(two_tasks[0])
     for name in ("reports", "checkpoint"):
         (run.path / name).mkdir()
@@ -445,7 +447,7 @@ def test_what_a_killed_writer_left_is_swept(run: Run, two_tasks: list[TaskRecord
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_commit_that_was_killed_is_no_part_of_the_run(
-    run: Run, two_tasks: list[TaskRecord], monkeypatch: pytest.MonkeyPatch, number: int
+    run: RunDirectory, two_tasks: list[TaskRecord], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Before HEAD names what is to come, before the folder, before HEAD is replaced, before the checkpoint goes."""
     run.commit(two_tasks[0])
@@ -459,7 +461,7 @@ def test_a_commit_that_was_killed_is_no_part_of_the_run(
         if number == 2:
             patch.setattr(Path, "replace", Path.replace)
         run.commit(two_tasks[1])
-    opened = Run.open(run.path)
+    opened = RunDirectory.open(run.path)
     if number < 4:
         assert opened.digest() == digest
         with opened.locked():
@@ -470,7 +472,7 @@ def test_a_commit_that_was_killed_is_no_part_of_the_run(
 
 
 def test_a_rollback_that_was_killed_is_finished(
-    run: Run, two_tasks: list[TaskRecord], monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, two_tasks: list[TaskRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.commit(two_tasks[0])
     before = snapshot(run.path)
@@ -485,7 +487,9 @@ def test_a_rollback_that_was_killed_is_finished(
 
 
 @pytest.mark.parametrize("foreign", ["0001-first/notes.txt", "0001-first/photos/1.png", "0001-first-copy/1.png"])
-def test_rollback_deletes_what_the_task_wrote_alone(run: Run, two_tasks: list[TaskRecord], foreign: str) -> None:
+def test_rollback_deletes_what_the_task_wrote_alone(
+    run: RunDirectory, two_tasks: list[TaskRecord], foreign: str
+) -> None:
     folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
     (run.path / "tasks" / foreign).parent.mkdir(exist_ok=True)
     (run.path / "tasks" / foreign).write_text("mine")
@@ -500,7 +504,9 @@ def test_rollback_deletes_what_the_task_wrote_alone(run: Run, two_tasks: list[Ta
 
 
 @pytest.mark.parametrize("what", ["another task.json", "a copy", "a link"])
-def test_rollback_knows_a_task_by_its_id(run: Run, two_tasks: list[TaskRecord], tmp_path: Path, what: str) -> None:
+def test_rollback_knows_a_task_by_its_id(
+    run: RunDirectory, two_tasks: list[TaskRecord], tmp_path: Path, what: str
+) -> None:
     folder = run.path / "tasks" / run.commit(two_tasks[0]).folder
     copy = folder.with_name("0007-first")
     if what == "another task.json":
@@ -523,7 +529,7 @@ def test_rollback_on_a_full_disk(
     small_disk: Path, tiny_backbone: Backbone, two_tasks: list[TaskRecord], call: Callable[..., tuple[int, str, str]]
 ) -> None:
     """Not a byte is left: HEAD is written into a file that was kept for it."""
-    run = Run.create(small_disk / "run", CONFIG, tiny_backbone.info)
+    run = RunDirectory.create(small_disk / "run", CONFIG, tiny_backbone.info)
     run.commit(two_tasks[0])
     before = snapshot(run.path)
     run.commit(two_tasks[0])
@@ -535,7 +541,7 @@ def test_rollback_on_a_full_disk(
     assert {**snapshot(run.path), ".lock": b""} == {**before, ".lock": b""}
 
 
-def test_checkpoints_belong_to_one_training(run: Run, two_tasks: list[TaskRecord]) -> None:
+def test_checkpoints_belong_to_one_training(run: RunDirectory, two_tasks: list[TaskRecord]) -> None:
     tensors = {"0.value": torch.randn(3, 2), "empty": torch.zeros(0, 4)}
     run.checkpoint("one").save(7, tensors)
     step, found = run.checkpoint("one").load() or (0, {})
@@ -557,10 +563,10 @@ def test_a_damaged_checkpoint_is_as_good_as_none(tmp_path: Path, content: bytes)
     assert checkpoint.steps() == 2
 
 
-def test_sources_are_remembered_by_task(run: Run, tmp_path: Path) -> None:
+def test_sources_are_remembered_by_task(run: RunDirectory, tmp_path: Path) -> None:
     run.remember_source(["a", "b"], replace(CONFIG, data=str(tmp_path / "x" / ".." / "images")))
     run.remember_source(["b"], replace(CONFIG, data="torchvision:MNIST", classes_per_task=2))
-    found = Run.open(run.path).sources()
+    found = RunDirectory.open(run.path).sources()
     assert found["a"]["data"] == str(tmp_path / "images") and found["a"]["task_order"] == ["b", "a"]
     assert (found["b"]["data"], found["b"]["classes_per_task"]) == ("torchvision:MNIST", 2)
 
@@ -574,12 +580,12 @@ def test_sources_are_remembered_by_task(run: Run, tmp_path: Path) -> None:
         '{"a": {"data": "x", "task_order": [1]}}', '{"a": {"data": "x", "classes_per_task": -5}}',
     ],
 )  # fmt: skip
-def test_sources_that_make_no_sense(run: Run, content: str) -> None:
+def test_sources_that_make_no_sense(run: RunDirectory, content: str) -> None:
     (run.path / "sources.json").write_text(content)
     with pytest.raises(RunError, match=r"sources\.json is damaged .*delete it"):
         run.sources()
 
 
-def test_settings_that_a_source_lacks_have_their_defaults(run: Run) -> None:
+def test_settings_that_a_source_lacks_have_their_defaults(run: RunDirectory) -> None:
     (run.path / "sources.json").write_text('{"a": {"data": "x"}}')
     assert run.sources() == {"a": {key: getattr(replace(CONFIG, data="x", task_order=None), key) for key in SOURCE}}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import BEFORE, PHASES, Profile, phase, profiling, start_task, timed
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_training_with_a_profile_ends_in_the_same_state(
             "train", "--data", image_stream, "--run", tmp_path / name, "--device", "cpu", *quick, *flags
         )
         assert code == 0 and ("suffix backward" in err) == (name == "profiled")
-        digests.append(Run.open(tmp_path / name).digest())
+        digests.append(RunDirectory.open(tmp_path / name).digest())
     assert digests[0] == digests[1]
     assert not (tmp_path / "plain" / "reports" / "profile.json").exists()
     profile = json.loads((tmp_path / "profiled" / "reports" / "profile.json").read_text())

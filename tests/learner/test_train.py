@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.report.metrics import Row
-from duallora_edge.learner.run_directory import Run
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import Listener, measure_run, pick_device, pick_precision, train_run
 
 QUICK = TrainConfig(
@@ -63,7 +63,7 @@ def run(tmp_path: Path, learned: tuple[Path, Notes]) -> Path:
 
 def test_a_stream_is_learned_and_reported(learned: tuple[Path, Notes]) -> None:
     path, notes = learned
-    assert [record.info.name for record in Run.open(path).records()] == ["01-round", "02-lines"]
+    assert [record.info.name for record in RunDirectory.open(path).records()] == ["01-round", "02-lines"]
     assert notes.rows == [1, 2] and notes.stages == {"decode", "encode", "train"}
     for name in ("report.html", "metrics.json", "rows.json"):
         assert (path / "reports" / name).stat().st_size > 0
@@ -71,10 +71,10 @@ def test_a_stream_is_learned_and_reported(learned: tuple[Path, Notes]) -> None:
 
 
 def test_the_same_call_again_learns_nothing(run: Path, image_stream: Path) -> None:
-    before = Run.open(run).digest()
+    before = RunDirectory.open(run).digest()
     notes = train(run, image_stream)
     assert "Task 01-round is already learned" in notes.lines and "Task 02-lines is already learned" in notes.lines
-    assert notes.rows == [] and Run.open(run).digest() == before
+    assert notes.rows == [] and RunDirectory.open(run).digest() == before
 
 
 def test_without_data_the_last_images_are_used(run: Path) -> None:
@@ -139,17 +139,17 @@ def test_tasks_one_by_one_equal_the_stream(
 ) -> None:
     for name in ("01-round", "02-lines"):
         train(tmp_path / "run", image_stream / name, task_name=name)
-    assert Run.open(tmp_path / "run").digest() == Run.open(learned[0]).digest()
+    assert RunDirectory.open(tmp_path / "run").digest() == RunDirectory.open(learned[0]).digest()
 
 
 def test_other_images_under_a_learned_name_are_refused(
     run: Path, tmp_path: Path, image_task: Callable[..., Path]
 ) -> None:
-    before = Run.open(run).digest()
+    before = RunDirectory.open(run).digest()
     image_task(tmp_path / "other" / "02-lines", {"cross": 2, "ring": 3}, seed=9)
     with pytest.raises(DataError, match=r"learned a task '02-lines' from other images; .*--task-name"):
         train(run, tmp_path / "other")
-    assert Run.open(run).digest() == before
+    assert RunDirectory.open(run).digest() == before
 
 
 @pytest.mark.parametrize(
@@ -169,31 +169,31 @@ def test_settings_of_a_run_cannot_change(
 
 
 def test_automatic_precision_never_contradicts(run: Path, image_stream: Path) -> None:
-    assert Run.open(run).config.precision == "fp32"
+    assert RunDirectory.open(run).config.precision == "fp32"
     train(run, image_stream, precision="auto")
 
 
 def test_rollback_and_training_again_give_the_same_run(run: Path, image_stream: Path) -> None:
-    opened = Run.open(run)
+    opened = RunDirectory.open(run)
     tasks, digest = {p: p.read_bytes() for p in (run / "tasks").rglob("*.*") if p.is_file()}, opened.digest()
     opened.set_head(opened.head()[:1])
     assert train(run, image_stream).rows == [2]  # the first state was measured before
-    assert Run.open(run).digest() == digest
+    assert RunDirectory.open(run).digest() == digest
     assert {p: p.read_bytes() for p in (run / "tasks").rglob("*.*") if p.is_file()} == tasks
 
 
 def test_measuring_again_gives_the_same_numbers(run: Path) -> None:
     before = json.loads((run / "reports" / "rows.json").read_text())
     notes = Notes()
-    measure_run(Run.open(run), None, "cpu", None, notes)
+    measure_run(RunDirectory.open(run), None, "cpu", None, notes)
     assert notes.rows == [1, 2]
     assert json.loads((run / "reports" / "rows.json").read_text()) == before
 
 
 def test_a_run_without_tasks_cannot_be_measured(run: Path) -> None:
-    Run.open(run).set_head([])
+    RunDirectory.open(run).set_head([])
     with pytest.raises(RunError, match="learned no task yet"):
-        measure_run(Run.open(run), None, "cpu", None, Notes())
+        measure_run(RunDirectory.open(run), None, "cpu", None, Notes())
 
 
 def test_images_that_are_gone_are_said_and_not_measured(
@@ -213,13 +213,13 @@ def test_a_lost_note_of_the_sources_stops_nothing(run: Path, tmp_path: Path, ima
     with pytest.raises(ConfigError, match="knows no images yet; name them with --data"):
         train(run)
     train(run, image_task(tmp_path / "third", {"dot": 4, "bar": 5}))
-    assert len(Run.open(run).head()) == 3
+    assert len(RunDirectory.open(run).head()) == 3
 
 
 def test_a_single_class_and_a_known_class(run: Path, tmp_path: Path, image_task: Callable[..., Path]) -> None:
     notes = train(run, image_task(tmp_path / "new-site", {"cross": 6}))
     assert any("one class gives no gradient" in line for line in notes.lines)
-    records = Run.open(run).records()
+    records = RunDirectory.open(run).records()
     assert records[-1].info.classes == ("cross",) and len(records) == 3
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.methods import METHODS, compose
-from duallora_edge.learner.methods import training as recipe
+from duallora_edge.learner.methods import METHODS, compose, training
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.task_record import TaskRecord
@@ -226,7 +225,7 @@ def test_a_part_that_does_not_fit_is_halved(
         return run_suffix(backbone, blocks, tokens, **options)
 
     expected = learn([task], micro_batch=4)[0]
-    monkeypatch.setattr(recipe, "run_suffix", limited)
+    monkeypatch.setattr(training, "run_suffix", limited)
     assert_identical(learn([task])[0], expected)
     assert refused == [16, 8]
 
