@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from safetensors import safe_open
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.methods import compose
+from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import Listener, train_run
 
 ROOT = Path(__file__).parent.parent
@@ -89,9 +93,6 @@ def anchors(page: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def run_and_bundle(image_stream: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of two small tasks with every report, and the bundle of it."""
-    from duallora_edge.learner.methods import compose
-    from duallora_edge.learner.run_directory import RunDirectory
-
     folder = tmp_path_factory.mktemp("formats")
     config = TrainConfig(data=str(image_stream), device="cpu", precision="fp32", epochs=1, min_steps=2)
     train_run(folder / "run", config, ["data"], Listener())
@@ -134,3 +135,41 @@ def keys(value: Any, parent: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from keys(inner, parent)
+
+
+# -- the README's code ----------------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+QUICK = ("--epochs", "1", "--min-steps", "2", "--device", "cpu", "--no-evaluate")
+
+
+def test_the_code_of_the_readme_runs(
+    image_task: Callable[..., Path],
+    call: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In order, on generated photos; blocks that cannot run here say why in a comment above them."""
+    image_task(tmp_path / "photos", {"disc": 0, "square": 1}, train=6, test=2)
+    image_task(tmp_path / "new-products", {"cross": 2, "ring": 3}, train=6, test=2)
+    shutil.copy(tmp_path / "photos" / "test" / "disc" / "00.png", tmp_path / "some-photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    run: list[str] = []
+    for block in BLOCK.finditer((ROOT / "README.md").read_text(encoding="utf-8")):
+        language, code = block["language"], block["code"]
+        assert language in ("sh", "python", "text"), f"a block of code without a known language: {code}"
+        if block["reason"] or language == "text":
+            continue
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), {})
+            assert len(capfd.readouterr().out.splitlines()) > 8  # the backend, and one line for each photo
+            run.append(language)
+            continue
+        for line in code.splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "duallora-edge"
+            exit_code, _, err = call(*arguments, *(QUICK if arguments[0] == "train" else ()))
+            assert exit_code == 0, f"{line}: {err}"
+            run.append(arguments[0])
+    assert run == ["train", "train", "status", "export", "predict", "python"]
