@@ -21,7 +21,7 @@ import yaml
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.export.graph import build_model
 from duallora_edge.files import open_lock, read_json, write_atomic, write_json
-from duallora_edge.learner.commands import TerminalListener, echo, folder_bytes
+from duallora_edge.learner.commands import TerminalCallback, echo, folder_bytes
 from duallora_edge.learner.config import PER_CALL, TrainConfig, load_config, sort_out
 from duallora_edge.learner.methods import METHODS, compose
 from duallora_edge.learner.network.prefix_cache import PrefixCache
@@ -86,7 +86,7 @@ class Variant:
         return self.label.replace(":", "-").replace("=", "_")
 
 
-class Stopwatch(TerminalListener):
+class Stopwatch(TerminalCallback):
     """Shows progress, and adds up how long learning took."""
 
     seconds = 0.0

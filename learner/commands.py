@@ -14,17 +14,17 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from duallora_edge.errors import RunError
 from duallora_edge.files import cache_folder, write_json
 from duallora_edge.learner import distributed
-from duallora_edge.learner.config import load_config, read_yaml
-from duallora_edge.learner.evaluate import measured_rows, report
+from duallora_edge.learner.callbacks import Callback
+from duallora_edge.learner.device import pick_device
+from duallora_edge.learner.learner import Learner
+from duallora_edge.learner.measurements import measured_rows
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.report.definitions import DEFINITIONS
-from duallora_edge.learner.report.metrics import Metrics, Row, TaskClasses, pool
+from duallora_edge.learner.report.metrics import Metrics, Row, pool
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import profiling
-from duallora_edge.learner.train import Listener, measure_run, pick_device, train_run
 from duallora_edge.text import escaped
 
 METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "."
@@ -32,7 +32,7 @@ STAGES = {"decode": "reading images", "encode": "frozen prefix", "train": "train
 PLAIN_INTERVAL = 10.0
 
 
-class TerminalListener(Listener):
+class TerminalCallback(Callback):
     """Lines and progress bars on standard error: bars on a terminal, a plain line every few seconds elsewhere."""
 
     def __init__(self) -> None:
@@ -61,11 +61,11 @@ class TerminalListener(Listener):
             self.last = time.monotonic()
             self.console.print(f"  {STAGES[stage]} {done}/{total}")
 
-    def row(self, state: int, row: Row) -> None:
+    def measured(self, tasks: int, row: Row) -> None:
         cell = pool(row)
         if cell.accuracy is not None:
             self.say(
-                f"  after {state} task{'s' if state > 1 else ''}: {100 * cell.accuracy:.1f} % of {cell.n} test images"
+                f"  after {tasks} task{'s' if tasks > 1 else ''}: {100 * cell.accuracy:.1f} % of {cell.n} test images"
             )
 
     def _finish(self) -> None:
@@ -159,16 +159,15 @@ def train(
     if flags["task_order"] is not None:
         flags["task_order"] = tuple(name.strip() for name in flags["task_order"].split(","))
     with distributed.process_group():
-        config = distributed.on_main(lambda: load_config(config_path, flags))
-        given = [*(key for key, value in flags.items() if value is not None), *config_keys(config_path)]
-        listener = TerminalListener() if distributed.is_main() else Listener()
+        callbacks = [TerminalCallback()] if distributed.is_main() else []
+        learner = Learner(run_path, config=config_path, callbacks=callbacks, **flags)
         if profiled and distributed.is_main():
-            with profiling(pick_device(config.device)) as profile:
-                metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
+            with profiling(pick_device(learner.config.device)) as profile:
+                metrics = learner.learn(evaluate=evaluate)
             write_json(run_path / "reports" / "profile.json", profile.to_json())
-            listener.say(profile.table())
+            echo(profile.table(), err=True)
         else:
-            metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
+            metrics = learner.learn(evaluate=evaluate)
         if distributed.is_main():
             if evaluate or as_json:
                 show_metrics(metrics, as_json)
@@ -196,12 +195,10 @@ def evaluate(
       duallora-edge evaluate runs/site-a
       duallora-edge evaluate runs/site-a --compare runs/site-a-sequential
     """
-    opened = RunDirectory.open(run)
-    comparisons = [(other.name, stored_metrics(RunDirectory.open(other))) for other in others]
-    metrics = measure_run(opened, data, device, weights, TerminalListener())
-    if comparisons:
-        report(opened, metrics, comparisons)
-    show_metrics(metrics, as_json, comparisons)
+    learner = Learner(run, callbacks=[TerminalCallback()], device=device, weights=weights)
+    compared = [Learner(other) for other in others]
+    metrics = learner.evaluate(data, comparisons=compared)
+    show_metrics(metrics, as_json, [(other.path.name, other.metrics) for other in compared])
     echo(f"Report: {run / 'reports' / 'report.html'}", err=as_json)
 
 
@@ -235,15 +232,9 @@ def rollback(run: Path) -> None:
     Example:
       duallora-edge rollback runs/site-a
     """
-    opened = RunDirectory.open(run)
-    with opened.locked():
-        head = opened.head()
-        if not head:
-            raise RunError(f"The run {run} has no task to undo.")
-        name = opened.read_info(head[-1]).name
-        kept = opened.set_head(head[:-1])
-    say_kept(kept)
-    echo(f"Undid {one_line(name)}; {len(head) - 1} task(s) left.  Run: {run}")
+    learner = Learner(run, callbacks=[TerminalCallback()])
+    name = learner.rollback()
+    echo(f"Undid {one_line(name)}; {len(learner.tasks)} task(s) left.  Run: {run}")
 
 
 @click.command()
@@ -259,29 +250,12 @@ def remove(run: Path, task: str) -> None:
     Example:
       duallora-edge remove runs/site-a dtd10
     """
-    opened = RunDirectory.open(run)
-    with opened.locked():
-        entry = opened.find(task)
-        head = opened.head()
-        if entry != head[-1] and not METHODS[opened.config.method].removable:
-            raise RunError(f"Later tasks of {opened.config.method} build on {task}; only the newest can be removed.")
-        kept = opened.set_head([other for other in head if other != entry])
-    say_kept(kept)
+    learner = Learner(run, callbacks=[TerminalCallback()])
+    learner.remove(task)
     echo(
-        f"Removed {one_line(task)}; {len(head) - 1} task(s) left. 'duallora-edge evaluate {run}' measures them.  "
+        f"Removed {one_line(task)}; {len(learner.tasks)} task(s) left. 'duallora-edge evaluate {run}' measures them.  "
         f"Run: {run}"
     )
-
-
-def say_kept(folders: Sequence[Path]) -> None:
-    """Tell which folders of deleted tasks stay."""
-    for folder in folders:
-        click.echo(f"{folder} stays: it holds files that the task did not write.", err=True)
-
-
-def config_keys(path: Path | None) -> list[str]:
-    """The settings that a YAML file names."""
-    return [] if path is None else list(read_yaml(path))
 
 
 def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[str, Metrics]] = ()) -> None:
@@ -297,17 +271,6 @@ def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[st
     for key, definition in DEFINITIONS.items():
         values = "".join(f"  {definition.format(column.summary[key]):>14}" for column in columns)
         echo(f"{definition.title:<{width}}{values}")
-
-
-def stored_metrics(run: RunDirectory) -> Metrics:
-    """The metrics of a run's states as they were measured last. Raises `RunError` when a state was not measured."""
-    head, known = run.head(), measured_rows(run)
-    infos = [run.read_info(task) for task in head]
-    try:
-        rows = tuple(known[run.digest(head[:k])] for k in range(1, len(head) + 1))
-        return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), rows)
-    except (KeyError, ValueError) as error:
-        raise RunError(f"The run {run.path} was not measured; 'duallora-edge evaluate {run.path}' does it.") from error
 
 
 def describe(run: RunDirectory) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from duallora_edge import interrupts
-from duallora_edge.learner.commands import TerminalListener
+from duallora_edge.learner.commands import TerminalCallback
 from duallora_edge.learner.run_directory import RunDirectory
 
 
@@ -39,12 +39,12 @@ def test_an_interrupt_that_is_lost_stops_training(
 ) -> None:
     seen: list[str] = []
 
-    def progress(listener: TerminalListener, now: str, done: int, total: int) -> None:
+    def progress(listener: TerminalCallback, now: str, done: int, total: int) -> None:
         seen.append(now)
         if now == stage and stage not in seen[:-1]:
             lost()
 
-    monkeypatch.setattr(TerminalListener, "progress", progress)
+    monkeypatch.setattr(TerminalCallback, "progress", progress)
     monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "quick.yaml").write_text("epochs: 1\nmin_steps: 1000\nbatch_size: 4\nforward_batch: 4\n")
     run = tmp_path / "run"

@@ -22,10 +22,10 @@ from torch.distributed import TCPStore
 
 from duallora_edge.errors import ConfigError
 from duallora_edge.learner import distributed
+from duallora_edge.learner.device import pick_device
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import pick_device
 
 LOST = "Another process of this training ended or did not answer in time; run the same command again"
 SETTINGS = "checkpoint_steps: 3\nmin_steps: 15\nepochs: 1\nbatch_size: 16\n"
