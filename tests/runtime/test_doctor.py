@@ -192,7 +192,16 @@ def test_nothing_heavy_is_imported() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_this_machine(call: Call, shared_bundle: Path) -> None:
+@pytest.fixture(scope="module")
+def here(shared_bundle: Path) -> doctor.Diagnosis:
+    """What the doctor finds on this machine."""
+    return doctor.diagnose(shared_bundle)
+
+
+def test_this_machine(
+    call: Call, monkeypatch: pytest.MonkeyPatch, shared_bundle: Path, here: doctor.Diagnosis
+) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda bundle, progress: here)
     code, out, err = call("doctor", str(shared_bundle))
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -201,13 +210,15 @@ def test_this_machine(call: Call, shared_bundle: Path) -> None:
     assert max(map(len, lines)) <= 200
 
 
-def test_without_a_bundle(call: Call) -> None:
+def test_without_a_bundle(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
     code, out, _ = call("doctor")
     assert code == 0 and "Backends" not in out
     assert out.splitlines()[-1] == "No backend was tried, for that takes a bundle: duallora-edge doctor BUNDLE"
 
 
-def test_json(call: Call, shared_bundle: Path) -> None:
+def test_json(call: Call, monkeypatch: pytest.MonkeyPatch, shared_bundle: Path, here: doctor.Diagnosis) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda bundle, progress: here)
     code, out, _ = call("doctor", str(shared_bundle), "--json")
     found = json.loads(out)
     assert code == 0 and found["ok"] and found["working"] in found["backends"]
@@ -224,8 +235,11 @@ def test_json(call: Call, shared_bundle: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
     ],
 )
-def test_a_nonsense_bundle(call: Call, bundle: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_a_nonsense_bundle(
+    call: Call, monkeypatch: pytest.MonkeyPatch, bundle: Path, damage: Callable[[Path], Any], message: str
+) -> None:
     damage(bundle)
+    pretend(monkeypatch, really="rungs")
     code, out, _ = call("doctor", str(bundle))
     last = out.splitlines()[-1]
     assert (
@@ -240,6 +254,7 @@ def test_no_backend_can_run_a_bundle_with_other_answers(
     arrays = dict(np.load(bundle / "golden.npz"))
     np.savez(bundle / "golden.npz", **{**arrays, "features": arrays["features"] + 1})
     seal(bundle)
+    pretend(monkeypatch, really="rungs rung")
     code, out, _ = call("doctor", str(bundle), "--json")
     found = json.loads(out)
     assert code == 1 and found["conclusion"] == "No backend can run this bundle here."
@@ -286,7 +301,9 @@ def test_a_bad_rung(
     last: str,
 ) -> None:
     monkeypatch.setattr(doctor, "QUESTIONS", on_ladder(write, body))
-    monkeypatch.setattr(doctor, "RUNG_TIMEOUT_S", 3.0)
+    if state == "hung":
+        monkeypatch.setattr(doctor, "RUNG_TIMEOUT_S", 3.0)
+    pretend(monkeypatch, really="rungs rung")
     code, out, _ = call("doctor", str(shared_bundle), "--json")
     found = json.loads(out)
     assert code == 0 and found["working"] == "cpu"
@@ -314,13 +331,20 @@ def fake_jetson(root: Path, l4t: str = "R36 (release), REVISION: 4.3") -> Path:
     return root
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, **answers: Answer) -> list[str]:
-    """Questions are answered from ``answers``, by function or package name, else "not installed"; what was asked."""
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, really: str = "", **answers: Answer
+) -> list[str]:
+    """Questions are answered from ``answers``, by function or package name, else "not installed"; what was asked.
+
+    The functions named in ``really`` are asked, each in a child.
+    """
     asked = []
 
     def instead(question: str, *arguments: str, timeout_s: float) -> Answer:
         function = question.split(":")[1]
         asked.append(" ".join([function, *arguments]))
+        if function in really.split():
+            return ask(question, *arguments, timeout_s=timeout_s)
         key = arguments[0].split(".")[0].split(",")[0] if function == "package" else function
         return answers.get(key, ABSENT)
 
@@ -499,11 +523,20 @@ def test_check_install(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert lines[-2].startswith("ok      4 of 4 golden images get the expected label, ")
 
 
-def test_check_install_with_a_nonsense_bundle(bundle: Path) -> None:
-    (bundle / "golden.npz").write_bytes(b"nonsense")
-    code, lines = check_install(str(bundle))
-    assert code == 1 and lines[-1] == "The installation does not work yet."
-    assert "FAILED  duallora-edge doctor: see its advice above" in lines
+def test_check_install_where_the_doctor_finds_a_problem(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(CHECK_INSTALL))
+    script["main"].__globals__["check_import"] = lambda name: True
+    asked: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command, cwd: asked.append(command) or 1)
+    assert script["main"]([str(bundle)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        "FAILED  duallora-edge doctor: see its advice above",
+        "The installation does not work yet.",
+    ]
+    assert asked == [[sys.executable, "-m", "duallora_edge", "doctor", str(bundle)]]
 
 
 def test_check_install_tells_an_old_python(capsys: pytest.CaptureFixture[str]) -> None:
