@@ -198,9 +198,7 @@ def here(shared_bundle: Path) -> doctor.Diagnosis:
     return doctor.diagnose(shared_bundle)
 
 
-def test_this_machine(
-    call: Call, monkeypatch: pytest.MonkeyPatch, shared_bundle: Path, here: doctor.Diagnosis
-) -> None:
+def test_this_machine(call: Call, monkeypatch: pytest.MonkeyPatch, shared_bundle: Path, here: doctor.Diagnosis) -> None:
     monkeypatch.setattr(doctor, "diagnose", lambda bundle, progress: here)
     code, out, err = call("doctor", str(shared_bundle))
     assert (code, err) == (0, "")
@@ -331,9 +329,7 @@ def fake_jetson(root: Path, l4t: str = "R36 (release), REVISION: 4.3") -> Path:
     return root
 
 
-def pretend(
-    monkeypatch: pytest.MonkeyPatch, really: str = "", **answers: Answer
-) -> list[str]:
+def pretend(monkeypatch: pytest.MonkeyPatch, really: str = "", **answers: Answer) -> list[str]:
     """Questions are answered from ``answers``, by function or package name, else "not installed"; what was asked.
 
     The functions named in ``really`` are asked, each in a child.
