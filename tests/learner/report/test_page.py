@@ -71,6 +71,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(page, name, lambda *_: b"no figure")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("tasks", [1, 3, 12])
 def test_the_folder_is_complete_and_the_page_well_formed(tmp_path: Path, tasks: int) -> None:
     metrics = stream([f"task {i}" for i in range(tasks)])
@@ -96,10 +97,13 @@ def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     assert not {"script", "link", "iframe", "object"} & set(reader.tags)
     sources = [value or "" for key, value in reader.attributes if key in ("src", "href", "srcset")]
     assert len(sources) == 3
+    embedded = set()
     for source in sources:
         head, _, data = source.partition(",")
         assert head == "data:image/png;base64"
+        embedded.add(base64.b64decode(data))
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
+    assert embedded == {(tmp_path / name).read_bytes() for name in FILES if name.endswith(".png")}
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -148,6 +152,7 @@ def test_shared_classes_are_pointed_out(tmp_path: Path) -> None:
     assert sentence in write_report(tmp_path, shared, ABOUT).read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_test_images_the_page_says_so(tmp_path: Path) -> None:
     nothing = Metrics((TaskClasses("a", ("x",)),), ((Cell(),),))
     html = write_report(tmp_path, nothing, ABOUT).read_text(encoding="utf-8")
