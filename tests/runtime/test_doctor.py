@@ -286,7 +286,8 @@ def test_a_bad_rung(
     monkeypatch.setattr(doctor, "QUESTIONS", on_ladder(write, body))
     if state == "hung":
         monkeypatch.setattr(doctor, "RUNG_TIMEOUT_S", 3.0)
-    pretend(monkeypatch, really="rungs rung")
+    both = ["bad", "cpu"]
+    pretend(monkeypatch, really="rung", rungs=Answer("ok", {"rungs": both, "auto": both}))
     code, out, _ = call("doctor", str(shared_bundle), "--json")
     found = json.loads(out)
     assert code == 0 and found["working"] == "cpu"

@@ -434,7 +434,7 @@ def test_a_builder_killed_at_any_moment(shared_bundle: Path, cache: Path, monkey
         for process in spy.started:
             process.kill()
 
-    for delay in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5):
+    for delay in (0.05, 0.15, 0.25, 0.4):
         timer = threading.Timer(delay, kill)
         timer.start()
         try:
