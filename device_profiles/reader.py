@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from duallora_edge.errors import ProfileError
 
 MAX_BYTES = 16 * 2**10
@@ -23,6 +21,8 @@ def read_yaml(path: Path) -> Any:
     Raises `ProfileError` when it cannot be read, is too large, or is not plain YAML. Anchors are refused:
     profiles do not need them, and a few lines of nested ones unfold to gigabytes.
     """
+    import yaml  # here, for whoever reads a bundle needs only `Section`
+
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

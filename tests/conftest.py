@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import settings
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 
 from duallora_edge.cli import main
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.methods import learn_task
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo
-from duallora_edge.learner.network.task_record import TaskRecord
+
+# PyTorch is imported by what uses it: the process that only hands out the tests does not.
+if TYPE_CHECKING:
+    import torch
+
+    from duallora_edge.learner.data import PreparedTask
+    from duallora_edge.learner.network.backbone import Backbone
+    from duallora_edge.learner.network.task_record import TaskRecord
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -34,6 +37,17 @@ settings.load_profile("untimed")
 QUICK = TrainConfig(
     device="cpu", precision="fp32", rank_orthogonal=4, rank_residual=4, epochs=1, min_steps=6, batch_size=16
 )
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection: PyTorch alone makes each `gc.collect` take half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter clean up as usual; libraries print what they believe to leak otherwise."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,6 +74,10 @@ def make_backbone() -> Callable[..., Backbone]:
 
     Every parameter is disturbed, so that norms, scales and biases that start as 1 or 0 show up in the output.
     """
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    from duallora_edge.learner.network.backbone import Backbone, BackboneInfo
 
     def make(**variant: Any) -> Backbone:
         torch.manual_seed(0)
@@ -96,6 +114,7 @@ def draw_shapes(kind: int, count: int, side: int, seed: int) -> Pixels:
 @pytest.fixture(scope="session")
 def make_task() -> Callable[..., PreparedTask]:
     """``make_task("a", ["red", "blue"], kinds=[0, 1])``: a task of 32 px images; ``kinds`` are their looks."""
+    from duallora_edge.learner.data import PixelSet, PreparedTask
 
     def make(
         name: str, classes: Sequence[str], kinds: Sequence[int], *, train: int = 12, held: int = 4, seed: int = 0
@@ -111,6 +130,8 @@ def make_task() -> Callable[..., PreparedTask]:
 
 def stored(record: TaskRecord) -> TaskRecord:
     """The record as it reads back from disk."""
+    from duallora_edge.learner.network.task_record import TaskRecord
+
     return TaskRecord.from_tensors(record.info, record.tensors())
 
 
@@ -127,6 +148,7 @@ class NoCheckpoint:
 @pytest.fixture(scope="session")
 def learn(tiny_backbone: Backbone) -> Callable[..., list[TaskRecord]]:
     """``learn(tasks, past=[], **settings)``: the records of ``past`` and of the tasks, learned one after the other."""
+    from duallora_edge.learner.methods import learn_task
 
     def run(
         tasks: Sequence[PreparedTask],

@@ -235,7 +235,7 @@ def rungs(bundle: str) -> dict[str, Any]:
 
 def rung(bundle: str, name: str) -> dict[str, Any]:
     """Run the golden images on the rung ``name`` alone."""
-    from duallora_edge.runtime.backends import ladder as backends
+    from duallora_edge.runtime.backends.ladder import ladder as backends
     from duallora_edge.runtime.bundle import Bundle
 
     # Without 'strict', which would leave out a second try in fp32; this process opens nothing else afterwards.

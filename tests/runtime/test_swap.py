@@ -89,6 +89,7 @@ def callers(classifier: Classifier, threads: int = 3) -> Iterator[list[str]]:
         try:
             while not stop.is_set():
                 labels.append(classifier(RED).label)
+                time.sleep(0.001)  # leaves the processor to the thread that swaps
         except Exception as error:
             errors.append(error)
 

@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.backends import ladder as backends
 from duallora_edge.runtime.backends.ladder import Rung, UnavailableError, check_golden, open_backend
+from duallora_edge.runtime.backends.ladder import ladder as backends
 from duallora_edge.runtime.backends.tensorrt_api import Gpu
 from duallora_edge.runtime.bundle import (
     MAX_DIFFERENCE,

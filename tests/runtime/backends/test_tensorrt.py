@@ -27,12 +27,11 @@ import pytest
 from duallora_edge.errors import BackendError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime import Classifier
-from duallora_edge.runtime.backends import engine_build as engine
-from duallora_edge.runtime.backends import tensorrt as tensorrt_backend
-from duallora_edge.runtime.backends import tensorrt_api
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.backends.engine_cache import RefusedModelError
-from duallora_edge.runtime.backends.ladder import Backend, UnavailableError, open_backend
+from duallora_edge.runtime.backends.ladder import Backend, UnavailableError, open_backend, tensorrt_api
+from duallora_edge.runtime.backends.ladder import engine_build as engine
+from duallora_edge.runtime.backends.ladder import tensorrt as tensorrt_backend
 from duallora_edge.runtime.backends.tensorrt_api import Gpu
 from duallora_edge.runtime.bundle import (
     BETWEEN,

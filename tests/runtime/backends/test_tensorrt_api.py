@@ -23,10 +23,9 @@ from typing import Any
 import pytest
 
 from duallora_edge.files import sha256_file
-from duallora_edge.runtime.backends import engine_worker, tensorrt_api
-from duallora_edge.runtime.backends import tensorrt as tensorrt_backend
 from duallora_edge.runtime.backends.engine_worker import BuildError, Job
-from duallora_edge.runtime.backends.ladder import UnavailableError
+from duallora_edge.runtime.backends.ladder import UnavailableError, engine_worker, tensorrt_api
+from duallora_edge.runtime.backends.ladder import tensorrt as tensorrt_backend
 from duallora_edge.runtime.backends.tensorrt_api import Gpu, TensorRT, find_gpu, load_tensorrt, make_runtime
 
 MODULES = (tensorrt_api, engine_worker, tensorrt_backend)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from duallora_edge.errors import BackendError, BudgetError, ReportError
-from duallora_edge.runtime.benchmark import compare as benchmark_compare
 from duallora_edge.runtime.benchmark.compare import (
     MEDIAN,
     NUMBERS,
@@ -23,6 +22,7 @@ from duallora_edge.runtime.benchmark.compare import (
     read_report,
 )
 from duallora_edge.runtime.benchmark.layout import as_text
+from duallora_edge.runtime.benchmark.measure import compare as benchmark_compare
 from duallora_edge.runtime.benchmark.measure import run_benchmark
 
 NAMES = ("a.json", "b.json")

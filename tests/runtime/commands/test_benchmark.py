@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from duallora_edge.cli import main
-from duallora_edge.runtime.benchmark import compare as benchmark_compare
+from duallora_edge.runtime.benchmark.measure import compare as benchmark_compare
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

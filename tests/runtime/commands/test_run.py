@@ -182,7 +182,7 @@ HANGING = """
 import sys, time
 from duallora_edge.cli import main
 from duallora_edge.runtime import trial
-from duallora_edge.runtime.commands import run as run_command
+from duallora_edge.runtime.commands.predict import run as run_command
 from duallora_edge.runtime.service import bundle_watcher as watch
 
 where, arguments = sys.argv[1], sys.argv[2:]
