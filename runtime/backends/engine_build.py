@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from duallora_edge.files import atomic_directory, own_folder
+from duallora_edge.runtime.backends.contract import ENGINE_BATCH, UnavailableError
 from duallora_edge.runtime.backends.engine_cache import (
     PLAN,
     RECORD,
@@ -39,9 +40,9 @@ from duallora_edge.runtime.backends.engine_cache import (
     write_record,
 )
 from duallora_edge.runtime.backends.engine_worker import Job
-from duallora_edge.runtime.backends.ladder import ENGINE_BATCH, UnavailableError
-from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, Gpu, TensorRT, find_gpu, load_tensorrt
+from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, TensorRT, find_gpu, load_tensorrt
 from duallora_edge.runtime.bundle import Bundle
+from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.process_memory import read_memory
 
 WORKER = "duallora_edge.runtime.backends.engine_worker"

@@ -16,69 +16,18 @@ from typing import Any
 import numpy as np
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.bundle import (
-    INPUT,
-    MAX_DIFFERENCE,
-    MAX_FEATURE_DIFFERENCE,
-    MAX_NOVELTY_DIFFERENCE,
-    OUTPUTS,
-    Bundle,
-    FloatArray,
-    Golden,
-    Outputs,
-    gpu_graphs,
+from duallora_edge.runtime.backends.contract import (
+    ENGINE_BATCH,
+    GoldenCheck,
+    Run,
+    UnavailableError,
+    at_most,
+    check_golden,
+    in_groups,
 )
+from duallora_edge.runtime.bundle import INPUT, OUTPUTS, Bundle, FloatArray, Manifest, Outputs, gpu_graphs
+from duallora_edge.runtime.device.probes import NoAnswerError
 from duallora_edge.runtime.preprocess import Pixels
-
-MIN_COSINE = 0.999
-# The largest batch of an engine that TensorRT builds of a graph that takes any number of images.
-ENGINE_BATCH = 16
-
-Run = Callable[[Pixels], Outputs]
-
-
-class UnavailableError(Exception):
-    """A backend that this installation does not have; its message is the reason."""
-
-
-@dataclass(frozen=True)
-class GoldenCheck:
-    """How the outputs of a backend compare with the golden ones, over ``images`` images.
-
-    ``cosine`` is the smallest cosine between the two probability vectors of an image, ``max_difference`` the
-    largest absolute difference of a class or task probability, ``max_novelty_difference`` that of a novelty, and
-    ``max_feature_difference`` the largest distance of two feature vectors as a share of the golden one's length.
-    ``top1_agreement`` is the share of images with the same best class; two classes that the golden outputs hold closer
-    than twice the tolerance count as the same. ``precision`` decides what is allowed.
-    """
-
-    images: int
-    cosine: float
-    max_difference: float
-    max_novelty_difference: float
-    max_feature_difference: float
-    top1_agreement: float
-    precision: str = "fp32"
-
-    @property
-    def passed(self) -> bool:
-        """Everything within the limits of the precision, with the same best class everywhere. NaN fails."""
-        return (
-            self.max_difference <= MAX_DIFFERENCE[self.precision]
-            and self.cosine >= MIN_COSINE
-            and self.max_novelty_difference <= MAX_NOVELTY_DIFFERENCE
-            and self.max_feature_difference <= MAX_FEATURE_DIFFERENCE[self.precision]
-            and self.top1_agreement == 1.0
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"largest difference of a probability {self.max_difference:.2g} (at most "
-            f"{MAX_DIFFERENCE[self.precision]:g}), of novelty {self.max_novelty_difference:.2g} (at most "
-            f"{MAX_NOVELTY_DIFFERENCE:g}), of features {self.max_feature_difference:.2g} (at most "
-            f"{MAX_FEATURE_DIFFERENCE[self.precision]:g}), cosine {self.cosine:.6f}, same best class on "
-            f"{self.top1_agreement:.0%} of {self.images} golden images"
-        )
 
 
 @dataclass(frozen=True)
@@ -207,12 +156,33 @@ def open_backend(
         raise BackendError(f"There is no backend '{backend}'; use one of {', '.join(BACKENDS)}.")
     if threads is not None and threads < 1:
         raise BackendError(f"The number of threads must be at least 1, not {threads}.")
-    golden = bundle.golden()
     names = list(LADDER)
-    chosen = [name for name in bundle.manifest.backends if name in LADDER] or names
+    wanted = _auto_names(bundle.manifest) if backend == "auto" else names[names.index(backend) :]
+    opened, not_used = _open_first(bundle, wanted, threads, backend if strict else None, build)
+    if opened is not None:
+        return opened
+    reasons = "; ".join(f"{label}: {reason}" for label, reason in not_used.items())
+    fallback_left = strict and names[-1] not in not_used
+    remedy = "leave out 'strict' to fall back" if fallback_left else "reinstall ONNX Runtime or export the run again"
+    raise BackendError(f"No backend can run {bundle.path} as asked ({reasons}); {remedy}.")
+
+
+def _auto_names(manifest: Manifest) -> list[str]:
+    """What ``"auto"`` tries, best first: the backends that a manifest names, all when it names none."""
+    return [name for name in manifest.backends if name in LADDER] or list(LADDER)
+
+
+def _open_first(
+    bundle: Bundle, names: Sequence[str], threads: int | None = None, strict: str | None = None, build: bool = False
+) -> tuple[Backend | None, dict[str, str]]:
+    """The first of ``names`` that answers the golden images correctly, and why the others do not (label -> reason).
+
+    ``strict``: the first that fails ends the search, and so does the one of this name where it is not installed.
+    """
+    golden = bundle.golden()
     missing: set[str] = set()
     not_used: dict[str, str] = {}
-    for label, name, graph in _attempts(bundle, chosen if backend == "auto" else names[names.index(backend) :]):
+    for label, name, graph in _attempts(bundle, names):
         if name in missing:
             continue
         opener = BUILDERS[name] if build and name in BUILDERS else LADDER[name]
@@ -222,21 +192,31 @@ def open_backend(
         except UnavailableError as error:
             not_used[label] = str(error)
             missing.add(name)
-            if strict and backend == name:
+            if strict == name:
                 break
             continue
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             not_used[label] = _first_line(error)
         else:
             if check.passed:
-                return Backend(name, run, check, not_used, graph.manifest.precision)
+                return Backend(name, run, check, not_used, graph.manifest.precision), not_used
             not_used[label] = f"wrong results in {graph.manifest.precision}, {check}"
         if strict:
             break
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in not_used.items())
-    fallback_left = strict and name != names[-1]
-    remedy = "leave out 'strict' to fall back" if fallback_left else "reinstall ONNX Runtime or export the run again"
-    raise BackendError(f"No backend can run {bundle.path} as asked ({reasons}); {remedy}.")
+    return None, not_used
+
+
+def rungs(path: str) -> dict[str, Any]:
+    """For a child process: verify the bundle at ``path``; the names of all rungs, and what ``"auto"`` tries."""
+    return {"rungs": list(LADDER), "auto": _auto_names(Bundle.open(path).manifest)}
+
+
+def rung(path: str, name: str) -> dict[str, Any]:
+    """For a child process: run the golden images of the bundle at ``path`` on the rung ``name`` alone."""
+    opened, not_used = _open_first(Bundle.open(path), [name])
+    if opened is None:
+        raise NoAnswerError("; ".join(why if label == name else f"{label}: {why}" for label, why in not_used.items()))
+    return {"check": str(opened.check), **opened.to_json()}
 
 
 def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, Bundle]]:
@@ -246,74 +226,6 @@ def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, 
         yield name, name, exact if name == "cpu" else bundle
         if name != "cpu" and bundle.manifest.precision != "fp32":
             yield f"{name} in fp32", name, exact
-
-
-def check_golden(run: Run, golden: Golden, precision: str = "fp32") -> GoldenCheck:
-    """Run the golden images one by one, as a camera would, and compare every output."""
-    close = 2 * MAX_DIFFERENCE[precision]
-    cosines, agreements, differences = [], [], []
-    for index in range(len(golden.image)):
-        outputs = run(golden.image[index : index + 1])
-        expected, actual = golden.probabilities[index].astype(np.float64), outputs.probabilities[0].astype(np.float64)
-        cosines.append(expected @ actual / (np.linalg.norm(expected) * np.linalg.norm(actual)))
-        agreements.append(expected[actual.argmax()] >= expected.max() - close)
-        feature = golden.features[index].astype(np.float64)
-        differences.append(
-            (
-                np.abs(expected - actual).max(),
-                np.abs(golden.task_probabilities[index] - outputs.task_probabilities[0]).max(),
-                np.abs(golden.novelty[index] - outputs.novelty[0]),
-                np.linalg.norm(feature - outputs.features[0]) / max(float(np.linalg.norm(feature)), 1e-12),
-            )
-        )
-    # np.min and np.max carry a NaN through, so that it fails the check.
-    classes, tasks, novelty, features = np.max(differences, axis=0)
-    return GoldenCheck(
-        images=len(cosines),
-        cosine=float(np.min(cosines)),
-        max_difference=float(np.max([classes, tasks])),
-        max_novelty_difference=float(novelty),
-        max_feature_difference=float(features),
-        top1_agreement=float(np.mean(agreements)),
-        precision=precision,
-    )
-
-
-def in_groups(run: Run, batch: int | None) -> Run:
-    """Let a graph that takes exactly ``batch`` images take any number: the last group is filled up with black ones.
-
-    A graph that takes any number (None) is returned as it is.
-    """
-    if batch is None:
-        return run
-
-    def grouped(images: Pixels) -> Outputs:
-        count = len(images)
-        if count == batch:
-            return run(images)
-        rows = max(1, -(-count // batch)) * batch
-        padded = np.zeros((rows, *images.shape[1:]), images.dtype)
-        padded[:count] = images
-        return _joined([run(padded[start : start + batch]) for start in range(0, rows, batch)], count)
-
-    return grouped
-
-
-def at_most(run: Run, batch: int) -> Run:
-    """Let a model that takes at most ``batch`` images take any number, in several runs."""
-
-    def split(images: Pixels) -> Outputs:
-        if len(images) <= batch:
-            return run(images)
-        starts = range(0, len(images), batch)
-        return _joined([run(images[start : start + batch]) for start in starts], len(images))
-
-    return split
-
-
-def _joined(parts: Sequence[Outputs], count: int) -> Outputs:
-    """The outputs of several runs as those of one, of which the first ``count`` images count."""
-    return Outputs(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in OUTPUTS))
 
 
 def _import_onnxruntime(provider: str) -> Any:

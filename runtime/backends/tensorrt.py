@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import BackendError
+from duallora_edge.runtime.backends.contract import ENGINE_BATCH, Run, UnavailableError, at_most
 from duallora_edge.runtime.backends.engine_build import build_engines, engine_keys, local_target
 from duallora_edge.runtime.backends.engine_cache import read_engine
-from duallora_edge.runtime.backends.ladder import ENGINE_BATCH, Run, UnavailableError, at_most
 from duallora_edge.runtime.backends.tensorrt_api import TensorRT, make_logger, make_runtime
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS, Bundle, Outputs
 from duallora_edge.runtime.preprocess import Pixels

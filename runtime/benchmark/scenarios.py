@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.backends.ladder import Run
+from duallora_edge.runtime.backends.contract import Run
 from duallora_edge.runtime.benchmark.statistics import Latency, Times, runs_least, summarize
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.device.sampler import MIN_SAMPLES, Power, Watch

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
+from duallora_edge.runtime.backends.contract import GoldenCheck, UnavailableError
 from duallora_edge.runtime.backends.engine_build import TIMEOUT_S, build_engines
 from duallora_edge.runtime.backends.engine_cache import Engine, EngineError, RefusedModelError
-from duallora_edge.runtime.backends.ladder import Backend, GoldenCheck, UnavailableError, open_backend
+from duallora_edge.runtime.backends.ladder import Backend, open_backend
 from duallora_edge.runtime.backends.tensorrt import load_cudart
 from duallora_edge.runtime.bundle import Bundle
 from duallora_edge.text import escaped

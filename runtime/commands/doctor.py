@@ -42,7 +42,8 @@ PACKAGES = {
     "cuda-python": ("cuda.bindings.driver,cuda.cuda", "cuda-bindings,cuda-python"),
     "opencv": ("cv2", "opencv-python-headless,opencv-python"),
 }
-QUESTIONS = probes.MODULE  # the module that answers
+QUESTIONS = probes.MODULE  # the module that answers questions about the machine
+LADDER = "duallora_edge.runtime.backends.ladder"  # and about its backends; not imported here: it needs NumPy
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def diagnose(
 
     def question(function: str, *arguments: str, timeout_s: float = PROBE_TIMEOUT_S) -> Answer:
         progress(" ".join([function, *arguments]))
-        return ask(f"{QUESTIONS}:{function}", *arguments, timeout_s=timeout_s)
+        module = LADDER if function in ("rungs", "rung") else QUESTIONS
+        return ask(f"{module}:{function}", *arguments, timeout_s=timeout_s)
 
     detected = detect(root)
     machine, advice = _machine(root, detected)

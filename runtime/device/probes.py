@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duallora_edge.errors import BackendError, DualLoraEdgeError
+from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.runtime.device.cuda import Driver, NoGpuError
 
 MODULE = "duallora_edge.runtime.device.probes"
 NOT_INSTALLED = "not installed"
@@ -183,38 +184,21 @@ def _version(distributions: Sequence[str]) -> str | None:
 
 
 def cuda() -> dict[str, Any]:
-    """Ask the driver's own library: its CUDA version and the devices it can see (memory in bytes)."""
+    """The CUDA version of the driver and the devices it can see (memory in bytes)."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise NoAnswerError(f"no NVIDIA driver ({error})") from error
-
-    def call(name: str, *arguments: object) -> None:
-        code = getattr(driver, name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            driver.cuGetErrorName(code, ctypes.byref(text))
-            raise NoAnswerError(f"{name} failed with {(text.value or b'error').decode()} ({code})")
-
-    def integer(name: str, *arguments: object) -> int:
-        value = ctypes.c_int()
-        call(name, ctypes.byref(value), *arguments)
-        return value.value
-
-    call("cuInit", 0)
-    version = integer("cuDriverGetVersion")
-    devices = []
-    for index in range(integer("cuDeviceGetCount")):
-        device, text, size = integer("cuDeviceGet", index), ctypes.create_string_buffer(256), ctypes.c_size_t()
-        call("cuDeviceGetName", text, len(text), device)
-        call("cuDeviceTotalMem_v2", ctypes.byref(size), device)
-        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        major, minor = (integer("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76))
-        name = text.value.decode(errors="replace")
-        devices.append({"name": name, "compute_capability": f"{major}.{minor}", "memory_bytes": size.value})
-    if not devices:
-        raise NoAnswerError("the driver sees no device")
-    return {"version": f"{version // 1000}.{version % 1000 // 10}", "devices": devices}
+        driver = Driver()
+        version, gpus = driver.cuda_version, list(driver.gpus())
+    except NoGpuError as error:
+        raise NoAnswerError(str(error)) from error
+    devices = [
+        {
+            "name": gpu.name,
+            "compute_capability": f"{gpu.compute_capability[2:-1]}.{gpu.compute_capability[-1]}",
+            "memory_bytes": gpu.memory_bytes,
+        }
+        for gpu in gpus
+    ]
+    return {"version": version, "devices": devices}
 
 
 def tensorrt_start(module: str) -> dict[str, Any]:
@@ -222,28 +206,3 @@ def tensorrt_start(module: str) -> dict[str, Any]:
     trt = importlib.import_module(module)
     trt.Runtime(trt.Logger(trt.Logger.ERROR))
     return {}
-
-
-def rungs(bundle: str) -> dict[str, Any]:
-    """Verify a bundle; the names of all ``rungs`` of the ladder, and of those that ``auto`` tries, best first."""
-    from duallora_edge.runtime.backends.ladder import LADDER
-    from duallora_edge.runtime.bundle import Bundle
-
-    manifest = Bundle.open(bundle).manifest
-    return {"rungs": list(LADDER), "auto": [name for name in manifest.backends if name in LADDER] or list(LADDER)}
-
-
-def rung(bundle: str, name: str) -> dict[str, Any]:
-    """Run the golden images on the rung ``name`` alone."""
-    from duallora_edge.runtime.backends import ladder as backends
-    from duallora_edge.runtime.bundle import Bundle
-
-    # Without 'strict', which would leave out a second try in fp32; this process opens nothing else afterwards.
-    backends.LADDER = {name: backends.LADDER[name]}
-    try:
-        backend = backends.open_backend(Bundle.open(bundle), name)
-    except BackendError as error:
-        # "No backend can run ... (NAME: REASON); REMEDY.": here only the reason is of interest.
-        _, found, rest = str(error).partition(f"({name}: ")
-        raise NoAnswerError(rest.rpartition("); ")[0] if found else str(error)) from error
-    return {"check": str(backend.check), **backend.to_json()}

@@ -38,8 +38,9 @@ from duallora_edge.runtime.backends.engine_cache import (
     find_engine,
     read_engine,
 )
-from duallora_edge.runtime.backends.tensorrt_api import Gpu, TensorRT
+from duallora_edge.runtime.backends.tensorrt_api import TensorRT
 from duallora_edge.runtime.bundle import MANIFEST, MODEL, Bundle, Manifest
+from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.process_memory import Reading, read_memory
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
@@ -200,7 +201,7 @@ def test_a_capability_that_cannot_be_named(shared_bundle: Path, capability: str)
 
 
 def test_without_a_gpu(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duallora_edge.runtime.backends.tensorrt_api.LIBCUDA", "libnone.so")
+    monkeypatch.setattr("duallora_edge.runtime.device.cuda.LIBCUDA", "libnone.so")
     with pytest.raises(EngineError, match=r"no NVIDIA driver .*run this on the device, or name .*sm86"):
         build_engine(Bundle.open(shared_bundle))
 
@@ -440,7 +441,8 @@ def test_a_killed_application_leaves_nothing_that_harms(
     """The builder ends with the process that started it, and the next build clears up."""
     opened = change_model(bundle, seal, slow)
     code = (
-        "import sys; from duallora_edge.runtime.bundle import Bundle; from duallora_edge.runtime.backends.engine_build import *\n"
+        "import sys; from duallora_edge.runtime.bundle import Bundle\n"
+        "from duallora_edge.runtime.backends.engine_build import *\n"
         "build_engine(Bundle.open(sys.argv[1]), 'sm86', say=lambda line: print(line, flush=True))"
     )
     application = subprocess.Popen([sys.executable, "-c", code, str(bundle)], stdout=subprocess.PIPE, text=True)
@@ -684,7 +686,7 @@ def test_the_command_as_json(call: Call, shared_bundle: Path) -> None:
 
 
 def test_the_command_without_a_gpu(call: Call, shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duallora_edge.runtime.backends.tensorrt_api.LIBCUDA", "libnone.so")
+    monkeypatch.setattr("duallora_edge.runtime.device.cuda.LIBCUDA", "libnone.so")
     code, out, err = call("build", shared_bundle)
     assert (code, out) == (1, "") and err.startswith("Error: No engine can be built for this machine")
     assert len(err.splitlines()) == 1 and "--compute-capability sm86" in err

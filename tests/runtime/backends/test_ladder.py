@@ -14,8 +14,8 @@ import pytest
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends import ladder as backends
-from duallora_edge.runtime.backends.ladder import Rung, UnavailableError, check_golden, open_backend
-from duallora_edge.runtime.backends.tensorrt_api import Gpu
+from duallora_edge.runtime.backends.contract import UnavailableError, check_golden
+from duallora_edge.runtime.backends.ladder import Rung, open_backend
 from duallora_edge.runtime.bundle import (
     MAX_DIFFERENCE,
     MAX_FEATURE_DIFFERENCE,
@@ -26,6 +26,7 @@ from duallora_edge.runtime.bundle import (
     Golden,
     Outputs,
 )
+from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.preprocess import Pixels
 
 CPU = backends.LADDER["cpu"]

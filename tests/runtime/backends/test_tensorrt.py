@@ -30,10 +30,10 @@ from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.backends import engine_build as engine
 from duallora_edge.runtime.backends import tensorrt as tensorrt_backend
 from duallora_edge.runtime.backends import tensorrt_api
+from duallora_edge.runtime.backends.contract import UnavailableError
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.backends.engine_cache import RefusedModelError
-from duallora_edge.runtime.backends.ladder import Backend, UnavailableError, open_backend
-from duallora_edge.runtime.backends.tensorrt_api import Gpu
+from duallora_edge.runtime.backends.ladder import Backend, open_backend
 from duallora_edge.runtime.bundle import (
     BETWEEN,
     INPUT,
@@ -45,6 +45,7 @@ from duallora_edge.runtime.bundle import (
     FileRecord,
     Manifest,
 )
+from duallora_edge.runtime.device.cuda import Gpu
 
 GPU = Gpu("Imaginary Orin", "sm87", 8, 8 * 10**9)
 Compute = Callable[[np.ndarray], dict[str, np.ndarray]]

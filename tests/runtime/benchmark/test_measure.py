@@ -14,7 +14,8 @@ import pytest
 
 from duallora_edge.device_profiles.catalog import packaged
 from duallora_edge.errors import BackendError, BudgetError
-from duallora_edge.runtime.backends.ladder import Backend, GoldenCheck
+from duallora_edge.runtime.backends.contract import GoldenCheck
+from duallora_edge.runtime.backends.ladder import Backend
 from duallora_edge.runtime.benchmark import scenarios as benchmark_scenarios
 from duallora_edge.runtime.benchmark.estimate import EstimateCheck, check_estimates
 from duallora_edge.runtime.benchmark.measure import Device, Report, check_budgets, run_benchmark

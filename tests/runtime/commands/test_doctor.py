@@ -52,7 +52,7 @@ def on_ladder(write: Write, rung: str) -> str:
         f"""
         import ctypes, os, time
         from duallora_edge.runtime.backends import ladder as backends
-        from duallora_edge.runtime.device.probes import cuda, package, rung, rungs, tensorrt_start
+        from duallora_edge.runtime.backends.ladder import rung, rungs
 
         def bad(bundle, threads):
             {rung}
@@ -165,7 +165,7 @@ int cuGetErrorName(int error, const char **name) { *name = "CUDA_ERROR_NO_DEVICE
     [
         ("", 1, "ok", ""),
         ("return 100", 1, "no", "cuInit failed with CUDA_ERROR_NO_DEVICE (100)"),
-        ("", 0, "no", "the driver sees no device"),
+        ("", 0, "no", "the NVIDIA driver lists no GPU"),
         ("*(volatile int *)0 = 1", 1, "crashed", "the process was killed by SIGSEGV"),
     ],
 )
@@ -187,7 +187,10 @@ def test_the_driver_is_asked(
 
 def test_nothing_heavy_is_imported() -> None:
     """A broken NumPy must not keep the doctor from saying so."""
-    code = "import sys; import duallora_edge.runtime.commands.doctor; print([m for m in ('numpy', 'torch') if m in sys.modules])"
+    code = (
+        "import sys; import duallora_edge.runtime.commands.doctor\n"
+        "print([m for m in ('numpy', 'torch') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -285,7 +288,7 @@ def test_a_bad_rung(
     reason: str,
     last: str,
 ) -> None:
-    monkeypatch.setattr(doctor, "QUESTIONS", on_ladder(write, body))
+    monkeypatch.setattr(doctor, "LADDER", on_ladder(write, body))
     monkeypatch.setattr(doctor, "RUNG_TIMEOUT_S", 3.0)
     code, out, _ = call("doctor", str(shared_bundle), "--json")
     found = json.loads(out)
@@ -482,7 +485,7 @@ def test_a_jetson_is_no_detected_gpu(tmp_path: Path) -> None:
     assert found.is_jetson and found.gpu is None and not (root / "was-run").exists()
 
 
-CHECK_INSTALL = Path(__file__).parents[2] / "scripts" / "check-install.py"
+CHECK_INSTALL = Path(__file__).parents[3] / "scripts" / "check-install.py"
 
 
 def check_install(*arguments: str) -> tuple[int, list[str]]:
