@@ -1,10 +1,19 @@
-"""How a pipeline is doing, for a page, a supervisor, or a time series."""
+"""How a pipeline is doing, for a page, for systemd, and for Prometheus.
+
+The formats: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4) and
+https://www.freedesktop.org/software/systemd/man/sd_notify.html.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +22,33 @@ import numpy as np
 from duallora_edge import __version__
 from duallora_edge.runtime.process_memory import read_pss
 from duallora_edge.runtime.service.pipeline import Answer, Pipeline
-from duallora_edge.runtime.service.prometheus import Histogram, counter, gauge, histogram, info
 
 WINDOW_S = 10.0
 # A live source that gave no answer for so long is told as unhealthy.
 SILENCE_S = 30.0
+BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+PREFIX = "duallora_edge_"
+NOTIFY_SOCKET = "NOTIFY_SOCKET"
+WATCHDOG = "WATCHDOG_USEC"
+
+
+class Histogram:
+    """Counts of values in seconds up to each of `BUCKETS_S`, and above."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS_S) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(BUCKETS_S, seconds)] += 1
+        self.sum += seconds
+
+    def copy(self) -> Histogram:
+        """The same at this moment."""
+        other = Histogram()
+        other.counts, other.sum = list(self.counts), self.sum
+        return other
 
 
 class Monitor:
@@ -119,3 +150,69 @@ class Monitor:
                 gauge("memory_pss_bytes", "Memory of the process (PSS).", pss),
             )
         )
+
+
+def counter(name: str, words: str, value: float) -> str:
+    """A number that only grows; ``name`` ends in ``_total``."""
+    return f"{_head(name, 'counter', words)}{PREFIX}{name} {value}\n"
+
+
+def gauge(name: str, words: str, value: float | None) -> str:
+    """A number that rises and falls; nothing where it is None."""
+    return "" if value is None else f"{_head(name, 'gauge', words)}{PREFIX}{name} {value}\n"
+
+
+def info(name: str, words: str, labels: Mapping[str, str]) -> str:
+    """Texts, as labels of a gauge that is always 1."""
+    pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
+    return f"{_head(name, 'gauge', words)}{PREFIX}{name}{{{pairs}}} 1\n"
+
+
+def histogram(name: str, words: str, values: Histogram) -> str:
+    """Counts in buckets, their sum and number."""
+    lines, total = [_head(name, "histogram", words)], 0
+    for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), values.counts, strict=True):
+        total += count
+        lines.append(f'{PREFIX}{name}_bucket{{le="{bound}"}} {total}\n')
+    return "".join((*lines, f"{PREFIX}{name}_sum {values.sum}\n", f"{PREFIX}{name}_count {total}\n"))
+
+
+def _head(name: str, kind: str, words: str) -> str:
+    return f"# HELP {PREFIX}{name} {words}\n# TYPE {PREFIX}{name} {kind}\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def notify(text: str) -> None:
+    """Send lines such as ``READY=1`` to systemd; does nothing when it did not start this process or does not ask."""
+    address = os.environ.get(NOTIFY_SOCKET, "")
+    if not address.startswith(("/", "@")):
+        return
+    # A leading "@" is how an address without a file is written down.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
+        connection.sendto(text.encode(), address.replace("@", "\0", 1))
+
+
+@contextmanager
+def watchdog(healthy: Callable[[], bool]) -> Iterator[None]:
+    """Tell systemd every half of its ``WatchdogSec`` that the service is alive, as long as ``healthy`` says so."""
+    interval = os.environ.get(WATCHDOG, "")
+    if not interval.isdecimal() or int(interval) == 0:
+        yield
+        return
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(int(interval) / 2e6):
+            if healthy():
+                notify("WATCHDOG=1")
+
+    thread = threading.Thread(target=tell, name="duallora-edge watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
