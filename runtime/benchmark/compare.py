@@ -16,10 +16,11 @@ import numpy as np
 from duallora_edge import __version__
 from duallora_edge.errors import BudgetError, ReportError
 from duallora_edge.files import read_json
-from duallora_edge.runtime.benchmark.layout import Block, printable
-from duallora_edge.runtime.benchmark.measure import LABEL, SCHEMA, describe_bundle
+from duallora_edge.runtime.benchmark.measure import describe_bundle
+from duallora_edge.runtime.benchmark.report import LABEL, SCHEMA
 from duallora_edge.runtime.benchmark.scenarios import run_batch, timed, warm_up
 from duallora_edge.runtime.benchmark.statistics import Times, ratio_of_medians, summarize
+from duallora_edge.runtime.benchmark.table import Block, printable
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.device.sampler import Watch, throttling
 from duallora_edge.runtime.device.state import ROOT, read_state
@@ -265,10 +266,24 @@ def comparison_blocks(found: Comparison) -> list[Block]:
         notes.append("the interval contains 1: no difference is shown; a longer --duration narrows it")
     return [
         Block("Compared", facts=[("A", found.sides[0]), ("B", found.sides[1]), ("how", found.method)]),
+        Block(f"Ratios ({LABEL})", rows=rows, lines=notes),
         Block("Not the same for both (A | B)", lines=found.differences),
         Block("Warnings", lines=found.warnings),
-        Block(f"Ratios ({LABEL})", rows=rows, lines=notes),
     ]
+
+
+def comparison_answer(found: Comparison, limit: float | None) -> str:
+    """The line that most people want: how many times as long A takes as B, and whether ``limit`` allows it."""
+    medians = [row for row in found.rows if row.name == MEDIAN]
+    if not medians:
+        return "The single stream was not measured for both."
+    row = medians[0]
+    interval = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
+    verdict = "" if limit is None else f", {'within' if row.ratio <= limit else 'over'} the limit of {limit:g}"
+    return (
+        f"A takes {row.ratio:.3f}{interval} times as long as B for one image{verdict}: "
+        f"{row.first:,.3f} and {row.second:,.3f} ms (p50)."
+    )
 
 
 def check_ratio(found: Comparison, limit: float | None) -> None:

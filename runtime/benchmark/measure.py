@@ -1,6 +1,6 @@
 """Latency, throughput, energy and memory of a bundle on this machine, with what makes the numbers comparable.
 
-The scenarios are those of MLPerf Inference, but nothing here is an MLPerf result: see `benchmark_scenarios`.
+The scenarios are those of MLPerf Inference, but nothing here is an MLPerf result: see `scenarios`.
 """
 
 from __future__ import annotations
@@ -8,83 +8,32 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duallora_edge import __version__
 from duallora_edge.device_profiles import detect
-from duallora_edge.errors import BudgetError
-from duallora_edge.runtime.benchmark.estimate import EstimateCheck, check_estimates
+from duallora_edge.runtime.benchmark.report import Device, Report, check_estimates
 from duallora_edge.runtime.benchmark.scenarios import (
     MULTI_STREAM,
     OFFLINE,
     QUERY_IMAGES,
     SCENARIOS,
     SINGLE_STREAM,
-    Offline,
-    Stream,
     offline,
     phases,
     stream,
 )
-from duallora_edge.runtime.benchmark.statistics import Latency
 from duallora_edge.runtime.bundle import MODEL
 from duallora_edge.runtime.classifier import Classifier
-from duallora_edge.runtime.device.sampler import Series, Watch, throttling
-from duallora_edge.runtime.device.state import ROOT, DeviceState, read_state
+from duallora_edge.runtime.device.sampler import Watch, throttling
+from duallora_edge.runtime.device.state import ROOT, read_state
 from duallora_edge.runtime.process_memory import Memory, read_memory
 
-SCHEMA = 1
-LABEL = "quick local measurement, not MLPerf"
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python", "numpy", "pillow")
-
-
-@dataclass(frozen=True)
-class Device:
-    """The state of the device ``before`` and ``after`` the measurements, and what it did ``during`` them.
-
-    ``during``: kind with its unit -> name -> statistics of the readings. ``warnings`` say what slowed it down.
-    """
-
-    before: DeviceState
-    after: DeviceState
-    during: Mapping[str, Mapping[str, Series]]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything `run_benchmark` found.
-
-    ``single_stream`` and ``multi_stream``: prepared images, the model only; ``offline``: images per second. A scenario
-    that was not asked for is None. ``phases``: ``preprocess``, ``infer``, ``postprocess`` and ``end_to_end`` of camera
-    frames of ``frame`` (width, height). ``memory``: readings ``before_load``, ``after_load``, ``after_runs`` (single
-    images only) and, where there were batches, ``after_batches``. ``estimate``: what the exporter expected of its
-    target device, and whether that is this one.
-    """
-
-    bundle: Mapping[str, Any]
-    backend: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    load_ms: float
-    seconds: float
-    single_stream: Stream | None
-    multi_stream: Stream | None
-    offline: Offline | None
-    frame: tuple[int, int]
-    phases: Mapping[str, Latency]
-    memory: Mapping[str, Memory]
-    device: Device
-    estimate: EstimateCheck
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {"schema": SCHEMA, "label": LABEL, "duallora_edge": __version__, **asdict(self)}
 
 
 def run_benchmark(
@@ -180,29 +129,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def check_budgets(report: Report, milliseconds: float | None, megabytes: float | None) -> None:
-    """Raise `BudgetError` with every budget that the report exceeds.
-
-    ``milliseconds`` limits the p90 of the single stream, ``megabytes`` (10^6 bytes) the PSS of the whole process
-    after single images: the interpreter and the libraries count, because the device has to hold them.
-    """
-    problems = []
-    if milliseconds is not None:
-        latency = report.single_stream.latency if report.single_stream else None
-        p90 = latency.p90.value if latency else None
-        if p90 is None:
-            problems.append("the latency cannot be checked, because the single stream was not measured")
-        elif p90 > milliseconds:
-            problems.append(f"p90 is {p90:.2f} ms, the budget {milliseconds:g} ms")
-    if megabytes is not None:
-        pss = report.memory["after_runs"].pss
-        if pss.bytes is None:
-            problems.append(f"memory cannot be checked, because {pss.reason}")
-        elif pss.bytes > megabytes * 1e6:
-            problems.append(f"PSS is {pss.bytes / 1e6:.1f} MB, the budget {megabytes:g} MB")
-    if problems:
-        raise BudgetError(
-            f"Over budget: {'; '.join(problems)}; choose a smaller backbone or image, or a faster device."
-        )

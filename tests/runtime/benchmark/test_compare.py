@@ -22,8 +22,8 @@ from duallora_edge.runtime.benchmark.compare import (
     comparison_blocks,
     read_report,
 )
-from duallora_edge.runtime.benchmark.layout import as_text
 from duallora_edge.runtime.benchmark.measure import run_benchmark
+from duallora_edge.runtime.benchmark.table import as_text
 
 NAMES = ("a.json", "b.json")
 
