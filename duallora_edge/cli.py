@@ -37,6 +37,9 @@ COMMANDS = {
 }
 
 
+DEBUG_HELP = "Show the traceback of an error."
+
+
 class LazyGroup(click.Group):
     """A click group whose subcommands live in modules that may need packages that are not installed."""
 
@@ -55,7 +58,7 @@ class LazyGroup(click.Group):
                 f"'{cmd_name}' needs the package {error.name}, which is not installed: "
                 f"pip install 'duallora-edge[{extra}]'."
             ) from error
-        return command
+        return _with_debug(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -73,9 +76,16 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def _with_debug(command: click.Command) -> click.Command:
+    """The command with ``--debug`` among its options, so that it may stand behind the name as well as before it."""
+    if not any(parameter.name == "debug" for parameter in command.params):
+        command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG_HELP))
+    return command
+
+
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="duallora-edge")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help=DEBUG_HELP)
 def cli(debug: bool) -> None:
     """Teach a vision transformer new tasks without forgetting, and run it on edge devices.
 
@@ -106,7 +116,7 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (DualLoraEdgeError, OSError) as error:
-        if "--debug" in arguments:
+        if "--debug" in arguments[: arguments.index("--") if "--" in arguments else None]:
             raise
         click.echo(f"Error: {escaped(_sentence(error))}", err=True)
         code = 1

@@ -33,6 +33,7 @@ import numpy.typing as npt
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError
 from duallora_edge.files import MAX_JSON_BYTES
+from duallora_edge.folder_kind import folder_kind
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 from duallora_edge.text import UNSAFE, escaped
 
@@ -399,7 +400,10 @@ def _read_folder(root: Path, folder: int, whole: bool) -> Bundle:
         with _opened_file(folder, MANIFEST) as stream:
             content = stream.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise BundleError(f"{root} has no {MANIFEST}, so it is no bundle; copy the whole folder again.") from error
+        if folder_kind(root) == "run":
+            remedy = f"'duallora-edge export {root} -o BUNDLE' makes one"
+            raise BundleError(f"{root} is a run, not a bundle; {remedy}.") from error
+        raise BundleError(f"{root} has no {MANIFEST}, so it is not a bundle; copy the whole folder again.") from error
     try:
         if len(content) > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")

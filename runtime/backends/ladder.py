@@ -9,7 +9,7 @@ each candidate is tried in the precision that the bundle recommends, and in fp32
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from duallora_edge.runtime.backends.contract import (
     in_groups,
 )
 from duallora_edge.runtime.bundle import INPUT, OUTPUTS, Bundle, FloatArray, Manifest, Outputs, gpu_graphs
+from duallora_edge.runtime.device.cuda import NoGpuError
 from duallora_edge.runtime.device.probes import NoAnswerError
 from duallora_edge.runtime.preprocess import Pixels
 
@@ -54,7 +55,8 @@ class Backend:
     """The backend that runs, the check it passed, and why each better one was not used (name -> reason).
 
     ``precision`` is that of the graph that runs. A backend that was also tried in fp32 has a second reason, under
-    its name with " in fp32".
+    its name with " in fp32". ``irrelevant`` are the names in ``not_used`` that nobody expects to run: they are not
+    installed, were not asked for by name, and this machine has no GPU.
 
     ``run`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
     at once. It raises `BackendError` when the device fails.
@@ -65,10 +67,13 @@ class Backend:
     check: GoldenCheck
     not_used: Mapping[str, str]
     precision: str = "fp32"
+    irrelevant: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        reasons = [f"not {name}: {reason}" for name, reason in self.not_used.items()]
-        return self.name + (f" ({'; '.join(reasons)})" if reasons else "")
+        """One line for a person: what runs, and why nothing better does where this machine could run it."""
+        name = f"{self.name} (ONNX Runtime)" if self.name in ("cuda", "cpu") else self.name
+        reasons = [f"not {label}: {reason}" for label, reason in self.not_used.items() if label not in self.irrelevant]
+        return "; ".join([name, *reasons])
 
     @property
     def rung(self) -> Rung:
@@ -160,7 +165,7 @@ def open_backend(
     wanted = _auto_names(bundle.manifest) if backend == "auto" else names[names.index(backend) :]
     opened, not_used = _open_first(bundle, wanted, threads, backend if strict else None, build)
     if opened is not None:
-        return opened
+        return opened if backend == "auto" else replace(opened, irrelevant=frozenset())
     reasons = "; ".join(f"{label}: {reason}" for label, reason in not_used.items())
     fallback_left = strict and names[-1] not in not_used
     remedy = "leave out 'strict' to fall back" if fallback_left else "reinstall ONNX Runtime or export the run again"
@@ -180,7 +185,7 @@ def _open_first(
     ``strict``: the first that fails ends the search, and so does the one of this name where it is not installed.
     """
     golden = bundle.golden()
-    missing: set[str] = set()
+    missing: dict[str, UnavailableError] = {}
     not_used: dict[str, str] = {}
     for label, name, graph in _attempts(bundle, names):
         if name in missing:
@@ -191,7 +196,7 @@ def _open_first(
             check = check_golden(run, golden, graph.manifest.precision)
         except UnavailableError as error:
             not_used[label] = str(error)
-            missing.add(name)
+            missing[name] = error
             if strict == name:
                 break
             continue
@@ -199,7 +204,9 @@ def _open_first(
             not_used[label] = _first_line(error)
         else:
             if check.passed:
-                return Backend(name, run, check, not_used, graph.manifest.precision), not_used
+                no_gpu = any(isinstance(error.__cause__, NoGpuError) for error in missing.values())
+                irrelevant = frozenset(missing) if no_gpu else frozenset()
+                return Backend(name, run, check, not_used, graph.manifest.precision, irrelevant), not_used
             not_used[label] = f"wrong results in {graph.manifest.precision}, {check}"
         if strict:
             break

@@ -695,4 +695,4 @@ def test_the_command_without_a_gpu(call: Call, shared_bundle: Path, monkeypatch:
 @pytest.mark.parametrize("value", ["turing", "sm", "sm8", "8.66"])
 def test_what_is_no_compute_capability(call: Call, shared_bundle: Path, value: str) -> None:
     code, _, err = call("build", shared_bundle, "--compute-capability", value)
-    assert code == 2 and "is no compute capability such as sm86" in err
+    assert code == 2 and "is not a compute capability such as sm86" in err

@@ -71,7 +71,7 @@ def test_a_missing_provider_is_told(shared_bundle: Path) -> None:
     opened = open_backend(bundle, "cuda")
     assert opened.name == "cpu"
     assert "built without CUDAExecutionProvider" in opened.not_used["cuda"]
-    assert str(opened).startswith("cpu (not cuda: ")
+    assert str(opened).startswith("cpu (ONNX Runtime); not cuda: ")
     assert open_backend(bundle, "cpu", strict=True).not_used == {}
     assert open_backend(bundle, "auto", strict=True).name == "cpu"
     with pytest.raises(BackendError, match=r"cuda: .* built without .*leave out 'strict'"):
