@@ -63,7 +63,7 @@ MAX_PROBLEMS = 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BLOCK = 2**20
-_LOOKS = 10  # at a bundle that is replaced while it is read
+_READ_ATTEMPTS = 10  # of a bundle that is replaced while it is read
 
 FloatArray = npt.NDArray[np.float32]
 Buffer = bytes  # a record has a field of that name
@@ -74,7 +74,7 @@ class Outputs:
     """What the graph returns for N images, all float32.
 
     ``probabilities [N, C]`` are calibrated and sum to 1 over the classes, ``task_probabilities [N, T]`` over the
-    tasks, ``novelty [N]`` is the share of held-back images of known classes that look less novel (0..1),
+    tasks, ``novelty [N]`` is the share of validation images of known classes that look less novel (0..1),
     ``features [N, d]`` describe the image.
     """
 
@@ -325,7 +325,7 @@ class Bundle:
 
     @classmethod
     def _read(cls, root: Path, whole: bool) -> Bundle:
-        for _ in range(_LOOKS):
+        for _ in range(_READ_ATTEMPTS):
             with _opened(root) as folder:
                 try:
                     return _read_folder(root, folder, whole)

@@ -92,7 +92,7 @@ class Health:
 
 
 @dataclass
-class _Trial:
+class _Probation:
     """The first answers of ``new``, after which ``old`` is let go; a `Bundle` where its model had to be dropped."""
 
     swap: Swap
@@ -126,14 +126,14 @@ class Classifier:
             raise ValueError(f"color must be 'rgb' or 'bgr', not {color!r}")
         self._color = color
         self._reopen = reopen
-        self._tried = trial
+        self._trial = trial
         self._swapping = threading.Lock()  # one swap at a time
         self._changed = threading.Condition()  # guards everything below
         self._model = Model(bundle.without_contents, backend)
         self._calls: Counter[Model] = Counter()  # in progress
         self._loading = False
         self._broken: str | None = None
-        self._trial: _Trial | None = None
+        self._probation: _Probation | None = None
         self._swap: Swap | None = None
         self._swaps: Counter[str] = Counter()
         self._answers = self._failures = 0
@@ -272,7 +272,7 @@ class Classifier:
                 peeked = Bundle.peek(root)
                 swap = replace(swap, new=str(peeked))
                 with self._changed:
-                    self._end_trial()  # two models at a time are enough
+                    self._end_probation()  # two models at a time are enough
                 if stop_first:
                     dropped = self._drop()
                 new = self._load(root, None if allow_slower else running, cancel)
@@ -295,7 +295,7 @@ class Classifier:
 
     def _load(self, root: Path, lowest: Rung | None, cancel: threading.Event | None) -> Model:
         """The model of a bundle that passed its trial, on no lower rung than ``lowest``."""
-        with _passed(self._tried, root, cancel) as (bundle, expected):
+        with _passed(self._trial, root, cancel) as (bundle, expected):
             if expected is not None:
                 _check_rung(expected, lowest, root)
             backend = self._reopen(bundle)
@@ -310,7 +310,7 @@ class Classifier:
             before = self._model
             self._model, self._broken, self._swap = new, None, swap
             if probation:
-                self._trial = _Trial(swap, new, dropped or before, budget_ms, probation)
+                self._probation = _Probation(swap, new, dropped or before, budget_ms, probation)
             else:
                 self._end(replace(swap, state="confirmed"))
             self._set_loading(False)
@@ -320,7 +320,7 @@ class Classifier:
     def health(self) -> Health:
         """How the classifier is doing, at once, also while a bundle is loaded."""
         with self._changed:
-            standing = "loading" if self._loading else "probation" if self._trial else "ok"
+            standing = "loading" if self._loading else "probation" if self._probation else "ok"
             return Health(
                 status="failed" if self._broken else standing,
                 bundle=str(self._model),
@@ -362,28 +362,28 @@ class Classifier:
                 self._last_error = str(failure)
             self._answers += len(predictions)
             self._answered = time.monotonic() if predictions else self._answered
-            trial = self._trial
-            if trial is None or trial.new is not model:
+            probation = self._probation
+            if probation is None or probation.new is not model:
                 return self._model is not model, None
-            trial.times_ms += [prediction.timings.infer_ms for prediction in predictions]
-            if failure is None and len(trial.times_ms) < trial.answers:
+            probation.times_ms += [prediction.timings.infer_ms for prediction in predictions]
+            if failure is None and len(probation.times_ms) < probation.answers:
                 return False, None
-            reason = str(failure) if failure is not None else trial.over_budget()
-            self._end_trial(reason)
-            if failure is not None and self._tried is not None:
-                refuse = threading.Thread(target=self._tried.refuse, args=(model.bundle, reason), daemon=True)
+            reason = str(failure) if failure is not None else probation.over_budget()
+            self._end_probation(reason)
+            if failure is not None and self._trial is not None:
+                refuse = threading.Thread(target=self._trial.refuse, args=(model.bundle, reason), daemon=True)
                 refuse.start()  # not in this thread, for which a camera waits
             if not reason:
                 return False, None
             self._set_loading(True)
             self._model = _without_backend(model)
-            return True, trial.old
+            return True, probation.old
 
-    def _end_trial(self, reason: str = "") -> None:
+    def _end_probation(self, reason: str = "") -> None:
         """End the probation, if there is one; with a ``reason``, because the new bundle failed."""
-        if self._trial is not None:
-            self._end(replace(self._trial.swap, state="returned" if reason else "confirmed", reason=reason))
-            self._trial = None
+        if self._probation is not None:
+            self._end(replace(self._probation.swap, state="returned" if reason else "confirmed", reason=reason))
+            self._probation = None
             # Not in this thread, for which a camera waits.
             threading.Thread(target=give_back_memory, name="duallora-edge memory", daemon=True).start()
 
@@ -457,7 +457,7 @@ def _images(model: Model, prepared: Sequence[Prepared]) -> Pixels:
 def _without_backend(model: Model) -> Model:
     """What can be told about a model, without what it holds."""
 
-    def run(images: Pixels) -> Outputs:
+    def infer(images: Pixels) -> Outputs:
         raise BackendError("The model was dropped for another one; call again.")
 
-    return Model(model.bundle, replace(model.backend, run=run))
+    return Model(model.bundle, replace(model.backend, infer=infer))

@@ -89,7 +89,7 @@ class Trial:
         ``bundle`` may come from `Bundle.peek`; ``cancel`` ends the trial when it is set. Raises `RefusedError` when
         the bundle did not pass, now or before, and `BundleError` when it is damaged.
         """
-        with _held(self._file(bundle)) as file:
+        with _locked_record(self._file(bundle)) as file:
             before = _read(file)
             if before is not None and before.state == "good":
                 yield Rung(before.backend, before.precision)
@@ -112,13 +112,15 @@ class Trial:
 
     def refuse(self, bundle: Bundle, reason: str) -> None:
         """Remember that a bundle that had passed failed nevertheless."""
-        with _held(self._file(bundle)) as file:
+        with _locked_record(self._file(bundle)) as file:
             _write(file, _Record("refused", str(bundle), reason))
 
     def _try(self, bundle: Bundle, cancel: threading.Event | None) -> Rung:
         arguments = str(bundle.path), bundle.digest, json.dumps(asdict(self._opening))
         timeout_s = TIMEOUT_S + (BUILD_TIMEOUT_S if self._opening.build else 0)
-        answer = ask(QUESTION, *arguments, timeout_s=timeout_s, memory_bytes=_memory(bundle.manifest), cancel=cancel)
+        answer = ask(
+            QUESTION, *arguments, timeout_s=timeout_s, memory_bytes=_memory_limit(bundle.manifest), cancel=cancel
+        )
         if cancel is not None and cancel.is_set():
             raise BackendError(f"The trial of {bundle.path} was cancelled; start it again.")
         if not answer.ok:
@@ -177,7 +179,7 @@ def engines_of(manifest: Manifest) -> list[list[str]]:
     return found
 
 
-def _memory(manifest: Manifest) -> int:
+def _memory_limit(manifest: Manifest) -> int:
     """The bytes that a child may hold."""
     graphs = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx"))
     limit = LIBRARY_BYTES + MODEL_COPIES * graphs
@@ -203,7 +205,7 @@ def _refusal(bundle: Bundle, record: _Record, file: Path | None) -> str:
 
 
 @contextmanager
-def _held(file: Path | None) -> Iterator[Path | None]:
+def _locked_record(file: Path | None) -> Iterator[Path | None]:
     """A record to be changed; None while another process tries the same bundle and will remember it."""
     if file is None:
         yield None

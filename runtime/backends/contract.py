@@ -21,7 +21,7 @@ MIN_COSINE = 0.999
 # The largest batch of an engine that TensorRT builds from a graph that takes any number of images.
 ENGINE_BATCH = 16
 
-Run = Callable[[Pixels], Outputs]
+Infer = Callable[[Pixels], Outputs]
 
 
 class UnavailableError(Exception):
@@ -68,12 +68,12 @@ class GoldenCheck:
         )
 
 
-def check_golden(run: Run, golden: Golden, precision: str = "fp32") -> GoldenCheck:
+def check_golden(infer: Infer, golden: Golden, precision: str = "fp32") -> GoldenCheck:
     """Run the golden images one by one, as a camera would, and compare every output."""
     close = 2 * MAX_DIFFERENCE[precision]
     cosines, agreements, differences = [], [], []
     for index in range(len(golden.image)):
-        outputs = run(golden.image[index : index + 1])
+        outputs = infer(golden.image[index : index + 1])
         expected, actual = golden.probabilities[index].astype(np.float64), outputs.probabilities[0].astype(np.float64)
         cosines.append(expected @ actual / (np.linalg.norm(expected) * np.linalg.norm(actual)))
         agreements.append(expected[actual.argmax()] >= expected.max() - close)
@@ -99,34 +99,34 @@ def check_golden(run: Run, golden: Golden, precision: str = "fp32") -> GoldenChe
     )
 
 
-def in_groups(run: Run, batch: int | None) -> Run:
+def in_groups(infer: Infer, batch: int | None) -> Infer:
     """Let a graph that takes exactly ``batch`` images take any number: the last group is filled up with black ones.
 
     A graph that takes any number (None) is returned as it is.
     """
     if batch is None:
-        return run
+        return infer
 
     def grouped(images: Pixels) -> Outputs:
         count = len(images)
         if count == batch:
-            return run(images)
+            return infer(images)
         rows = max(1, -(-count // batch)) * batch
         padded = np.zeros((rows, *images.shape[1:]), images.dtype)
         padded[:count] = images
-        return _joined([run(padded[start : start + batch]) for start in range(0, rows, batch)], count)
+        return _joined([infer(padded[start : start + batch]) for start in range(0, rows, batch)], count)
 
     return grouped
 
 
-def at_most(run: Run, batch: int) -> Run:
+def at_most(infer: Infer, batch: int) -> Infer:
     """Let a model that takes at most ``batch`` images take any number, in several runs."""
 
     def split(images: Pixels) -> Outputs:
         if len(images) <= batch:
-            return run(images)
+            return infer(images)
         starts = range(0, len(images), batch)
-        return _joined([run(images[start : start + batch]) for start in starts], len(images))
+        return _joined([infer(images[start : start + batch]) for start in starts], len(images))
 
     return split
 

@@ -19,7 +19,7 @@ from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends.contract import (
     ENGINE_BATCH,
     GoldenCheck,
-    Run,
+    Infer,
     UnavailableError,
     at_most,
     check_golden,
@@ -58,12 +58,12 @@ class Backend:
     its name with " in fp32". ``irrelevant`` are the names in ``not_used`` that nobody expects to run: they are not
     installed, were not asked for by name, and this machine has no GPU.
 
-    ``run`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
+    ``infer`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
     at once. It raises `BackendError` when the device fails.
     """
 
     name: str
-    run: Run
+    infer: Infer
     check: GoldenCheck
     not_used: Mapping[str, str]
     precision: str = "fp32"
@@ -86,13 +86,13 @@ class Backend:
         return {"name": self.name, "precision": self.precision, "not_used": dict(self.not_used), "golden_check": check}
 
 
-def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Infer:
     from duallora_edge.runtime.backends.tensorrt import open_tensorrt
 
     return open_tensorrt(bundle, build)
 
 
-def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Infer:
     """Untested on a device: it needs an ONNX Runtime that was compiled with TensorRT, and a GPU."""
     from duallora_edge.runtime.backends.engine_cache import engines_folder
     from duallora_edge.runtime.backends.tensorrt_api import find_gpu
@@ -120,17 +120,17 @@ def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool 
     return at_most(_open_onnxruntime(bundle, threads, provider, options), manifest.batch or ENGINE_BATCH)
 
 
-def _open_cuda(bundle: Bundle, threads: int | None) -> Run:
+def _open_cuda(bundle: Bundle, threads: int | None) -> Infer:
     # TensorFloat-32 (10 bits of mantissa) is on by default and costs the parity that the bundle promises.
     return _open_onnxruntime(bundle, threads, "CUDAExecutionProvider", {"use_tf32": "0"})
 
 
-def _open_cpu(bundle: Bundle, threads: int | None) -> Run:
+def _open_cpu(bundle: Bundle, threads: int | None) -> Infer:
     return _open_onnxruntime(bundle, threads, "CPUExecutionProvider", {})
 
 
 # Best first. A rung raises UnavailableError when this installation lacks it, anything else when it fails.
-LADDER: dict[str, Callable[[Bundle, int | None], Run]] = {
+LADDER: dict[str, Callable[[Bundle, int | None], Infer]] = {
     "tensorrt": _open_tensorrt,
     "onnxruntime-tensorrt": _open_onnxruntime_tensorrt,
     "cuda": _open_cuda,
@@ -138,7 +138,7 @@ LADDER: dict[str, Callable[[Bundle, int | None], Run]] = {
 }
 BACKENDS = ("auto", *LADDER)
 # The same rungs where an engine may be built, which takes minutes.
-BUILDERS: dict[str, Callable[[Bundle, int | None], Run]] = {
+BUILDERS: dict[str, Callable[[Bundle, int | None], Infer]] = {
     "tensorrt": partial(_open_tensorrt, build=True),
     "onnxruntime-tensorrt": partial(_open_onnxruntime_tensorrt, build=True),
 }
@@ -192,8 +192,8 @@ def _open_first(
             continue
         opener = BUILDERS[name] if build and name in BUILDERS else LADDER[name]
         try:
-            run = in_groups(opener(graph, threads), bundle.manifest.batch)
-            check = check_golden(run, golden, graph.manifest.precision)
+            infer = in_groups(opener(graph, threads), bundle.manifest.batch)
+            check = check_golden(infer, golden, graph.manifest.precision)
         except UnavailableError as error:
             not_used[label] = str(error)
             missing[name] = error
@@ -206,7 +206,7 @@ def _open_first(
             if check.passed:
                 no_gpu = any(isinstance(error.__cause__, NoGpuError) for error in missing.values())
                 irrelevant = frozenset(missing) if no_gpu else frozenset()
-                return Backend(name, run, check, not_used, graph.manifest.precision, irrelevant), not_used
+                return Backend(name, infer, check, not_used, graph.manifest.precision, irrelevant), not_used
             not_used[label] = f"wrong results in {graph.manifest.precision}, {check}"
         if strict:
             break
@@ -247,7 +247,7 @@ def _import_onnxruntime(provider: str) -> Any:
     return ort
 
 
-def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Run:
+def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Infer:
     ort = _import_onnxruntime(provider)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors only: graphs with named initializers cause a page of warnings
@@ -262,7 +262,7 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
     shapes = bundle.manifest.output_shapes
 
-    def run(images: Pixels) -> Outputs:
+    def infer(images: Pixels) -> Outputs:
         try:
             arrays: list[FloatArray] = session.run(list(OUTPUTS), {INPUT: images})
         except Exception as error:  # see above: no common base class
@@ -277,7 +277,7 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
                 )
         return Outputs(*arrays)
 
-    return run
+    return infer
 
 
 def _first_line(error: Exception) -> str:

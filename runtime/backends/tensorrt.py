@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.backends.contract import ENGINE_BATCH, Run, UnavailableError, at_most
+from duallora_edge.runtime.backends.contract import ENGINE_BATCH, Infer, UnavailableError, at_most
 from duallora_edge.runtime.backends.engine_build import build_engines, engine_keys, local_target
 from duallora_edge.runtime.backends.engine_cache import read_engine
 from duallora_edge.runtime.backends.tensorrt_api import TensorRT, make_logger, make_runtime
@@ -35,7 +35,7 @@ CUDART = ("cuda.bindings.runtime", "cuda.cudart")  # the newer and the older nam
 MAX_IDLE_SLOTS = 4  # each holds device memory
 
 
-def open_tensorrt(bundle: Bundle, build: bool = False) -> Run:
+def open_tensorrt(bundle: Bundle, build: bool = False) -> Infer:
     """Load the engine of a bundle that was built for this GPU; with ``build``, build it when there is none.
 
     Raises `UnavailableError` when TensorRT, the GPU, cuda-python or the engine is missing, `EngineError` when the
@@ -54,7 +54,7 @@ def open_tensorrt(bundle: Bundle, build: bool = False) -> Run:
             )
         plans.append(stored[1])
     session = TensorRTSession(tensorrt, cudart, plans, bundle)
-    return at_most(session.run, bundle.manifest.batch or ENGINE_BATCH)
+    return at_most(session.infer, bundle.manifest.batch or ENGINE_BATCH)
 
 
 def load_cudart() -> Any:
@@ -89,7 +89,7 @@ class TensorRTSession:
         self._idle: list[_Slot] = []
         self._use_graphs = True
 
-    def run(self, images: Pixels) -> Outputs:
+    def infer(self, images: Pixels) -> Outputs:
         """Run images ``uint8 [N, S, S, 3]``, as many as the engine takes at once.
 
         Raises `BackendError` when the GPU fails or the images do not fit.
@@ -100,7 +100,7 @@ class TensorRTSession:
                 f"The model takes uint8 images [N, {size}, {size}, 3], not {images.dtype} {list(images.shape)}."
             )
         slot = self._borrow(len(images))
-        outputs = slot.run(images)  # a slot that fails is not used again
+        outputs = slot.infer(images)  # a slot that fails is not used again
         if self._use_graphs and not slot.has_graph and not slot.capture():
             self._use_graphs = False  # what a failed capture leaves in a context is not defined
             return outputs
@@ -196,10 +196,10 @@ class _Slot:
             # Only from and to memory that is never paged out do copies run in the stream and in a graph.
             pinned = _ok(cudart.cudaMallocHost(size))
             self._handles.append((cudart.cudaFreeHost, pinned))
-            memory = (ctypes.c_byte * size).from_address(int(pinned))
-            self._host[name] = np.frombuffer(memoryview(memory), dtype).reshape(shape)
+            buffer = (ctypes.c_byte * size).from_address(int(pinned))
+            self._host[name] = np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
-    def run(self, images: Pixels) -> Outputs:
+    def infer(self, images: Pixels) -> Outputs:
         """Run as many images as the slot is for. Raises `BackendError`."""
         self._host[INPUT][:] = images
         if self._graph is None:

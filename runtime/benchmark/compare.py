@@ -147,7 +147,7 @@ def _in_turns(classifiers: tuple[Classifier, Classifier], seconds: float) -> tup
     for classifier in classifiers:
         size = classifier.bundle.manifest.preprocessing.size
         image = np.random.default_rng(SEED).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
-        calls.append(run_batch(classifier.backend.run, image))
+        calls.append(run_batch(classifier.backend.infer, image))
         warm_up(calls[-1])
     found: tuple[list[Times], list[Times]] = ([], [])
     for _ in range(ROUNDS):

@@ -31,7 +31,7 @@ from duallora_edge.runtime.bundle import MODEL
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.device.sampler import Watch, throttling
 from duallora_edge.runtime.device.state import ROOT, read_state
-from duallora_edge.runtime.process_memory import Memory, read_memory
+from duallora_edge.runtime.process_memory import MemoryReadings, read_memory
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python", "numpy", "pillow")
 
@@ -82,21 +82,21 @@ def _measure(
     frame: tuple[int, int],
     scenarios: Sequence[str],
     watch: Watch,
-    memory: dict[str, Memory],
+    memory: dict[str, MemoryReadings],
 ) -> dict[str, Any]:
     """The fields of the report that are measured; adds the readings between them to ``memory``."""
-    run = classifier.backend.run
+    infer = classifier.backend.infer
     picture = np.random.default_rng(0).integers(0, 256, (frame[1], frame[0], 3), dtype=np.uint8)
     image = classifier.bundle.manifest.preprocessing(picture)
     found: dict[str, Any] = dict.fromkeys(("single_stream", "multi_stream", "offline"))
     if SINGLE_STREAM in scenarios:
-        found["single_stream"] = stream(run, image, 1, seconds, watch)
+        found["single_stream"] = stream(infer, image, 1, seconds, watch)
     found["phases"] = phases(classifier, picture, seconds)
     memory["after_runs"] = read_memory()
     if MULTI_STREAM in scenarios:
-        found["multi_stream"] = stream(run, image, QUERY_IMAGES, seconds, watch)
+        found["multi_stream"] = stream(infer, image, QUERY_IMAGES, seconds, watch)
     if OFFLINE in scenarios:
-        found["offline"] = offline(run, image, seconds, watch)
+        found["offline"] = offline(infer, image, seconds, watch)
     if MULTI_STREAM in scenarios or OFFLINE in scenarios:
         memory["after_batches"] = read_memory()
     return found

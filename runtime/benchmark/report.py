@@ -16,7 +16,7 @@ from duallora_edge.runtime.benchmark.scenarios import Offline, Stream
 from duallora_edge.runtime.benchmark.statistics import Latency
 from duallora_edge.runtime.device.sampler import Series
 from duallora_edge.runtime.device.state import DeviceState
-from duallora_edge.runtime.process_memory import Memory
+from duallora_edge.runtime.process_memory import MemoryReadings
 
 SCHEMA = 1
 LABEL = "quick local measurement, not MLPerf"
@@ -71,7 +71,7 @@ class Report:
     offline: Offline | None
     frame: tuple[int, int]
     phases: Mapping[str, Latency]
-    memory: Mapping[str, Memory]
+    memory: Mapping[str, MemoryReadings]
     device: Device
     estimate: EstimateCheck
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.backends.contract import Run
+from duallora_edge.runtime.backends.contract import Infer
 from duallora_edge.runtime.benchmark.statistics import Latency, Times, runs_least, summarize
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.device.sampler import MIN_SAMPLES, Power, Watch
@@ -118,51 +118,51 @@ def warm_up(call: Callable[[], Sequence[float]]) -> tuple[int, bool]:
     return len(times), False
 
 
-def run_batch(run: Run, images: Pixels) -> Callable[[], Sequence[float]]:
+def run_batch(infer: Infer, images: Pixels) -> Callable[[], Sequence[float]]:
     """A call for `repeat` that runs a batch, uint8 ``[N, S, S, 3]``, and returns its time."""
 
     def call() -> Sequence[float]:
         start = time.perf_counter()
-        run(images)
+        infer(images)
         return (1000 * (time.perf_counter() - start),)
 
     return call
 
 
-def stream(run: Run, image: Pixels, images: int, seconds: float, watch: Watch) -> Stream:
+def stream(infer: Infer, image: Pixels, images: int, seconds: float, watch: Watch) -> Stream:
     """One query of ``images`` copies of an image, uint8 ``[S, S, 3]``, after the other; ``watch`` knows the power."""
     batch = np.repeat(image[None], images, axis=0)
     try:
-        runs = repeat(run_batch(run, batch), seconds, MIN_RUNS if images == 1 else MIN_BATCHES)
+        runs = repeat(run_batch(infer, batch), seconds, MIN_RUNS if images == 1 else MIN_BATCHES)
     except BackendError as error:
         return Stream(images, None, None, str(error))
     latency = _latency(runs, -1)
     return Stream(images, latency, _energy(watch, runs, images * len(runs.times)))
 
 
-def offline(run: Run, image: Pixels, seconds: float, watch: Watch) -> Offline:
+def offline(infer: Infer, image: Pixels, seconds: float, watch: Watch) -> Offline:
     """Find the best batch size in half of the time, and measure it in the other half. Raises `BackendError`.
 
     The best is measured anew because the largest of several noisy numbers is too large.
     """
-    sweep = throughput(run, image, seconds / 2)
+    sweep = throughput(infer, image, seconds / 2)
     best = max(sweep, key=lambda row: row.images_per_second or 0.0)
     if best.images_per_second is None:
         raise BackendError(f"The model cannot run a single image ({best.reason}); try another backend.")
-    runs = repeat(run_batch(run, np.repeat(image[None], best.batch, axis=0)), seconds / 2, MIN_BATCHES)
+    runs = repeat(run_batch(infer, np.repeat(image[None], best.batch, axis=0)), seconds / 2, MIN_BATCHES)
     images = best.batch * len(runs.times)
     rate = 1000 * images / float(runs.times[:, -1].sum())
     return Offline(best.batch, rate, _latency(runs, -1), _energy(watch, runs, images), sweep)
 
 
-def throughput(run: Run, image: Pixels, seconds: float) -> tuple[Throughput, ...]:
+def throughput(infer: Infer, image: Pixels, seconds: float) -> tuple[Throughput, ...]:
     """Images per second at the batch sizes `BATCHES`, each for its share of ``seconds``, of an image ``[S, S, 3]``.
 
     The first batch that the device cannot run ends the series.
     """
     found = []
     for batch in BATCHES:
-        call = run_batch(run, np.repeat(image[None], batch, axis=0))
+        call = run_batch(infer, np.repeat(image[None], batch, axis=0))
         try:
             call()  # the first one of a size plans the memory
             times = timed(call, seconds / len(BATCHES), MIN_BATCHES)[:, -1]

@@ -88,20 +88,20 @@ def runs_least(share: float) -> int:
     return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(share))
 
 
-def interval_ranks(n: int, share: float) -> tuple[int, int]:
-    """The ranks (from 0) of the ``n`` ordered runs between which a percentile lies at `CONFIDENCE`.
+def interval_positions(n: int, share: float) -> tuple[int, int]:
+    """The positions (from 0) among the ``n`` ordered runs between which a percentile lies at `CONFIDENCE`.
 
-    For a share from 0.5 and at least `runs_least` runs; with fewer there is no upper rank. The number B of n
-    independent runs below the percentile is binomial, whatever their distribution. So the run of rank l (from 1) lies
-    above the percentile with the probability P(B < l), and that of rank u below it with P(B >= u); each may be
+    For a share from 0.5 and at least `runs_least` runs; with fewer there is no upper position. The number B of n
+    independent runs below the percentile is binomial, whatever their distribution. So the l-th run (from 1) lies
+    above the percentile with the probability P(B < l), and the u-th below it with P(B >= u); each may be
     (1 - `CONFIDENCE`) / 2 at most. (H. A. David, H. N. Nagaraja: Order Statistics, section 7.1.)
     """
-    first, probabilities = _binomial(n, share)
+    least, probabilities = _binomial(n, share)
     tail = (1 - CONFIDENCE) / 2
-    below = np.cumsum(probabilities)  # [k]: P(B <= first + k)
-    above = np.cumsum(probabilities[::-1])[::-1]  # [k]: P(B >= first + k)
-    low = first + int(np.searchsorted(below, tail, side="right"))  # the largest l with P(B <= l - 1) <= tail
-    high = first + int((above > tail).sum())  # the smallest u with P(B >= u) <= tail
+    below = np.cumsum(probabilities)  # [k]: P(B <= least + k)
+    above = np.cumsum(probabilities[::-1])[::-1]  # [k]: P(B >= least + k)
+    low = least + int(np.searchsorted(below, tail, side="right"))  # the largest l with P(B <= l - 1) <= tail
+    high = least + int((above > tail).sum())  # the smallest u with P(B >= u) <= tail
     return low - 1, high - 1
 
 
@@ -124,7 +124,7 @@ def percentile(ordered: Times, share: float) -> Percentile:
     n, least, needed = len(ordered), runs_least(share), runs_needed(share)
     if n < least:
         return Percentile(share, None, None, None, least, needed)
-    low, high = interval_ranks(n, share)
+    low, high = interval_positions(n, share)
     value = float(np.quantile(ordered, share))
     return Percentile(share, value, float(ordered[low]), float(ordered[high]), least, needed)
 

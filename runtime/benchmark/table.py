@@ -12,7 +12,7 @@ from duallora_edge.runtime.benchmark.scenarios import QUERY_IMAGES, Energy, Stre
 from duallora_edge.runtime.benchmark.statistics import SHARES, Latency, Percentile, runs_least, runs_needed
 from duallora_edge.runtime.device.sampler import Series
 from duallora_edge.runtime.device.state import Clock, DeviceState, PowerMode
-from duallora_edge.runtime.process_memory import Memory, Reading, available_drop
+from duallora_edge.runtime.process_memory import MemoryReadings, Reading, available_drop
 
 MLPERF_OFFLINE = 24_576  # samples, inference_rules.adoc
 
@@ -55,9 +55,9 @@ def as_markdown(blocks: Iterable[Block], title: str, summary: str) -> str:
         if block.facts:
             parts.append("\n".join(f"- {_cell(name)}: {_cell(value)}" for name, value in block.facts))
         if block.rows:
-            head, *rest = ["| " + " | ".join(map(_cell, row)) + " |" for row in block.rows]
+            header, *rest = ["| " + " | ".join(map(_cell, row)) + " |" for row in block.rows]
             rule = "|---|" + "---:|" * (len(block.rows[0]) - 1)
-            parts.append("\n".join([head, rule, *rest]))
+            parts.append("\n".join([header, rule, *rest]))
         if block.lines:
             parts.append("\n".join(f"- {_cell(line)}" for line in block.lines))
     return "\n\n".join(parts) + "\n"
@@ -75,9 +75,11 @@ def _cell(text: str) -> str:
 def _columns(rows: Rows) -> list[str]:
     if not rows:
         return []
-    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    name_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([f"  {row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True))])
+        "  ".join(
+            [f"  {row[0]:<{name_width}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True))]
+        )
         for row in rows
     ]
 
@@ -218,7 +220,7 @@ def _sweep(report: Report) -> Iterator[list[str]]:
             yield [str(row.batch), rate, str(row.n)]
 
 
-def _memory(memory: Mapping[str, Memory]) -> Iterator[list[str]]:
+def _memory(memory: Mapping[str, MemoryReadings]) -> Iterator[list[str]]:
     moments = list(memory.values())
     yield ["", *(name.replace("_", " ") for name in memory)]
     for label, key in (("PSS", "pss"), ("RSS", "rss"), ("peak RSS", "peak_rss"), ("GPU", "device")):

@@ -111,8 +111,8 @@ def _resident_bytes(process: int) -> int:
 def _read(code: int, output: str, errors: str) -> Answer:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        memory = ", as Linux does when memory runs out" if name == "SIGKILL" else ""
-        return Answer("crashed", reason=f"the process was killed by {name}{memory}")
+        cause = ", as Linux does when memory runs out" if name == "SIGKILL" else ""
+        return Answer("crashed", reason=f"the process was killed by {name}{cause}")
     marked = [line for line in output.splitlines() if line.startswith(_MARK)]
     if code or not marked:
         said = next((f" ({line.strip()[:200]})" for line in reversed(errors.splitlines()) if line.strip()), "")

@@ -35,7 +35,7 @@ class BundleWatcher(Closing):
     version than the one that answers: that a bundle went away is no reason to go back. A folder that is a bundle
     itself, or a link to one, is followed wherever it leads.
 
-    A bundle is tried once it was the same at two looks: one that is still being copied is left alone. What was refused
+    A bundle is tried once it was the same at two checks: one that is still being copied is left alone. What was refused
     is not tried again before it, or an engine of it, changes.
     """
 
@@ -49,7 +49,7 @@ class BundleWatcher(Closing):
         allow_slower: bool = False,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        """Begin to look at ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`.
+        """Begin to check ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`.
 
         ``say`` gets a line about every swap, in the thread of the watcher.
         """
@@ -61,18 +61,18 @@ class BundleWatcher(Closing):
         self._allow_slower = allow_slower
         self._interval_s = interval_s
         self._known: dict[Path, tuple[tuple[int, ...], Bundle]] = {}
-        self._seen: dict[Path, str | None] = {}  # at the last look
+        self._seen: dict[Path, str | None] = {}  # at the last check
         self._tried: dict[Path, str] = {}  # as it was when it was swapped in or refused
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="duallora-edge watch", daemon=True)
         self._thread.start()
 
     def cancel(self) -> None:
-        """Look no more, and end a trial; a signal handler may call it."""
+        """Stop checking, and end a trial; a signal handler may call it."""
         self._closing.set()
 
     def close(self) -> None:
-        """Look no more; a trial in progress is ended, and a model that is being loaded waited for, but not for ever."""
+        """Stop checking; a trial in progress is ended, and a model that is loading is waited for, within limits."""
         self.cancel()
         self._thread.join(CLOSE_S)
 
@@ -83,9 +83,9 @@ class BundleWatcher(Closing):
 
     def _watch(self) -> None:
         while not self._closing.wait(self._interval_s):
-            self._look()
+            self._swap_newest()
 
-    def _look(self) -> None:
+    def _swap_newest(self) -> None:
         wanted = [bundle for bundle in self._newest_first() if self._is_wanted(bundle)]
         seen, self._seen = self._seen, {bundle.path: _signature(bundle) for bundle in wanted}
         for bundle in wanted:

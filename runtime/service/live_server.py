@@ -40,7 +40,7 @@ QUALITY = 80
 STREAM_RATE = 15  # pictures a second
 MAX_VIEWERS = 8  # of the stream
 MAX_CONNECTIONS = 64
-MAX_HEAD = 16384  # bytes of a request
+MAX_HEADER = 16384  # bytes of a request
 TIMEOUT_S = 10.0
 # The stream repeats a picture when there is no new one, to find out who has left.
 _REPEAT_S = 2.0
@@ -317,21 +317,21 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
         self.close_connection = True
-        head = self._read_head()
-        if len(head) >= MAX_HEAD:
+        header = self._read_header()
+        if len(header) >= MAX_HEADER:
             return self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        self.rfile = io.BytesIO(head)
+        self.rfile = io.BytesIO(header)
         super().handle_one_request()
 
-    def _read_head(self) -> bytes:
-        """A request up to its empty line, at least `MAX_HEAD` bytes of one that is too long, nothing at the end.
+    def _read_header(self) -> bytes:
+        """A request up to its empty line, at least `MAX_HEADER` bytes of one that is too long, nothing at the end.
 
         The base class limits each line and each wait by itself, so that a client could go on for hours.
         """
         deadline = time.monotonic() + self.timeout
         self.server.waits(self.connection)
         while b"\r\n\r\n" not in self._received:
-            if len(self._received) >= MAX_HEAD:
+            if len(self._received) >= MAX_HEADER:
                 return self._received
             self.connection.settimeout(max(deadline - time.monotonic(), 1e-3))
             received = self.connection.recv(4096)
@@ -341,8 +341,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.server.ends_waiting(self.connection):
             return b""
         self.connection.settimeout(self.timeout)
-        head, end, self._received = self._received.partition(b"\r\n\r\n")
-        return head + end
+        header, end, self._received = self._received.partition(b"\r\n\r\n")
+        return header + end
 
     def do_GET(self) -> None:
         # What follows the request is not read, so that it must not be taken for the next one.
@@ -416,7 +416,7 @@ class _Handler(BaseHTTPRequestHandler):
             if latest is None or (latest[0] is shown and time.monotonic() - sent < _REPEAT_S):
                 continue
             shown, jpeg = latest
-            head = f"Content-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n".encode()
+            header = f"Content-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n".encode()
             # A picture is shown when the boundary after it has come, so it comes with it.
-            self.wfile.write(head + jpeg + f"\r\n--{_BOUNDARY}\r\n".encode())
+            self.wfile.write(header + jpeg + f"\r\n--{_BOUNDARY}\r\n".encode())
             sent = time.monotonic()

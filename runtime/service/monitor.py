@@ -154,30 +154,30 @@ class Monitor:
 
 def counter(name: str, words: str, value: float) -> str:
     """A number that only grows; ``name`` ends in ``_total``."""
-    return f"{_head(name, 'counter', words)}{PREFIX}{name} {value}\n"
+    return f"{_declaration(name, 'counter', words)}{PREFIX}{name} {value}\n"
 
 
 def gauge(name: str, words: str, value: float | None) -> str:
     """A number that rises and falls; nothing where it is None."""
-    return "" if value is None else f"{_head(name, 'gauge', words)}{PREFIX}{name} {value}\n"
+    return "" if value is None else f"{_declaration(name, 'gauge', words)}{PREFIX}{name} {value}\n"
 
 
 def info(name: str, words: str, labels: Mapping[str, str]) -> str:
     """Texts, as labels of a gauge that is always 1."""
     pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
-    return f"{_head(name, 'gauge', words)}{PREFIX}{name}{{{pairs}}} 1\n"
+    return f"{_declaration(name, 'gauge', words)}{PREFIX}{name}{{{pairs}}} 1\n"
 
 
 def histogram(name: str, words: str, values: Histogram) -> str:
     """Counts in buckets, their sum and number."""
-    lines, total = [_head(name, "histogram", words)], 0
+    lines, total = [_declaration(name, "histogram", words)], 0
     for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), values.counts, strict=True):
         total += count
         lines.append(f'{PREFIX}{name}_bucket{{le="{bound}"}} {total}\n')
     return "".join((*lines, f"{PREFIX}{name}_sum {values.sum}\n", f"{PREFIX}{name}_count {total}\n"))
 
 
-def _head(name: str, kind: str, words: str) -> str:
+def _declaration(name: str, kind: str, words: str) -> str:
     return f"# HELP {PREFIX}{name} {words}\n# TYPE {PREFIX}{name} {kind}\n"
 
 

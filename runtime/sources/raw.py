@@ -14,7 +14,7 @@ from duallora_edge.runtime.preprocess import Pixels, to_rgb
 from duallora_edge.runtime.sources.capture import Capture, Picture
 
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1}
-LOOK_MS = 100  # how often a read that waits looks whether it is still wanted
+POLL_MS = 100  # how often a waiting read checks whether it is still wanted
 
 
 def fill(fd: int, buffer: Pixels, stop: threading.Event, idle: Callable[[], None] = lambda: None) -> int:
@@ -26,7 +26,7 @@ def fill(fd: int, buffer: Pixels, stop: threading.Event, idle: Callable[[], None
     poll.register(fd, select.POLLIN)
     view, filled = buffer.data, 0
     while filled < len(view) and not stop.is_set():
-        if not poll.poll(LOOK_MS):
+        if not poll.poll(POLL_MS):
             idle()
             continue
         count = os.readv(fd, [view[filled:]])

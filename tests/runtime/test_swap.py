@@ -62,7 +62,7 @@ class Backends:
                 time.sleep(self.sleep_s)
                 if self.fail_after is not None and calls > self.fail_after:
                     raise BackendError("The device is gone.")
-            return real.run(images)
+            return real.infer(images)
 
         return Backend("cpu", run, real.check, {})
 

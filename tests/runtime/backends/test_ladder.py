@@ -33,14 +33,14 @@ CPU = backends.LADDER["cpu"]
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def failing(error: Exception) -> Callable[[Bundle, int | None], backends.Run]:
-    def opener(bundle: Bundle, threads: int | None) -> backends.Run:
+def failing(error: Exception) -> Callable[[Bundle, int | None], backends.Infer]:
+    def opener(bundle: Bundle, threads: int | None) -> backends.Infer:
         raise error
 
     return opener
 
 
-def wrong(bundle: Bundle, threads: int | None) -> backends.Run:
+def wrong(bundle: Bundle, threads: int | None) -> backends.Infer:
     """A rung that starts and computes, but not the right numbers."""
     run = CPU(bundle, threads)
 
@@ -59,7 +59,7 @@ def test_outputs_equal_the_reference(
 ) -> None:
     opened = open_backend(Bundle.open(shared_bundle), backend, threads=1)
     frames = np.random.default_rng(images).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
-    outputs = opened.run(frames)
+    outputs = opened.infer(frames)
     for name, expected in numpy_outputs(frames).items():
         np.testing.assert_allclose(getattr(outputs, name), expected, atol=1e-5)
     assert opened.check.passed and opened.check.images == 4
@@ -96,7 +96,7 @@ def test_cuda_gives_the_golden_outputs(shared_bundle: Path) -> None:
 def test_the_ladder(
     shared_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
-    opener: Callable[[Bundle, int | None], backends.Run],
+    opener: Callable[[Bundle, int | None], backends.Infer],
     reason: str,
     is_fallback: bool,
 ) -> None:
@@ -193,7 +193,7 @@ def test_wrong_arguments(shared_bundle: Path, backend: str, threads: int | None)
 @pytest.mark.parametrize("images", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 16, 16, 3), np.float32)])
 def test_a_run_that_fails(shared_bundle: Path, images: Pixels) -> None:
     with pytest.raises(BackendError, match="The model failed on CPUExecutionProvider"):
-        open_backend(Bundle.open(shared_bundle)).run(images)
+        open_backend(Bundle.open(shared_bundle)).infer(images)
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def frames(count: int, seed: int = 0) -> np.ndarray:
 
 
 def assert_right(backend: Backend, compute: Compute, images: np.ndarray) -> None:
-    outputs = backend.run(images)
+    outputs = backend.infer(images)
     for name, expected in compute(images).items():
         np.testing.assert_allclose(getattr(outputs, name), expected, atol=1e-6)
 
@@ -529,7 +529,7 @@ def test_eight_threads(trt: Imitation, built: Bundle) -> None:
     backend = open_backend(built)
     batches = [frames(1 + index % 3, index) for index in range(120)]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(backend.run, batches))
+        together = list(pool.map(backend.infer, batches))
     for outputs, images in zip(together, batches, strict=True):
         expected = trt.compute(images)
         for name in OUTPUTS:
@@ -562,7 +562,7 @@ def test_a_gpu_that_fails_later(trt: Imitation, built: Bundle, function: str) ->
     backend = open_backend(built)
     trt.cuda.fail[function] = CudaError.cudaErrorLaunchFailure
     with pytest.raises(BackendError, match="GPU failed with cudaErrorLaunchFailure; try a smaller batch"):
-        backend.run(frames(1))
+        backend.infer(frames(1))
     trt.cuda.fail.clear()
     assert_right(backend, trt.compute, frames(1))
 
@@ -573,7 +573,7 @@ def test_a_gpu_that_fails_later(trt: Imitation, built: Bundle, function: str) ->
 def test_images_that_do_not_fit(trt: Imitation, built: Bundle, shape: tuple[int, ...], dtype: type) -> None:
     images = np.zeros(shape, dtype)
     with pytest.raises(BackendError, match=r"takes uint8 images \[N, 16, 16, 3\], not"):
-        open_backend(built).run(images)
+        open_backend(built).infer(images)
 
 
 def test_memory_of_many_batch_sizes_is_bounded_and_given_back(trt: Imitation, built: Bundle) -> None:
