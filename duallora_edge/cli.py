@@ -17,22 +17,38 @@ from duallora_edge.text import escaped
 # name -> ("module:attribute", extra that brings what the module imports, one-line help)
 COMMANDS = {
     "demo": ("duallora_edge.demo:demo", "demo", "Learn, export, verify and measure on embedded data."),
-    "train": ("duallora_edge.learner.commands:train", "train", "Learn the next task(s) of a run; resumes by itself."),
-    "compare": ("duallora_edge.compare:compare", "train", "Several methods and seeds on one stream: one table."),
-    "evaluate": ("duallora_edge.learner.commands:evaluate", "train", "Accuracy matrix, forgetting, calibration."),
-    "status": ("duallora_edge.learner.commands:status", "train", "Tasks, classes, sizes and accuracy of a run."),
+    "train": (
+        "duallora_edge.learner.commands:train",
+        "train",
+        "Learn the next task(s) of a run; continues where it stopped.",
+    ),
+    "compare": ("duallora_edge.compare:compare", "train", "Compare methods and seeds on one task sequence."),
+    "evaluate": (
+        "duallora_edge.learner.commands:evaluate",
+        "train",
+        "Accuracy matrix, forgetting and calibration of a run.",
+    ),
+    "status": ("duallora_edge.learner.commands:status", "train", "Show tasks, classes, sizes and accuracy of a run."),
     "rollback": ("duallora_edge.learner.commands:rollback", "train", "Undo the last task of a run."),
     "remove": ("duallora_edge.learner.commands:remove", "train", "Take one task out of a run."),
     "export": ("duallora_edge.export.commands:export", "train", "Write a verified bundle for a device."),
-    "build": ("duallora_edge.runtime.commands.build:build", "tensorrt", "TensorRT engine for this device, checked."),
+    "build": (
+        "duallora_edge.runtime.commands.build:build",
+        "tensorrt",
+        "Build and check a TensorRT engine for this device.",
+    ),
     "predict": ("duallora_edge.runtime.commands.predict:predict", "cpu", "Classify images with a bundle."),
-    "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file: JSON lines out."),
-    "benchmark": ("duallora_edge.runtime.commands.benchmark:benchmark", "cpu", "Latency and memory of a bundle here."),
-    "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "The known devices, and this one."),
+    "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file; prints JSON lines."),
+    "benchmark": (
+        "duallora_edge.runtime.commands.benchmark:benchmark",
+        "cpu",
+        "Measure latency and memory of a bundle on this machine.",
+    ),
+    "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "List the known devices and this machine."),
     "doctor": (
         "duallora_edge.runtime.commands.doctor:doctor",
         "cpu",
-        "What this machine can really run, and what is wrong.",
+        "Find out what this machine can run, and what is wrong.",
     ),
 }
 
@@ -105,7 +121,7 @@ def main(args: list[str] | None = None) -> None:
             result: Any = cli.main(arguments, standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except click.exceptions.Abort:
-        click.echo("Interrupted; what was committed is kept.", err=True)
+        click.echo("Interrupted; everything committed so far is kept.", err=True)
         code = 1
     except click.ClickException as error:
         shown = io.StringIO()

@@ -1,9 +1,9 @@
-"""A bundle: the folder a device receives, its manifest, and the reader that trusts nothing in it.
+"""A bundle: the folder that a device receives, its manifest, and a reader that trusts nothing in it.
 
-Every file is read once, through one open folder: the bytes that were hashed are the bytes that are parsed and executed,
-whatever happens to the names meanwhile.
+Every file is read once, through one open folder, so the bytes that were hashed are the bytes that are parsed and
+executed, even if the files are replaced meanwhile.
 
-BUNDLE/manifest.json   what the model expects and returns, and the size and SHA-256 of every other file
+BUNDLE/manifest.json   what the model expects and returns, and size and SHA-256 of every other file
 BUNDLE/model.onnx      the graph: uint8 images in, calibrated probabilities out
 BUNDLE/model-fp16.onnx the same with half-precision products, for GPUs; not in every bundle
 BUNDLE/prefix-*.onnx, suffix-*.onnx  the same in two parts, for engines that are rebuilt quickly; not in every bundle
@@ -56,7 +56,7 @@ PRECISIONS = ("fp32", "fp16")
 MAX_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2}
 """By how much a probability may differ from that of the trained model, by precision."""
 MAX_NOVELTY_DIFFERENCE = 0.05
-"""By how much a novelty may differ: wide, for it is a small difference of large numbers for images seen in training."""
+"""By how much a novelty may differ: wide, because for training images it is a small difference of large numbers."""
 MAX_FEATURE_DIFFERENCE = {"fp32": 1e-2, "fp16": 5e-2}
 """By how much the features of an image may differ, as a share of their length, by precision."""
 MAX_PROBLEMS = 20
@@ -200,7 +200,7 @@ class Manifest:
         """
         schema = document.get("schema") if isinstance(document, dict) else None
         if not isinstance(document, dict) or type(schema) is not int:
-            raise BundleError("The manifest has no schema version, so this is no bundle; export the run again.")
+            raise BundleError("The manifest has no schema version, so this is not a bundle; export the run again.")
         if schema != SCHEMA:
             remedy = "upgrade duallora-edge on this device" if schema > SCHEMA else "export the run again"
             raise BundleError(f"The manifest has schema {reprlib.repr(schema)}, this version reads {SCHEMA}; {remedy}.")
@@ -332,7 +332,7 @@ class Bundle:
                 except BundleError:
                     if not _is_replaced(root, folder):
                         raise
-        raise BundleError(f"{root} is replaced again and again while it is read; try again when that has ended.")
+        raise BundleError(f"{root} keeps being replaced while it is read; try again later.")
 
     def _check_graphs(self) -> None:
         from duallora_edge.runtime.graph_check import check_graph  # here: what was tried has no need of it
@@ -349,7 +349,7 @@ class Bundle:
         try:
             return self.contents[name]
         except KeyError:
-            raise BundleError(f"{self.path / name} is not at hand any more; open the bundle again.") from None
+            raise BundleError(f"{self.path / name} is no longer in memory; open the bundle again.") from None
 
     def golden(self) -> Golden:
         """The golden images and outputs; raises `BundleError` when they are damaged or do not fit the manifest."""
@@ -368,7 +368,7 @@ class Bundle:
             dtype = np.dtype(np.uint8 if name == INPUT else np.float32)
             if array.dtype != dtype or array.shape != expected[name] or images == 0 or not np.isfinite(array).all():
                 raise BundleError(
-                    f"{file}: '{name}' must be finite {dtype} {list(expected[name])} of at least one image, "
+                    f"{file}: '{name}' must be finite {dtype} {list(expected[name])} for at least one image, "
                     f"not {array.dtype} {list(array.shape)}; export the run again."
                 )
         return Golden(**arrays)
@@ -440,14 +440,14 @@ def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[st
             size = os.fstat(stream.fileno()).st_size
             if size != record.bytes:
                 raise BundleError(f"{file} has {size} bytes instead of {record.bytes}; copy the whole bundle again.")
-            left = size + 1  # a file that grows shall not be read for ever
+            left = size + 1  # a growing file must not be read forever
             while block := stream.read(min(left, _BLOCK)):
                 digest.update(block)
                 left -= len(block)
                 if content is not None:
                     content.write(block)
     except OSError as error:
-        raise BundleError(f"{file} is missing or leads out of the bundle; copy the whole bundle again.") from error
+        raise BundleError(f"{file} is missing or leads outside the bundle; copy the whole bundle again.") from error
     if digest.hexdigest() != record.sha256:
         raise BundleError(f"{file} was altered (its SHA-256 differs from the manifest); copy the whole bundle again.")
     return {} if content is None else {name: content}
@@ -476,7 +476,7 @@ def _read_manifest(top: Section) -> Manifest | None:
     for key, parts in (("precision", False), *((("split", True),) if split else ())):
         missing = [name for name in gpu_graphs(precision, parts) if name not in files]
         if missing:
-            engine.problem(key, f"asks for {', '.join(missing)}, not in the list of files")
+            engine.problem(key, f"needs {', '.join(missing)}, missing from the list of files")
     manifest = Manifest(
         bundle_version=top.integer("bundle_version", 1, 2**53),
         name=_name(top, "name"),
@@ -502,14 +502,14 @@ def _read_manifest(top: Section) -> Manifest | None:
         given = top.section(key).values
         for name, value in written[key].items():
             if given.get(name) != value:
-                top.problem(f"{key}.{name}", f"does not fit the classes, tasks and image size, which give {value}")
+                top.problem(f"{key}.{name}", f"does not match the classes, tasks and image size, which give {value}")
     return None if top.problems else manifest
 
 
 def _name(section: Section, key: str) -> str:
     value = section.text(key)
     if UNSAFE.search(value):
-        section.problem(key, "must not contain control characters or turn the direction of text round")
+        section.problem(key, "must not contain control characters or change the text direction")
     return value
 
 
@@ -518,9 +518,9 @@ def _names(section: Section, key: str) -> tuple[str, ...]:
     if section.has(key) and section.values[key] == []:
         section.problem(key, "must not be empty")
     if len(set(values)) < len(values):
-        section.problem(key, "has the same name twice")
+        section.problem(key, "contains the same name twice")
     if any(UNSAFE.search(value) for value in values):
-        section.problem(key, "must not contain control characters or turn the direction of text round")
+        section.problem(key, "must not contain control characters or change the text direction")
     return values
 
 
@@ -538,10 +538,10 @@ def _read_tasks(top: Section, class_count: int) -> tuple[Task, ...]:
             members = []
         tasks.append(Task(_name(section, "name"), tuple(members)))
     if len({task.name for task in tasks}) < len(tasks):
-        top.problem("tasks", "has the same name twice")
+        top.problem("tasks", "contains the same name twice")
     missing = set(range(class_count)) - {index for task in tasks for index in task.classes}
     if missing and not top.problems:
-        top.problem("tasks", f"leave out {len(missing)} of the {class_count} classes")
+        top.problem("tasks", f"do not cover {len(missing)} of the {class_count} classes")
     return tuple(tasks)
 
 
@@ -585,7 +585,7 @@ def _read_files(section: Section) -> dict[str, FileRecord]:
     records = {}
     for name in section.values:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
-            section.problem("", f"{reprlib.repr(name)} is not the name of a file in the bundle folder")
+            section.problem("", f"{reprlib.repr(name)} is not a valid file name in a bundle")
             continue
         record = section.section(name)
         digest = record.text("sha256")

@@ -1,4 +1,4 @@
-"""Frames in, labels out: the four lines that a camera application needs."""
+"""Frames in, labels out: everything that a camera application needs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class _Probation:
 
 
 class Classifier:
-    """A bundle on a backend. Several threads may call one classifier at once, also while a bundle is swapped in."""
+    """A bundle that runs on a backend. Several threads may call one classifier, even while a bundle is swapped in."""
 
     def __init__(
         self,
@@ -416,10 +416,10 @@ class Classifier:
             try:
                 again = Bundle.open(old.path)
                 if again.digest != old.digest:
-                    raise BundleError(f"{old.path} holds another bundle by now; keep the old one beside the new one.")
+                    raise BundleError(f"{old.path} now holds another bundle; keep the old one beside the new one.")
                 model = Model(again.without_contents, self._reopen(again))
             except (DualLoraEdgeError, OSError, MemoryError) as error:
-                broken = f"There is no model to answer: the new one failed, and the old one cannot be loaded: {error}"
+                broken = f"No model is left to answer: the new one failed, and the old one cannot be loaded: {error}"
         with self._changed:
             self._model, self._broken = model, broken
             self._set_loading(False)
@@ -458,6 +458,6 @@ def _without_backend(model: Model) -> Model:
     """What can be told about a model, without what it holds."""
 
     def infer(images: Pixels) -> Outputs:
-        raise BackendError("The model was dropped for another one; call again.")
+        raise BackendError("The model was replaced by another one; call again.")
 
     return Model(model.bundle, replace(model.backend, infer=infer))

@@ -1,8 +1,8 @@
-"""What an ONNX file of a bundle has to be before any other library sees it: a graph as `export.graph` writes them.
+"""Checks an ONNX file of a bundle before any other library reads it: it must be a graph as `export.graph` writes them.
 
-Libraries that run models read files outside the bundle, allocate without limit or crash when a graph asks for it. So
-every graph is read here first, by pure Python, and every node is followed: its operator, its attributes, the types and
-shapes of what it reads and makes. Integers are nowhere computed with; they are constants that say shapes and positions.
+Libraries that run models read files outside the bundle, allocate without limit or crash if a graph asks for it. So
+every graph is read here first, in pure Python, and every node is followed: its operator, its attributes, the types and
+shapes of its inputs and outputs. Integers are never computed with; they are constants that give shapes and positions.
 
 The number of images is unknown. It is taken as a prime larger than any size may be: then a size is of one image or of
 all of them, which one division tells, and plain integers are enough for the rest.

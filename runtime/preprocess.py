@@ -32,9 +32,9 @@ MAX_FILE_BYTES = MAX_BYTES // 3
 MAX_EXIF_BYTES = 2**20  # cameras write 64 kB at most
 # Formats of cameras and photo collections; others (EPS, PDF, ...) reach decoders that should not see untrusted files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-# What decoders take beside the pixels themselves, in bytes a pixel, as measured; 4 where nothing is said.
+# Measured memory of decoders besides the pixels, in bytes per pixel; 4 for all others.
 _DECODER_BYTES = {"WEBP": 26, "AVIF": 14, "JPEG2000": 24}
-_STREAMED = ("BMP", "PPM", "TIFF")  # formats of which no decoder holds parts of the file in memory
+_STREAMED = ("BMP", "PPM", "TIFF")  # formats whose decoders keep no part of the file in memory
 _FILE_COPIES = 3  # of a chunk of text that is the whole file
 _SPARE_BYTES = 32 * 2**20
 _BAND_PIXELS = 2**20
@@ -141,7 +141,7 @@ def _as_frame(frame: npt.ArrayLike) -> npt.NDArray[Any]:
     height, width = array.shape[:2]
     if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
         raise DataError(
-            f"A frame may have at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side, not {height} x {width}; "
+            f"A frame may have at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} per side, not {height} x {width}; "
             "scale it down."
         )
     return array
@@ -220,7 +220,7 @@ def _read(file: BinaryIO, name: str) -> Pixels:
         if scale is None or max(picture.size) > MAX_SIDE:
             raise DataError(
                 f"{name} has {picture.width} x {picture.height} pixels, and reading it would take more than "
-                f"{MAX_BYTES >> 20} MB or a side has more than {MAX_SIDE:,}; scale it down."
+                f"{MAX_BYTES >> 20} MB or a side is longer than {MAX_SIDE:,}; scale it down."
             )
         if scale > 1:
             picture.draft(None, (picture.width // scale, picture.height // scale))

@@ -1,7 +1,7 @@
 """How much memory this process takes, by several named methods, because no single one tells the whole story.
 
-The resident size counts libraries that other processes share in full and misses what a GPU driver allocates;
-PSS shares them out; the drop of MemAvailable sees everything, but also what other processes do meanwhile.
+The resident size counts shared libraries in full and misses what a GPU driver allocates. PSS divides shared libraries
+among their processes. The drop of MemAvailable covers everything, but also what other processes do meanwhile.
 """
 
 from __future__ import annotations

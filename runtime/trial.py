@@ -1,9 +1,9 @@
-"""Trying a bundle in a child process before this one loads it, and remembering how that ended.
+"""Trying a bundle in a child process before this one loads it, and remembering the outcome.
 
-A graph can crash or hang the library that runs it, or ask for all memory. So what was never loaded here before
-answers its golden images in a child with limits first, while the application goes on. The outcome is a file in
-``trials`` of the cache folder: what was refused, or was being loaded when the process died, twice, is not touched again
-before the bundle, its engine, or the software that runs it is another one. So no restart loops.
+A graph can crash or hang the library that runs it, or ask for all memory. So a bundle that was never loaded here first
+answers its golden images in a child process with limits, while the application goes on. The outcome is stored in
+``trials`` of the cache folder. A bundle that was refused, or during whose loading the process died twice, is not tried
+again until the bundle, its engine or the installed software changes. This prevents restart loops.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODEL_COPIES = 10
 MEMORY_SHARE = 0.75  # of what the system has left
 MAX_DEATHS = 2
 MAX_RECORDS = 200
-NICENESS = 10  # the camera comes first
+NICENESS = 10  # the camera has priority
 _NAME = re.compile(r"[0-9a-f]{64}\.json")
 _SOFTWARE = re.compile(r"(numpy|onnxruntime|onnxruntime_gpu|tensorrt|tensorrt_rtx|cuda_python)-.*\.(dist|egg)-info")
 
@@ -197,10 +197,10 @@ def _software() -> list[str]:
 
 
 def _refusal(bundle: Bundle, record: _Record, file: Path | None) -> str:
-    reason = record.reason or f"the process died {MAX_DEATHS} times while it was loaded"
+    reason = record.reason or f"the process died {MAX_DEATHS} times while loading it"
     return (
-        f"{bundle.path} was refused before, and is not tried again until the bundle, its engine or the installation "
-        f"changes ({reason.rstrip('.')}); delete {file} to try it nevertheless."
+        f"{bundle.path} was refused before and is not tried again until the bundle, its engine or the installation "
+        f"changes ({reason.rstrip('.')}); delete {file} to try it anyway."
     )
 
 

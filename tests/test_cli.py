@@ -123,7 +123,7 @@ def test_an_error_of_the_system_is_one_sentence(
 def test_an_interrupt_is_no_traceback(call: Call, failing: Callable[[BaseException], None]) -> None:
     failing(KeyboardInterrupt())
     code, _, err = call("status")
-    assert code == 1 and err.strip() == "Interrupted; what was committed is kept."
+    assert code == 1 and err.strip() == "Interrupted; everything committed so far is kept."
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "status"), ("status", "--debug")])

@@ -30,13 +30,13 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class GoldenCheck:
-    """How the outputs of a backend compare with the golden ones, over ``images`` images.
+    """How the outputs of a backend compare with the golden outputs of ``images`` images.
 
     ``cosine`` is the smallest cosine between the two probability vectors of an image, ``max_difference`` the
     largest absolute difference of a class or task probability, ``max_novelty_difference`` that of a novelty, and
     ``max_feature_difference`` the largest distance of two feature vectors as a share of the golden one's length.
-    ``top1_agreement`` is the share of images with the same best class; two classes that the golden outputs hold closer
-    than twice the tolerance count as the same. ``precision`` decides what is allowed.
+    ``top1_agreement`` is the share of images with the same best class; two classes whose golden probabilities
+    differ by less than twice the tolerance count as the same. ``precision`` decides what is allowed.
     """
 
     images: int
@@ -100,7 +100,7 @@ def check_golden(infer: Infer, golden: Golden, precision: str = "fp32") -> Golde
 
 
 def in_groups(infer: Infer, batch: int | None) -> Infer:
-    """Let a graph that takes exactly ``batch`` images take any number: the last group is filled up with black ones.
+    """Let a graph that takes exactly ``batch`` images take any number: the last group is padded with black images.
 
     A graph that takes any number (None) is returned as it is.
     """

@@ -1,9 +1,9 @@
-"""What runs the model: a ladder of backends, best first, of which a real inference picks one.
+"""What runs the model: a ladder of backends, best first, from which a real inference picks one.
 
-That a provider is compiled in, or even that a session lists it, does not mean that it computes on this machine:
-a build without kernels for the GPU fails at the first run, and some computed silently wrong results. So every
-candidate answers the golden images before it is used, and a candidate that was not used leaves its reason. On a GPU
-each candidate is tried in the precision that the bundle recommends, and in fp32 when fp16 gives wrong answers there.
+A provider that is compiled in, or even listed by a session, may still not work on this machine: a build without kernels
+for the GPU fails at the first inference, and some builds silently compute wrong results. So every candidate answers the
+golden images before it is used, and each rejected candidate leaves its reason. On a GPU, each candidate is tried in the
+precision that the bundle recommends, and in fp32 if fp16 gives wrong answers.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool 
         "trt_max_workspace_size": str(manifest.workspace_mb * 10**6),
         "trt_fp16_enable": "1" if manifest.precision == "fp16" else "0",
     }
-    if manifest.batch is None:  # or every new number of images would build another engine in the middle of a run
+    if manifest.batch is None:  # or every new number of images would build another engine
         for end, images in (("min", 1), ("opt", 1), ("max", ENGINE_BATCH)):
             size = manifest.preprocessing.size
             options[f"trt_profile_{end}_shapes"] = f"{INPUT}:{images}x{size}x{size}x3"
@@ -129,7 +129,7 @@ def _open_cpu(bundle: Bundle, threads: int | None) -> Infer:
     return _open_onnxruntime(bundle, threads, "CPUExecutionProvider", {})
 
 
-# Best first. A rung raises UnavailableError when this installation lacks it, anything else when it fails.
+# Best first. A rung raises UnavailableError if this installation lacks it, anything else if it fails.
 LADDER: dict[str, Callable[[Bundle, int | None], Infer]] = {
     "tensorrt": _open_tensorrt,
     "onnxruntime-tensorrt": _open_onnxruntime_tensorrt,
@@ -158,7 +158,7 @@ def open_backend(
     Raises `BackendError` when no backend works, or on a fallback with ``strict``.
     """
     if backend not in BACKENDS:
-        raise BackendError(f"There is no backend '{backend}'; use one of {', '.join(BACKENDS)}.")
+        raise BackendError(f"Unknown backend '{backend}'; use one of {', '.join(BACKENDS)}.")
     if threads is not None and threads < 1:
         raise BackendError(f"The number of threads must be at least 1, not {threads}.")
     names = list(LADDER)
@@ -254,10 +254,10 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
     settings.inter_op_num_threads = 1
     if threads is not None:
         settings.intra_op_num_threads = threads
-    # What was verified, and in no folder in which a graph could look for other files.
+    # The verified bytes, outside any folder in which a graph could find other files.
     content = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0])
     session = ort.InferenceSession(content.source or content.read(), settings, providers=[(provider, options)])
-    session.disable_fallback()  # or a failing GPU would be replaced by the CPU without a word
+    session.disable_fallback()  # or a failing GPU would silently be replaced by the CPU
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
     shapes = bundle.manifest.output_shapes

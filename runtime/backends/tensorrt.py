@@ -4,9 +4,9 @@ Untested on a GPU: where this was written there was none. The logic runs in the 
 TensorRT and of the CUDA runtime, and the names that are used are compared with the real bindings. On a device, the
 golden images decide whether it is used.
 
-An execution context is no business of two threads at once, and a captured CUDA graph belongs to one context and one
-number of images. So context, stream, buffers and graph form a `_Slot` of a fixed number of images, a thread borrows
-one for a run, and when all are lent a new one is made.
+Two threads must not share an execution context, and a captured CUDA graph belongs to one context and one number of
+images. So context, stream, buffers and graph form a `_Slot` for a fixed number of images. A thread borrows one for each
+inference, and if all are in use, a new one is made.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class TensorRTSession:
         for engine in self._engines:
             context = engine.create_execution_context()
             if context is None:
-                raise BackendError(f"TensorRT has no memory for another run{self._words()}; use fewer threads.")
+                raise BackendError(f"TensorRT has no memory for another inference{self._words()}; use fewer threads.")
             tensors = _tensors(engine)
             for name in (name for name, mode in tensors if mode == self._trt.TensorIOMode.INPUT):
                 if not context.set_input_shape(name, shapes[name]):
@@ -146,7 +146,9 @@ class TensorRTSession:
             found = {name: (mode, engine.get_tensor_dtype(name)) for name, mode in _tensors(engine)}
             if found != wanted:
                 described = ", ".join(f"{name} {dtype}" for name, (_, dtype) in found.items())
-                raise BackendError(f"The engine has other tensors than the bundle ({described}); export the run again.")
+                raise BackendError(
+                    f"The tensors of the engine differ from those of the bundle ({described}); export the run again."
+                )
             reads = writes
         size = self._manifest.preprocessing.size
         engine = self._engines[0]
@@ -226,7 +228,7 @@ class _Slot:
             self._handles.append((cudart.cudaGraphDestroy, recorded))
             self._graph = _ok(cudart.cudaGraphInstantiate(recorded, 0))
             self._handles.append((cudart.cudaGraphExecDestroy, self._graph))
-        except Exception:  # many things cannot be recorded, and nothing is lost but some speed
+        except Exception:  # many operations cannot be recorded, which only costs some speed
             cudart.cudaGetLastError()  # forget the error, or the next call would report it
             return False
         self.has_graph = True

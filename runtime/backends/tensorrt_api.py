@@ -1,8 +1,8 @@
 """The TensorRT that is installed here, and what differs between its versions.
 
 Two packages have nearly the same interface: ``tensorrt`` (8.5 to 11; on a Jetson it comes with JetPack) and
-``tensorrt_rtx`` (for RTX-class GPUs, can build ahead of time without one). What all versions share is used as it
-is; the functions below hide the rest. TensorRT 8.5 to 11 could not be run where this was written: those branches are
+``tensorrt_rtx`` (for RTX-class GPUs, can build ahead of time without one). What all versions share is called directly;
+the functions below hide the differences. TensorRT 8.5 to 11 could not be run where this was written: those branches are
 untested on a device, and follow the bindings' sources.
 
 ``trt.nptype`` is never called: in TensorRT 8.5 it needs ``numpy.bool``, which NumPy 1.24 removed.

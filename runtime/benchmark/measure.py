@@ -1,6 +1,6 @@
 """Latency, throughput, energy and memory of a bundle on this machine, with what makes the numbers comparable.
 
-The scenarios are those of MLPerf Inference, but nothing here is an MLPerf result: see `scenarios`.
+The scenarios are those of MLPerf Inference, but nothing here is an MLPerf result; see `scenarios`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run_benchmark(
     """
     memory = {"before_load": read_memory()}
     start = time.perf_counter()
-    # No trial: this process has nothing else to lose, and loading is what it measures.
+    # No trial: nothing else runs in this process, and the time to load is measured.
     classifier = Classifier.load(path, backend, threads, strict, trial=False)
     load_ms = 1000 * (time.perf_counter() - start)
     memory["after_load"] = read_memory()
@@ -103,7 +103,7 @@ def _measure(
 
 
 def describe_bundle(classifier: Classifier, path: Path) -> dict[str, Any]:
-    """What of the bundle at ``path`` the numbers depend on."""
+    """The properties of the bundle at ``path`` on which the numbers depend."""
     manifest = classifier.bundle.manifest
     return {
         "path": str(path),

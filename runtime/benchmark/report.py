@@ -1,4 +1,4 @@
-"""What a benchmark found, whether it is within a budget, and how far it is from what the exporter expected."""
+"""What a benchmark measured, whether it is within a budget, and how far it is from the estimate of the exporter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from duallora_edge.runtime.process_memory import MemoryReadings
 
 SCHEMA = 1
 LABEL = "quick local measurement, not MLPerf"
-# The clock of a power mode and that of the profile, which is rounded, count as the same up to this share.
+# Two clocks within this share of each other count as equal, because profiles hold rounded values.
 CLOCK_TOLERANCE = 0.03
 
 
@@ -28,7 +28,7 @@ CLOCK_TOLERANCE = 0.03
 class EstimateCheck:
     """The ``estimates`` of the bundle, one a power mode, and the measured p50 of the single stream over one of them.
 
-    ``ratio`` is None with the ``reason`` where no estimate is of this device, in the ``mode`` in which it is.
+    ``ratio`` is None, with the ``reason``, if no estimate is for this device in its current ``mode``.
     """
 
     estimates: tuple[Mapping[str, Any], ...]
@@ -41,7 +41,7 @@ class EstimateCheck:
 class Device:
     """The state of the device ``before`` and ``after`` the measurements, and what it did ``during`` them.
 
-    ``during``: kind with its unit -> name -> statistics of the readings. ``warnings`` say what slowed it down.
+    ``during``: kind with its unit -> name -> statistics of the readings. ``warnings`` say what slowed the device down.
     """
 
     before: DeviceState
@@ -103,7 +103,7 @@ def check_budgets(report: Report, milliseconds: float | None, megabytes: float |
     """Raise `BudgetError` with every budget that the report exceeds.
 
     ``milliseconds`` limits the p90 of the single stream, ``megabytes`` (10^6 bytes) the PSS of the whole process
-    after single images: the interpreter and the libraries count, because the device has to hold them.
+    after single images: interpreter and libraries count, because the device has to hold them.
     """
     problems = []
     if milliseconds is not None:
@@ -135,10 +135,10 @@ def check_estimates(
         return EstimateCheck((), None, None, "the bundle holds no estimate")
     if here is None or target.get("profile") != here:
         machine = f"this machine is {here}" if here else "this machine has no profile"
-        return EstimateCheck(estimates, None, None, f"the estimate is of another device: {machine}")
+        return EstimateCheck(estimates, None, None, f"the estimate is for another device: {machine}")
     mode = _current_mode(packaged(here), state)
     if mode is None:
-        return EstimateCheck(estimates, None, None, "no estimate is for the GPU clock that is set here")
+        return EstimateCheck(estimates, None, None, "no estimate is for the current GPU clock")
     fitting = [entry for entry in estimates if (entry.get("mode"), entry.get("precision")) == (mode, backend.precision)]
     expected = _milliseconds(fitting[0]) if fitting and backend.name != "cpu" else None
     measured = single.latency.p50.value if single and single.latency else None
@@ -153,7 +153,7 @@ def check_estimates(
 def _current_mode(profile: DeviceProfile, state: DeviceState) -> str | None:
     """The mode of a profile whose GPU clock is the highest that the device may use now.
 
-    The power mode's name would not do: in its 7 W mode an Orin Nano is slower than its profile's "normal" mode.
+    The name of the power mode is not enough: in its 7 W mode an Orin Nano is slower than "normal" in its profile.
     """
     clocks = state.clocks.value or state.jetson_clocks.value or {}
     if "gpu" not in clocks:
@@ -167,6 +167,6 @@ def _current_mode(profile: DeviceProfile, state: DeviceState) -> str | None:
 
 
 def _milliseconds(entry: Mapping[str, Any]) -> float | None:
-    """The latency of an estimate. It comes from a file, so nothing in it is taken for granted."""
+    """The latency of an estimate, which comes from a file that may hold anything."""
     value = entry.get("latency_ms")
     return value if isinstance(value, float) and 0 < value < math.inf else None

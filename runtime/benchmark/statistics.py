@@ -1,7 +1,7 @@
 """Statistics of run times: how far a percentile can be trusted, whether the runs were stable, ratios with an interval.
 
-All intervals take the runs as independent. Neighbouring runs on one machine are not quite that, so an interval tells
-how coarse a number is at least.
+All intervals assume independent runs. Neighbouring runs on one machine are not quite independent, so the true
+interval is at least this wide.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Ratio:
 
 
 def runs_needed(share: float) -> int:
-    """How many runs MLPerf Inference asks for to state the percentile ``share`` (0..1).
+    """How many runs MLPerf Inference requires for the percentile ``share`` (0..1).
 
     Its rules allow a margin of (1 - share) / 20 around the share, at a confidence of 99 %:
     z^2 share (1 - share) / margin^2 runs with z = 2.576, rounded up to a multiple of 2^13. (MLCommons,
@@ -84,7 +84,7 @@ def runs_needed(share: float) -> int:
 
 
 def runs_least(share: float) -> int:
-    """From how many runs on the interval of a percentile has an upper end: share^n <= (1 - `CONFIDENCE`) / 2."""
+    """The fewest runs with which a percentile has an upper bound: share^n <= (1 - `CONFIDENCE`) / 2."""
     return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(share))
 
 
@@ -132,7 +132,7 @@ def percentile(ordered: Times, share: float) -> Percentile:
 def summarize(samples: npt.ArrayLike, warmup: int = 0, settled: bool = True) -> Latency:
     """The statistics of at least two run times, in ms and in the order in which they were measured.
 
-    ``warmup`` and ``settled``: how many runs went before, and whether they became steady.
+    ``warmup``: how many runs came before; ``settled``: whether their times became steady.
     """
     times = np.asarray(samples, dtype=np.float64)
     if times.ndim != 1 or len(times) < 2:
@@ -155,8 +155,8 @@ def summarize(samples: npt.ArrayLike, warmup: int = 0, settled: bool = True) -> 
 def ratio_of_medians(medians: npt.ArrayLike, seed: int = 0) -> Ratio:
     """The median of the first column of ``medians [rounds, 2]`` over that of the second, with a bootstrap interval.
 
-    A row holds what two programs took in the same round; rows are drawn together, `RESAMPLES` times, so that what
-    slows down a whole round changes little. (B. Efron, R. Tibshirani: An Introduction to the Bootstrap, chapter 13.)
+    Each row holds the times of two programs in the same round. Rows are drawn as a whole, `RESAMPLES` times, so that
+    a slow round affects the ratio little. (B. Efron, R. Tibshirani: An Introduction to the Bootstrap, chapter 13.)
     """
     rounds = np.asarray(medians, dtype=np.float64)
     if rounds.ndim != 2 or rounds.shape[1] != 2 or len(rounds) < 2:

@@ -118,7 +118,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     )
     yield "backend", f"{backend['name']} in {backend['precision']}, threads: {threads}"
     yield from ((f"not {name}", why) for name, why in backend["not_used"].items())
-    yield "load", f"{report.load_ms:.0f} ms, with the check of the golden images"
+    yield "load", f"{report.load_ms:.0f} ms, including the check of the golden images"
     device = machine["model"] or machine["cpu"] or "unknown CPU"
     yield "machine", f"{device}, {machine['usable_cores']} usable cores ({machine['profile'] or 'no profile'})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -140,7 +140,7 @@ def _warnings(report: Report) -> Iterator[str]:
 
 
 def _scenarios(report: Report) -> Iterator[list[str]]:
-    yield ["scenario", "measure", "result", "95 % interval", "N", "MLPerf's N", "mJ/image"]
+    yield ["scenario", "measure", "result", "95 % interval", "N", "MLPerf N", "mJ/image"]
     for name, stream, share in (
         ("single stream (one image)", report.single_stream, 0.9),
         (f"multi-stream (queries of {QUERY_IMAGES})", report.multi_stream, 0.99),
@@ -173,14 +173,14 @@ def _scenario_notes(report: Report) -> Iterator[str]:
     if report.multi_stream and report.multi_stream.latency and report.multi_stream.latency.p99.value is None:
         least = runs_least(0.99)
         seconds = 1.1 * report.multi_stream.latency.mean * least / 1000
-        yield f"n/a: a p99 takes {least} queries; here --duration {seconds:.0f} is long enough for it"
+        yield f"n/a: a p99 needs {least} queries; --duration {seconds:.0f} is long enough here"
     if report.multi_stream and report.multi_stream.reason:
         yield f"multi-stream failed: {report.multi_stream.reason}"
     found = [report.single_stream, report.multi_stream, report.offline]
     energies = [scenario.energy for scenario in found if scenario is not None and scenario.energy is not None]
-    for energy in energies[:1]:  # what can be read is the same for all
+    for energy in energies[:1]:  # the same monitor for all
         if energy.power is not None:
-            yield f"energy: mean power of {energy.power.of}, whatever else the device did included"
+            yield f"energy: from the mean power of {energy.power.of}, including everything else the device did"
         else:
             yield f"no energy: {energy.reason}"
 
@@ -209,7 +209,10 @@ def _percentile(found: Percentile, n: int) -> str:
 def _marks() -> list[str]:
     needed = ", ".join(f"{runs_needed(share):,} for p{100 * share:.0f}" for share in SHARES)
     least = ", ".join(f"{runs_least(share):,} for p{100 * share:.0f}" for share in SHARES)
-    return [f"* fewer runs than MLPerf asks for ({needed})", f"n/a: too few for an upper end of the interval ({least})"]
+    return [
+        f"* fewer runs than MLPerf requires ({needed})",
+        f"n/a: too few runs for an upper end of the interval ({least})",
+    ]
 
 
 def _sweep(report: Report) -> Iterator[list[str]]:
@@ -240,11 +243,11 @@ def _methods(report: Report) -> Iterator[str]:
         if found.reason:
             yield f"no {name}: {found.reason}"
     if report.machine["is_jetson"]:
-        yield "the GPU uses the system's memory; of these methods only the drop of MemAvailable counts everything"
+        yield "the GPU shares the system memory; only the drop of MemAvailable counts all of it"
 
 
 def _device(report: Report) -> Iterator[list[str]]:
-    """Rows only for what could be read: the state before and after, lowest / mean / highest during the runs."""
+    """The state before and after the runs, and lowest / mean / highest during them; only what could be read."""
     before, after, during = report.device.before, report.device.after, report.device.during
     rows = []
     if before.power_mode.value is not None:
@@ -292,10 +295,10 @@ def _series(series: Series | None, digits: int) -> str:
 
 
 def _device_notes(report: Report) -> Iterator[str]:
-    """What makes the numbers hard to repeat, and what could not be read, by reason."""
+    """Why the numbers may be hard to repeat, and what could not be read, grouped by reason."""
     gpu = _clocks(report.device.before).get("gpu")
     if report.machine["is_jetson"] and gpu is not None and gpu.low < gpu.high:
-        yield "the clocks follow the load: 'sudo jetson_clocks' fixes them, for numbers that can be repeated"
+        yield "the clocks follow the load; 'sudo jetson_clocks' fixes them and makes the numbers repeatable"
     missing: dict[str, list[str]] = defaultdict(list)
     for method, reason in report.device.before.reasons:
         missing[reason].append(method)
@@ -313,7 +316,7 @@ def _estimates(report: Report) -> Iterator[str]:
 
 
 def _estimate(entry: Mapping[str, Any]) -> str:
-    """A line for what the exporter expected. It comes from a file, so nothing in it is taken for granted."""
+    """What the exporter expected, in one line; it comes from a file that may hold anything."""
     latency = entry.get("latency_ms")
     value = f"{latency:.2g} ms" if isinstance(latency, float) else "no latency"
     where = f"{entry.get('profile')}, {entry.get('mode')} mode, {entry.get('precision')}"

@@ -1,7 +1,7 @@
-"""Questions about this machine, each answered in a process of its own.
+"""Questions about this machine, each answered in a child process.
 
-A broken GPU package can kill the process that imports it, or never come back. So a question is a function that a
-short-lived child runs; the parent learns the answer, the reason for none, which signal killed it, or that it hung.
+A broken GPU package can crash the process that imports it, or hang forever. So each question is a function that a
+short-lived child runs; the parent learns the answer, why there is none, which signal killed the child, or that it hung.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MARK = "duallora-edge answers: "
 class Answer:
     """What came back: ``"ok"`` with JSON values, otherwise the reason.
 
-    ``state`` is ``"no"`` (asked properly, and it does not work), ``"crashed"`` (the process died) or ``"hung"``.
+    ``state`` is ``"no"`` (the question ran, and it does not work), ``"crashed"`` (the process died) or ``"hung"``.
     """
 
     state: str
@@ -95,7 +95,7 @@ def ask(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            # Not for ever: a process that hangs inside a driver does not even die.
+            # With a limit: a process that hangs inside a driver cannot be killed.
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=KILL_WAIT_S)
     return _read(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
@@ -175,7 +175,7 @@ def package(modules: str, distributions: str) -> dict[str, Any]:
 
 
 def _version(distributions: Sequence[str]) -> str | None:
-    from importlib import metadata  # here, for it takes longer to import than the rest of the runtime's own code
+    from importlib import metadata  # here, because it takes longer to import than the rest of the runtime
 
     for name in distributions:
         with suppress(metadata.PackageNotFoundError):

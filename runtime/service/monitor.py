@@ -24,7 +24,7 @@ from duallora_edge.runtime.process_memory import read_pss
 from duallora_edge.runtime.service.pipeline import Answer, Pipeline
 
 WINDOW_S = 10.0
-# A live source that gave no answer for so long is told as unhealthy.
+# A live source without an answer for this long counts as unhealthy.
 SILENCE_S = 30.0
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 PREFIX = "duallora_edge_"
@@ -45,14 +45,14 @@ class Histogram:
         self.sum += seconds
 
     def copy(self) -> Histogram:
-        """The same at this moment."""
+        """A copy of the current counts."""
         other = Histogram()
         other.counts, other.sum = list(self.counts), self.sum
         return other
 
 
 class Monitor:
-    """Counts what a pipeline answers. `add` is for the thread that iterates; everything else may be asked from any."""
+    """Counts the answers of a pipeline. Call `add` from the thread that iterates, everything else from any thread."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -85,7 +85,7 @@ class Monitor:
             self._recent.popleft()
 
     def health(self) -> dict[str, Any]:
-        """Everything at this moment, as JSON values.
+        """The current state as JSON values.
 
         ``ok`` is false when there is no model, or a live source gave no answer for `SILENCE_S` seconds. ``rate``
         (answers a second) and ``age_ms`` are over the last `WINDOW_S` seconds.
@@ -110,9 +110,9 @@ class Monitor:
         }
 
     def is_working(self) -> bool:
-        """False when only a new start can help: there is no model, or frames come and no answers.
+        """False if only a restart can help: there is no model, or frames come in but no answers come out.
 
-        A source that is lost is none of it, for it is opened again and again.
+        A lost source does not count, because it is opened again and again.
         """
         stuck = self._is_silent() and self._pipeline.source.stats.connected
         return self._pipeline.classifier.health().status != "failed" and not stuck
@@ -133,16 +133,16 @@ class Monitor:
         return "".join(
             (
                 info("build_info", "Version of duallora-edge.", {"version": __version__}),
-                info("bundle_info", "The bundle that answers, and what runs it.", runs),
-                counter("frames_captured_total", "Frames that the source gave.", source.captured),
+                info("bundle_info", "The bundle in use, and what runs it.", runs),
+                counter("frames_captured_total", "Frames that the source delivered.", source.captured),
                 counter("frames_dropped_total", "Frames replaced by newer ones before the model was free.", dropped),
                 counter("frames_refused_total", "Pictures that could not be used.", source.refused),
-                gauge("source_connected", "Whether the source gives frames.", int(source.connected)),
+                gauge("source_connected", "Whether the source delivers frames.", int(source.connected)),
                 counter("source_reconnects_total", "Times a lost source came back.", source.reconnects),
                 counter("answers_total", "Frames answered.", answers),
                 counter("failures_total", "Runs of the model that failed.", classifier.failures),
                 counter("swaps_confirmed_total", "Bundles swapped in for good.", classifier.swaps.get("confirmed", 0)),
-                counter("swaps_returned_total", "Bundles given up again.", classifier.swaps.get("returned", 0)),
+                counter("swaps_returned_total", "Bundles rolled back.", classifier.swaps.get("returned", 0)),
                 counter("swaps_refused_total", "Bundles not fit to answer.", classifier.swaps.get("refused", 0)),
                 info("last_swap_info", "The last change of bundles, with backends.", swapped) if swapped else "",
                 histogram("answer_age_seconds", "From the capture of a frame to its answer.", ages),
@@ -153,12 +153,12 @@ class Monitor:
 
 
 def counter(name: str, words: str, value: float) -> str:
-    """A number that only grows; ``name`` ends in ``_total``."""
+    """A number that only increases; ``name`` ends in ``_total``."""
     return f"{_declaration(name, 'counter', words)}{PREFIX}{name} {value}\n"
 
 
 def gauge(name: str, words: str, value: float | None) -> str:
-    """A number that rises and falls; nothing where it is None."""
+    """A number that may rise and fall; empty for None."""
     return "" if value is None else f"{_declaration(name, 'gauge', words)}{PREFIX}{name} {value}\n"
 
 
@@ -186,18 +186,18 @@ def _escape(text: str) -> str:
 
 
 def notify(text: str) -> None:
-    """Send lines such as ``READY=1`` to systemd; does nothing when it did not start this process or does not ask."""
+    """Send lines such as ``READY=1`` to systemd; does nothing if systemd did not start this process."""
     address = os.environ.get(NOTIFY_SOCKET, "")
     if not address.startswith(("/", "@")):
         return
-    # A leading "@" is how an address without a file is written down.
+    # A leading "@" stands for an address without a file.
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
         connection.sendto(text.encode(), address.replace("@", "\0", 1))
 
 
 @contextmanager
 def watchdog(healthy: Callable[[], bool]) -> Iterator[None]:
-    """Tell systemd every half of its ``WatchdogSec`` that the service is alive, as long as ``healthy`` says so."""
+    """Tell systemd twice per ``WatchdogSec`` that the service is alive, as long as ``healthy`` returns True."""
     interval = os.environ.get(WATCHDOG, "")
     if not interval.isdecimal() or int(interval) == 0:
         yield

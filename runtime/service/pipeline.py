@@ -1,8 +1,8 @@
 """Frames of a source, classified one after the other, while the next ones are captured and prepared.
 
-Three threads: the source captures, one prepares, and the one that asks for answers runs the model. Each hands over one
-frame at a time. Of a live source a newer frame replaces one that still waits, so that an answer is never older than
-the work of the three takes; of files every frame is answered.
+Three threads work at once: the source captures, one thread prepares, and the caller's thread runs the model. Each hands
+over one frame at a time. With a live source, a newer frame replaces a waiting one, so an answer is never older than
+these three steps take. With files, every frame is answered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.sources.frame import Frame
 from duallora_edge.runtime.sources.source import EndOfStream, Source
 
-# Failures of the device in a row after which there is no hope that the next frame fares better.
+# After this many failures of the device in a row, the next frame is not tried.
 MAX_FAILURES = 10
 _POLL_S = 0.2
 
@@ -39,7 +39,7 @@ class Region:
 
     def __post_init__(self) -> None:
         inside = 0 <= self.left < 1 and 0 <= self.top < 1 and self.width > 0 and self.height > 0
-        # A little over the edge is rounding, as in 0.7 + 0.3.
+        # Slightly over the edge is rounding, as in 0.7 + 0.3.
         if not (inside and self.left + self.width <= 1 + 1e-9 and self.top + self.height <= 1 + 1e-9):
             raise ValueError("a region must lie in the picture: left, top, width and height as shares from 0 to 1")
 
@@ -172,7 +172,7 @@ class Pipeline(Closing):
                 due = frame.sequence + self._every
                 part = self._region(frame) if self._region else frame
                 self._hand_over((frame, self.classifier.prepare(part)), self.source.live)
-        except Exception as error:  # the end of the stream too; it is the iteration that tells
+        except Exception as error:  # the end of the stream too; the iteration raises it
             self._hand_over(error, False)
 
     def _hand_over(self, item: tuple[Frame, Prepared] | Exception, replaces: bool) -> None:

@@ -47,7 +47,7 @@ class Source(Closing):
     """
 
     def __init__(self, opener: Opener, description: str, policy: Policy) -> None:
-        """Open, and return when that has worked. Raises `SourceError` when not (with ``policy.wait``: keep trying)."""
+        """Open the source. Raises `SourceError` when that fails (with ``policy.wait``: keep trying)."""
         self.description = mask(description)
         self.live = policy.live
         self._opener = opener
@@ -80,7 +80,7 @@ class Source(Closing):
         return self._statistics
 
     def read(self, timeout: float = 1.0) -> Frame | None:
-        """The next frame, or None when there is none within ``timeout`` seconds, which is no error.
+        """The next frame, or None if none comes within ``timeout`` seconds, which is not an error.
 
         Raises `EndOfStream` after the last frame and after `close`, and `SourceError` when a source that does not
         reconnect broke before its end.
@@ -135,7 +135,7 @@ class Source(Closing):
         if isinstance(error, DualLoraEdgeError):
             raise SourceError(mask(str(error)))
         reason = mask(first_line(error))
-        raise SourceError(f"{self.description} broke off ({reason}); correct what it reads.") from error
+        raise SourceError(f"{self.description} failed ({reason}); check what it reads.") from error
 
     # What follows runs in the threads of the source.
 
@@ -147,7 +147,7 @@ class Source(Closing):
                 session, error = self._run(stuck)
                 if self._closing.is_set() or not self._policy.reopens:
                     return self._end(error)
-                lost = error or SourceError(f"{self.description} sends nothing more; check the camera.")
+                lost = error or SourceError(f"{self.description} stopped sending frames; check the camera.")
                 if not (self._opened or self._policy.wait):
                     return self._end(lost)
                 backoff = FIRST_BACKOFF_S if session.frames else backoff
@@ -195,7 +195,7 @@ class Source(Closing):
         try:
             while self._capture(session) and self._policy.loop and not session.stop.is_set():
                 pass
-        except Exception as error:  # cameras, libraries and the user's iterables raise what they like
+        except Exception as error:  # cameras, libraries and the user's iterables may raise anything
             session.error = error
         finally:
             session.over.set()

@@ -347,7 +347,8 @@ def test_what_somebody_put_beside_an_engine_is_kept(shared_bundle: Path, cache: 
     (folder / "notes.txt").write_text("mine")
     flip(folder)
     assert build_engine(bundle, "sm86", say=lines.append).plan.parent == folder
-    (kept,) = (line.removeprefix("files that are not of the engine are kept in ") for line in lines if "kept" in line)
+    words = "files that do not belong to the engine are kept in "
+    (kept,) = (line.removeprefix(words) for line in lines if "kept" in line)
     assert (Path(kept) / "notes.txt").read_text() == "mine"
 
 

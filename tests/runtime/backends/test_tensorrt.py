@@ -388,7 +388,7 @@ def test_without_cuda_python(
     with pytest.raises(UnavailableError, match="cuda-python is not installed: pip install cuda-python"):
         tensorrt_backend.load_cudart()
     assert "cuda-python" in open_backend(built, threads=1).not_used["tensorrt"]
-    assert call("build", built.path)[2].startswith("Error: An engine could be built, but neither checked nor run")
+    assert call("build", built.path)[2].startswith("Error: An engine could be built, but not checked or run")
 
 
 def test_the_older_name_of_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,15 +432,15 @@ def no_memory(trt: Imitation) -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (wrong_dtype, "other tensors than the bundle .*features float16.*export the run again"),
+        (wrong_dtype, "tensors of the engine differ .*features float16.*export the run again"),
         (wrong_output, r"returns 'probabilities' as \[1, 5\] instead of \[1, 4\]; export"),
         (wrong_input, r"takes images of shape \[-1, 8, 8, 3\]; run 'duallora-edge build --force'"),
-        (missing_output, "other tensors"),
+        (missing_output, "tensors of the engine differ"),
         (wrong_numbers, "wrong results in fp32, largest difference"),
         (no_numbers, "wrong results"),
         (lambda trt: setattr(trt, "loads", False), r"cannot load the engine \(The plan file is not compatible\)"),
         (lambda trt: setattr(trt, "fails", True), "could not start the model"),
-        (lambda trt: setattr(trt, "most_contexts", 0), "no memory for another run"),
+        (lambda trt: setattr(trt, "most_contexts", 0), "no memory for another inference"),
         (no_memory, "GPU failed with cudaErrorMemoryAllocation"),
     ],
 )

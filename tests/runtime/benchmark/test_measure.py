@@ -107,7 +107,7 @@ def test_energy_is_power_times_time() -> None:
     # 10 W for the mean time of a query of 8, and the little that passes between queries.
     assert found.energy.millijoules >= 10 * found.latency.mean / 8
     assert stream(limited_to(1), IMAGE, 1, 0.0, Watch()).energy == benchmark_scenarios.Energy(
-        None, None, "no power monitor of the whole can be read"
+        None, None, "no monitor of the total power can be read"
     )
 
 
@@ -178,9 +178,7 @@ def test_a_percentile_of_too_few_runs_is_not_shown(report: Report) -> None:
     assert re.search(r"20.500 \(14.000-27.000\)\* +36.100 \(32.000-40.000\)\* +n/a", line(few))
     assert line(many).count("*") == 1 and "n/a" not in line(many)  # only the p99 lacks what MLPerf asks for
     multi = Stream(8, few, None)
-    assert "a p99 takes 368 queries; here --duration" in as_text(
-        blocks(dataclasses.replace(report, multi_stream=multi))
-    )
+    assert "a p99 needs 368 queries; --duration" in as_text(blocks(dataclasses.replace(report, multi_stream=multi)))
     failed = Stream(8, None, None, "out of memory")
     assert "multi-stream failed: out of memory" in table(dataclasses.replace(report, multi_stream=failed))
 
@@ -247,10 +245,10 @@ def state_with(tmp_path: Path, gpu_mhz: float | None) -> DeviceState:
         ({}, 1020, "tensorrt", {}, 2.0, None),
         ({}, 1019.9, "cuda", {}, 2.0, None),
         ({}, 624.75, "tensorrt", {}, None, "no estimate for tensorrt in fp16, normal mode"),
-        ({}, 408, "tensorrt", {}, None, "no estimate is for the GPU clock that is set here"),
-        ({}, None, "tensorrt", {}, None, "no estimate is for the GPU clock"),
+        ({}, 408, "tensorrt", {}, None, "no estimate is for the current GPU clock"),
+        ({}, None, "tensorrt", {}, None, "no estimate is for the current GPU clock"),
         ({}, 1020, "cpu", {}, None, "no estimate for cpu in fp16"),
-        ({"profile": "agx-orin-64gb"}, 1020, "tensorrt", {}, None, "of another device: this machine is orin-nano-8gb"),
+        ({"profile": "agx-orin-64gb"}, 1020, "tensorrt", {}, None, "for another device: this machine is orin-nano-8gb"),
         ({"estimates": 3}, 1020, "tensorrt", {}, None, "holds no estimate"),
         ({}, 1020, "tensorrt", {"latency_ms": float("inf")}, None, "no estimate for tensorrt"),
         ({}, 1020, "tensorrt", {"latency_ms": "1"}, None, "no estimate for tensorrt"),

@@ -76,7 +76,7 @@ def test_reports_and_a_bundle_with_a_report(
     capsys: pytest.CaptureFixture[str], shared_bundle: Path, report: Path
 ) -> None:
     code, out, _ = benchmark(capsys, report, "--compare", report, "--max-ratio", 1)
-    assert code == 0 and "numbers of two reports" in out and "Not the same" not in out
+    assert code == 0 and "numbers of two reports" in out and "Different conditions" not in out
     code, out, _ = benchmark(capsys, shared_bundle, "--compare", report, "--scenario", "single-stream")
     assert code == 0 and "frame: 32 x 24 | 1280 x 720" in out and "offline, images/s" not in out
 

@@ -207,7 +207,7 @@ def test_this_machine(call: Call, shared_bundle: Path) -> None:
 def test_without_a_bundle(call: Call) -> None:
     code, out, _ = call("doctor")
     assert code == 0 and "Backends" not in out
-    assert out.splitlines()[-1] == "No backend was tried, for that takes a bundle: duallora-edge doctor BUNDLE"
+    assert out.splitlines()[-1] == "No backend was tried, because that needs a bundle: duallora-edge doctor BUNDLE"
 
 
 def test_json(call: Call, shared_bundle: Path) -> None:
@@ -256,13 +256,13 @@ def test_no_backend_can_run_a_bundle_with_other_answers(
             "ctypes.string_at(0)",
             "crashed",
             "SIGSEGV",
-            "Use --backend cpu here: by itself the runtime would try others first (bad crashed)",
+            "Use --backend cpu here: by default the runtime tries others first (bad crashed)",
         ),
         (
             "time.sleep(60)",
             "hung",
             "no answer within 3 s",
-            "Use --backend cpu here: by itself the runtime would try others first (bad hung)",
+            "Use --backend cpu here: by default the runtime tries others first (bad hung)",
         ),
         (
             "raise RuntimeError('CUDA error cudaErrorNoKernelImageForDevice:no kernel image (x); y')",
@@ -432,7 +432,7 @@ def test_a_kernel_image_that_is_missing_names_the_gpu(tmp_path: Path, monkeypatc
     broken = Answer("no", reason="CUDA failure 209: no kernel image is available for execution on the device")
     pretend(monkeypatch, rungs=Answer("ok", {"rungs": ["cuda"], "auto": ["cuda"]}), rung=broken, cuda=GPU)
     found = doctor.diagnose(tmp_path, tmp_path)
-    assert not found.ok and "cuda: the wheel has no kernels for compute capability 8.7" in "\n".join(found.advice)
+    assert not found.ok and "cuda: this build has no kernels for compute capability 8.7" in "\n".join(found.advice)
 
 
 OK = Answer("ok", {"precision": "fp16", "check": "largest difference 0", "not_used": {}})
@@ -447,8 +447,8 @@ HUNG = Answer("hung", reason="no answer within 180 s")
         ("a b c", {"a": NO, "b": OK, "c": OK}, "Here the runtime uses: b in fp16 (not a: see above)"),
         ("c b", {"a": OK, "b": OK, "c": NO}, "Here the runtime uses: b in fp16 (not c: see above)"),
         ("b c", {"a": HUNG, "b": OK, "c": OK}, "Here the runtime uses: b in fp16"),
-        ("a b", {"a": NO, "b": NO, "c": OK}, "Use --backend c here: none that the bundle names runs (a, b)."),
-        ("a b", {"a": HUNG, "b": OK}, "Use --backend b here: by itself the runtime would try others first (a hung)."),
+        ("a b", {"a": NO, "b": NO, "c": OK}, "Use --backend c here: no backend of the bundle works (a, b)."),
+        ("a b", {"a": HUNG, "b": OK}, "Use --backend b here: by default the runtime tries others first (a hung)."),
         ("a b", {"a": HUNG, "b": NO}, "No backend can run this bundle here."),
     ],
 )
