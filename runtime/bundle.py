@@ -267,8 +267,11 @@ class Content:
 class Bundle:
     """A bundle that was opened: every file is there and unaltered.
 
-    ``digest`` is the SHA-256 of its manifest, which holds those of all other files: two bundles of one digest are the
-    same bytes. ``contents`` has the verified graphs and golden outputs; it is what makes a bundle large.
+    Attributes:
+        path: The folder.
+        manifest: What manifest.json says.
+        digest: SHA-256 of the manifest, which holds those of all other files: bundles with the same digest are equal.
+        contents: The verified graphs and golden outputs; by far the largest part in memory.
     """
 
     path: Path
@@ -305,11 +308,20 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, tried: str | None = None) -> Bundle:
-        """Open the bundle in the folder ``path``, read every file once and compare it with the manifest.
+        """Open a bundle: read every file once and compare it with the manifest.
 
-        A bundle that is replaced meanwhile is read as it was before or after. ``tried`` is the digest of one that was
-        opened on this machine before: another one is refused, and this one's graphs are not followed node by node
-        again. Raises `BundleError`.
+        A bundle that is replaced meanwhile is read as it was before or after.
+
+        Args:
+            path: The folder of the bundle.
+            tried: The digest of a bundle that was opened on this machine before. Any other bundle is refused, and the
+                graphs of this one are not checked node by node again.
+
+        Returns:
+            The verified bundle.
+
+        Raises:
+            BundleError: A file is missing, altered or damaged, or the folder is not a bundle.
         """
         bundle = cls._read(Path(path), whole=True)
         if tried is None:
@@ -320,7 +332,17 @@ class Bundle:
 
     @classmethod
     def peek(cls, path: str | Path) -> Bundle:
-        """The bundle by its manifest alone, without a look at any other file. Raises `BundleError`."""
+        """Read only the manifest of a bundle.
+
+        Args:
+            path: The folder of the bundle.
+
+        Returns:
+            The bundle without its contents; its other files are not verified.
+
+        Raises:
+            BundleError: The manifest is missing or damaged, or the folder is not a bundle.
+        """
         return cls._read(Path(path), whole=False)
 
     @classmethod
@@ -352,7 +374,14 @@ class Bundle:
             raise BundleError(f"{self.path / name} is no longer in memory; open the bundle again.") from None
 
     def golden(self) -> Golden:
-        """The golden images and outputs; raises `BundleError` when they are damaged or do not fit the manifest."""
+        """Read the golden images and outputs.
+
+        Returns:
+            Generated images, and the outputs of the model before its export.
+
+        Raises:
+            BundleError: They are damaged, do not fit the manifest, or are no longer in memory.
+        """
         file, content = self.path / GOLDEN, io.BytesIO(self.content(GOLDEN).read())
         try:
             with zipfile.ZipFile(content) as archive:

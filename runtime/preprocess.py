@@ -57,7 +57,13 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 class Preprocessing:
     """How a frame becomes the input of the model.
 
-    ``resize`` is ``"crop"`` (the centre square, scaled) or ``"squash"`` (the whole frame, aspect ratio not kept).
+    Args:
+        size: Side of the square input of the model, in pixels.
+        resize: ``"crop"`` (the centre square, scaled) or ``"squash"`` (the whole frame, aspect ratio not kept).
+        interpolation: ``"bicubic"`` or ``"bilinear"``.
+
+    Raises:
+        ValueError: A value is not one of these.
     """
 
     size: int
@@ -76,9 +82,15 @@ class Preprocessing:
         return asdict(self)
 
     def __call__(self, frame: Pixels) -> Pixels:
-        """Scale an RGB frame ``uint8 [H, W, 3]`` to ``uint8 [size, size, 3]``.
+        """Scale a frame to the input of the model.
 
         Downscaling is antialiased (Pillow's filters), so a large camera frame and a thumbnail agree.
+
+        Args:
+            frame: RGB, ``uint8 [H, W, 3]``.
+
+        Returns:
+            ``uint8 [size, size, 3]``.
         """
         if frame.shape == (self.size, self.size, 3):
             return np.ascontiguousarray(frame)
@@ -163,13 +175,20 @@ def _bands(height: int, width: int) -> Iterator[slice]:
 
 
 def read_image(image: Path | BinaryIO) -> Pixels:
-    """Read an image file, by its path or open, as ``uint8 [H, W, 3]`` RGB.
+    """Read an image file.
 
-    It is upright (EXIF orientation applied), with alpha laid over white, and the first of several frames. Reading takes
-    at most `MAX_BYTES` of memory. A JPEG that needs more, from 53 to 76 million pixels by its colour sampling, is
-    decoded at a half, a quarter or an eighth of its size, the same way everywhere.
+    The result is upright (EXIF orientation applied), with alpha laid over white, and the first of several frames.
+    Reading takes at most `MAX_BYTES` of memory. A JPEG that needs more (from 53 to 76 million pixels, depending on its
+    colour sampling) is decoded at a half, a quarter or an eighth of its size, the same way everywhere.
 
-    Raises `DataError` when the file is missing, damaged or truncated, or when it needs more memory than that.
+    Args:
+        image: The path of the file, or the file opened for reading bytes.
+
+    Returns:
+        ``uint8 [H, W, 3]`` in RGB order.
+
+    Raises:
+        DataError: The file is missing, damaged or truncated, or needs more memory than that.
     """
     name = escaped(str(image)) if isinstance(image, Path) else "The image"
     try:

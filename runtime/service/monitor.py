@@ -70,7 +70,11 @@ class Monitor:
         return self._last
 
     def add(self, answer: Answer) -> None:
-        """Count an answer."""
+        """Count an answer.
+
+        Args:
+            answer: What the pipeline just gave.
+        """
         now = time.monotonic()
         with self._lock:
             self._answers += 1
@@ -87,8 +91,9 @@ class Monitor:
     def health(self) -> dict[str, Any]:
         """The current state as JSON values.
 
-        ``ok`` is false when there is no model, or a live source gave no answer for `SILENCE_S` seconds. ``rate``
-        (answers a second) and ``age_ms`` are over the last `WINDOW_S` seconds.
+        Returns:
+            A dict. ``ok`` is false if there is no model, or a live source had no answer for `SILENCE_S` seconds.
+            ``rate`` (answers per second) and ``age_ms`` cover the last `WINDOW_S` seconds.
         """
         now = time.monotonic()
         with self._lock:
@@ -121,7 +126,11 @@ class Monitor:
         return self._pipeline.source.live and time.monotonic() - self._last_at > SILENCE_S
 
     def metrics(self) -> str:
-        """Everything in the text format of Prometheus (version 0.0.4)."""
+        """Everything in the text format of Prometheus (version 0.0.4).
+
+        Returns:
+            The text of one scrape.
+        """
         classifier, source = self._pipeline.classifier.health(), self._pipeline.source.stats
         dropped = source.dropped + self._pipeline.dropped
         runs = {"bundle": classifier.bundle, "backend": classifier.backend, "precision": classifier.precision}

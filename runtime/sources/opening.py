@@ -46,7 +46,7 @@ def open_source(
     max_backoff: float = 30.0,
     wait: bool = False,
 ) -> Source:
-    """Open a camera, stream, video, folder, or anything that gives arrays, as a source of RGB frames.
+    """Open a camera, stream, video, folder, or anything that yields arrays, as a source of RGB frames.
 
     ``uri`` is one of
 
@@ -58,19 +58,29 @@ def open_source(
     - ``-``: raw frames ``uint8 [H, W, 3]`` (or ``[H, W]``, see ``color``) on standard input
     - an iterable of arrays: uint8 or uint16, ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``
 
-    Cameras and streams are live: when the reader is slow, the oldest of ``buffer`` frames that wait is dropped. One
-    that is lost, or gives no frame for ``stall`` seconds, is opened again, after 0.5 s and then after pauses that
-    double up to ``max_backoff`` seconds; reads only time out meanwhile. Of all else every frame is delivered, read
-    ahead by ``buffer`` frames. ``live`` overrides that: frames of a file are dropped as those of a camera are, and
-    of a camera or stream none is dropped, and its end is the end.
+    Cameras and streams are live: if the reader is slow, the oldest waiting frame is dropped. A lost one is opened
+    again, after 0.5 s and then after pauses that double up to ``max_backoff`` seconds; meanwhile reads time out. From
+    all other sources every frame is delivered. A damaged picture is counted and left out.
 
-    ``size`` is (width, height), needed for ``-`` and for ``gst://`` without width and height. ``color`` is the order
-    of the channels of ``-`` (``"rgb"``, ``"bgr"``, ``"gray"``) and of an iterable (``"rgb"``, ``"bgr"``). ``rate``
-    hands over so many frames a second as a camera would, and ``loop`` starts over at the end; both are not for cameras
-    and streams. ``wait`` keeps trying when a camera or stream cannot be opened, instead of raising.
+    Args:
+        uri: Where frames come from, as above.
+        size: (width, height), needed for ``-``, and for ``gst://`` without width and height.
+        color: Channel order: ``"rgb"``, ``"bgr"`` or ``"gray"`` for ``-``, ``"rgb"`` or ``"bgr"`` for an iterable.
+        live: Overrides what is live: with True, frames of a file are dropped like those of a camera; with False, no
+            frame of a camera or stream is dropped, and its end is the end of the source.
+        rate: Deliver this many frames per second; not for cameras and streams.
+        loop: Start over at the end; not for cameras and streams.
+        buffer: How many frames may wait for the reader.
+        stall: Seconds without a frame after which a camera or stream counts as lost.
+        max_backoff: The longest pause before a lost camera or stream is opened again, in seconds.
+        wait: Keep trying if a camera or stream cannot be opened, instead of raising.
 
-    A picture that is damaged or no frame is counted and left out. Raises `SourceError` when the source cannot be
-    opened as asked, `ValueError` for a number out of its range.
+    Returns:
+        The open source.
+
+    Raises:
+        SourceError: The source cannot be opened as asked.
+        ValueError: A number is out of its range.
     """
     if buffer < 1:
         raise ValueError(f"buffer must be at least 1 frame, not {buffer}")

@@ -43,7 +43,11 @@ class _Session:
 class Source(Closing):
     """Frames of one camera, stream, video, folder or sequence; made by `open_source`.
 
-    ``for frame in source`` gives all frames until the end; `read` one of them. May be used from several threads.
+    ``for frame in source`` gives all frames until the end, `read` a single one. Several threads may use it.
+
+    Attributes:
+        description: What the source reads from, without passwords.
+        live: Whether frames are dropped if the reader is slow.
     """
 
     def __init__(self, opener: Opener, description: str, policy: Policy) -> None:
@@ -80,10 +84,17 @@ class Source(Closing):
         return self._statistics
 
     def read(self, timeout: float = 1.0) -> Frame | None:
-        """The next frame, or None if none comes within ``timeout`` seconds, which is not an error.
+        """Wait for the next frame.
 
-        Raises `EndOfStream` after the last frame and after `close`, and `SourceError` when a source that does not
-        reconnect broke before its end.
+        Args:
+            timeout: How many seconds to wait.
+
+        Returns:
+            The frame, or None if none came in time, which is not an error.
+
+        Raises:
+            EndOfStream: After the last frame, and after `close`.
+            SourceError: A source that does not reconnect broke before its end.
         """
         with self._condition:
             self._condition.wait_for(lambda: self._buffer or self._ended or self._closed, timeout)
