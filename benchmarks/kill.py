@@ -45,8 +45,8 @@ from duallora_edge.learner import commands, train
 from duallora_edge.learner import timing as profile
 from duallora_edge.learner.methods import training
 from duallora_edge.learner.run_directory import FileCheckpoint, RunDirectory
+from duallora_edge.runtime.backends import engine_build as engine
 from duallora_edge.runtime.backends.engine_cache import find_engine
-from duallora_edge.runtime.backends.ladder import engine_build as engine
 from duallora_edge.runtime.backends.tensorrt_api import load_tensorrt
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.classifier import Classifier
@@ -293,7 +293,7 @@ class Swapping:
     def work(self, folder: Path) -> None:
         os.environ["DUALLORA_EDGE_CACHE"] = str(folder / "cache")
         classifier = Classifier.load(self.bundle, "cpu", 1, trial=False)
-        classifier._tried = Trial(Opening("cpu", 1))
+        classifier._trial = Trial(Opening("cpu", 1))
         try:
             classifier.swap(folder / "new")
         except SwapError as error:

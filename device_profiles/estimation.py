@@ -39,7 +39,7 @@ SYSTEM_BYTES = {"jetson": 1.5 * GIB, "cpu": 1.5 * GIB, "rtx": 0.5 * GIB}
 
 @dataclass(frozen=True)
 class Workload:
-    """What one run of a model takes.
+    """What one inference takes.
 
     ``flops``: floating-point operations per image (twice the multiply-adds). ``weight_bytes``: all weights in
     the precision that runs. ``activation_bytes``: estimated peak of intermediate results at this ``batch``.
@@ -84,7 +84,7 @@ class Estimate:
         """One sentence for people: latency with its range, memory, whether it fits, and the note."""
         latency = "latency unknown"
         if self.latency_ms is not None:
-            latency = f"{self.latency_ms:.2f} ms a batch of {self.batch} ({self.low_ms:.2f} to {self.high_ms:.2f})"
+            latency = f"{self.latency_ms:.2f} ms for a batch of {self.batch} ({self.low_ms:.2f} to {self.high_ms:.2f})"
         fits = {True: "fits", False: "does not fit", None: "fit unknown"}[self.fits]
         memory = f"{self.memory_bytes / 1e6:.0f} MB"
         return f"{self.profile}, {self.mode} mode, {self.precision}: {latency}, {memory}, {fits}. {self.note}"
@@ -143,7 +143,7 @@ def _latency_ms(profile: DeviceProfile, workload: Workload, precision: str, mode
 def _note(profile: DeviceProfile, precision: str, latency: float | None) -> str:
     note = "estimate, not measured"
     if latency is None:
-        return f"{note}; no latency, because CPUs differ too much: measure with 'duallora-edge benchmark'"
+        return f"{note}; no latency, because CPUs differ too much; measure with 'duallora-edge benchmark'"
     note += f" (±{SPREAD:.0%}, fitted to published ViT-B throughputs of the Jetson Orin Nano 8GB"
     note += ", extrapolated to this device)" if profile.compute_capability != "8.7" else ")"
     if precision != "fp16":

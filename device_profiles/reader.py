@@ -1,4 +1,4 @@
-"""Reading a YAML file from anywhere: bounded, and with all of its problems found in one go."""
+"""Reading a YAML file that may hold anything: within limits, and with all its problems reported at once."""
 
 from __future__ import annotations
 

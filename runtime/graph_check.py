@@ -1,8 +1,8 @@
-"""What an ONNX file of a bundle has to be before any other library sees it: a graph as `export.graph` writes them.
+"""Checks an ONNX file of a bundle before any other library reads it: it must be a graph as `export.graph` writes them.
 
-Libraries that run models read files outside the bundle, allocate without limit or crash when a graph asks for it. So
-every graph is read here first, by pure Python, and every node is followed: its operator, its attributes, the types and
-shapes of what it reads and makes. Integers are nowhere computed with; they are constants that say shapes and positions.
+Libraries that run models read files outside the bundle, allocate without limit or crash if a graph asks for it. So
+every graph is read here first, in pure Python, and every node is followed: its operator, its attributes, the types and
+shapes of its inputs and outputs. Integers are never computed with; they are constants that give shapes and positions.
 
 The number of images is unknown. It is taken as a prime larger than any size may be: then a size is of one image or of
 all of them, which one division tells, and plain integers are enough for the rest.
@@ -254,7 +254,7 @@ def _cast(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> 
     return [shapes[0]]
 
 
-def _same(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> list[Dims]:
+def _unchanged(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> list[Dims]:
     if "axis" in attributes:
         _axis(shapes[0], attributes["axis"])
     return [shapes[0]]
@@ -308,9 +308,9 @@ def _reshape(shapes: Sequence[Dims], constants: Sequence[Dims], _: Attributes) -
 
 
 def _pad(shapes: Sequence[Dims], constants: Sequence[Dims], _: Attributes) -> list[Dims]:
-    rank, amounts = len(shapes[0]), constants[0]
-    _require(len(amounts) == 2 * rank and all(0 <= n <= MAX_PADDING for n in amounts), f"amounts {amounts}")
-    return [tuple(amounts[i] + size + amounts[rank + i] for i, size in enumerate(shapes[0]))]
+    axes, amounts = len(shapes[0]), constants[0]
+    _require(len(amounts) == 2 * axes and all(0 <= n <= MAX_PADDING for n in amounts), f"amounts {amounts}")
+    return [tuple(amounts[i] + size + amounts[axes + i] for i, size in enumerate(shapes[0]))]
 
 
 def _layer_norm(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> list[Dims]:
@@ -380,13 +380,13 @@ def operators(opset: int) -> dict[str, Operator]:
         "Concat": Operator(_concat, 1, optional=MAX_EDGES, attributes={"axis": "i"}),
         "MatMul": Operator(_matmul, 2),
         "Gemm": Operator(_gemm, 2, optional=1, attributes={"transB": "i"}, defaults={"transB": 0}),
-        "Softmax": Operator(_same, attributes={"axis": "i"}),
+        "Softmax": Operator(_unchanged, attributes={"axis": "i"}),
         "ReduceSum": summed,
         "ReduceMean": reduced,
         "ReduceMax": reduced,
         "Clip": Operator(_clip, 3),
         **{op: Operator(_broadcast, 2) for op in ("Add", "Sub", "Mul", "Div")},
-        **{op: Operator(_same) for op in ("Sqrt", "Relu", "Sigmoid", "Erf")},
+        **{op: Operator(_unchanged) for op in ("Sqrt", "Relu", "Sigmoid", "Erf")},
         **({"LayerNormalization": normalised} if opset >= 17 else {}),
-        **({"Gelu": Operator(_same)} if opset >= 20 else {}),
+        **({"Gelu": Operator(_unchanged)} if opset >= 20 else {}),
     }

@@ -1,7 +1,7 @@
-"""What an image file says about itself beside its pixels, looked at before Pillow does.
+"""Checks the metadata of an image file before Pillow reads it.
 
-Pillow makes Python objects of such values, 30 to 80 times as large as they are in the file. So the numbers of a TIFF
-and the EXIF segments of a JPEG are counted first.
+Pillow turns metadata into Python objects that are 30 to 80 times as large as in the file. So the values of a TIFF and
+the EXIF segments of a JPEG are counted first.
 """
 
 from __future__ import annotations

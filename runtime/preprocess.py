@@ -32,9 +32,9 @@ MAX_FILE_BYTES = MAX_BYTES // 3
 MAX_EXIF_BYTES = 2**20  # cameras write 64 kB at most
 # Formats of cameras and photo collections; others (EPS, PDF, ...) reach decoders that should not see untrusted files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-# What decoders take beside the pixels themselves, in bytes a pixel, as measured; 4 where nothing is said.
+# Measured memory of decoders besides the pixels, in bytes per pixel; 4 for all others.
 _DECODER_BYTES = {"WEBP": 26, "AVIF": 14, "JPEG2000": 24}
-_STREAMED = ("BMP", "PPM", "TIFF")  # formats of which no decoder holds parts of the file in memory
+_STREAMED = ("BMP", "PPM", "TIFF")  # formats whose decoders keep no part of the file in memory
 _FILE_COPIES = 3  # of a chunk of text that is the whole file
 _SPARE_BYTES = 32 * 2**20
 _BAND_PIXELS = 2**20
@@ -57,7 +57,13 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 class Preprocessing:
     """How a frame becomes the input of the model.
 
-    ``resize`` is ``"crop"`` (the centre square, scaled) or ``"squash"`` (the whole frame, aspect ratio not kept).
+    Args:
+        size: Side of the square input of the model, in pixels.
+        resize: ``"crop"`` (the centre square, scaled) or ``"squash"`` (the whole frame, aspect ratio not kept).
+        interpolation: ``"bicubic"`` or ``"bilinear"``.
+
+    Raises:
+        ValueError: A value is not one of these.
     """
 
     size: int
@@ -76,9 +82,15 @@ class Preprocessing:
         return asdict(self)
 
     def __call__(self, frame: Pixels) -> Pixels:
-        """Scale an RGB frame ``uint8 [H, W, 3]`` to ``uint8 [size, size, 3]``.
+        """Scale a frame to the input of the model.
 
         Downscaling is antialiased (Pillow's filters), so a large camera frame and a thumbnail agree.
+
+        Args:
+            frame: RGB, ``uint8 [H, W, 3]``.
+
+        Returns:
+            ``uint8 [size, size, 3]``.
         """
         if frame.shape == (self.size, self.size, 3):
             return np.ascontiguousarray(frame)
@@ -141,7 +153,7 @@ def _as_frame(frame: npt.ArrayLike) -> npt.NDArray[Any]:
     height, width = array.shape[:2]
     if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
         raise DataError(
-            f"A frame may have at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side, not {height} x {width}; "
+            f"A frame may have at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} per side, not {height} x {width}; "
             "scale it down."
         )
     return array
@@ -163,13 +175,20 @@ def _bands(height: int, width: int) -> Iterator[slice]:
 
 
 def read_image(image: Path | BinaryIO) -> Pixels:
-    """Read an image file, by its path or open, as ``uint8 [H, W, 3]`` RGB.
+    """Read an image file.
 
-    It is upright (EXIF orientation applied), with alpha laid over white, and the first of several frames. Reading takes
-    at most `MAX_BYTES` of memory. A JPEG that needs more, from 53 to 76 million pixels by its colour sampling, is
-    decoded at a half, a quarter or an eighth of its size, the same way everywhere.
+    The result is upright (EXIF orientation applied), with alpha laid over white, and the first of several frames.
+    Reading takes at most `MAX_BYTES` of memory. A JPEG that needs more (from 53 to 76 million pixels, depending on its
+    colour sampling) is decoded at a half, a quarter or an eighth of its size, the same way everywhere.
 
-    Raises `DataError` when the file is missing, damaged or truncated, or when it needs more memory than that.
+    Args:
+        image: The path of the file, or the file opened for reading bytes.
+
+    Returns:
+        ``uint8 [H, W, 3]`` in RGB order.
+
+    Raises:
+        DataError: The file is missing, damaged or truncated, or needs more memory than that.
     """
     name = escaped(str(image)) if isinstance(image, Path) else "The image"
     try:
@@ -220,7 +239,7 @@ def _read(file: BinaryIO, name: str) -> Pixels:
         if scale is None or max(picture.size) > MAX_SIDE:
             raise DataError(
                 f"{name} has {picture.width} x {picture.height} pixels, and reading it would take more than "
-                f"{MAX_BYTES >> 20} MB or a side has more than {MAX_SIDE:,}; scale it down."
+                f"{MAX_BYTES >> 20} MB or a side is longer than {MAX_SIDE:,}; scale it down."
             )
         if scale > 1:
             picture.draft(None, (picture.width // scale, picture.height // scale))

@@ -1,9 +1,9 @@
-"""Trying a bundle in a child process before this one loads it, and remembering how that ended.
+"""Trying a bundle in a child process before this one loads it, and remembering the outcome.
 
-A graph can crash or hang the library that runs it, or ask for all memory. So what was never loaded here before
-answers its golden images in a child with limits first, while the application goes on. The outcome is a file in
-``trials`` of the cache folder: what was refused, or was being loaded when the process died, twice, is not touched again
-before the bundle, its engine, or the software that runs it is another one. So no restart loops.
+A graph can crash or hang the library that runs it, or ask for all memory. So a bundle that was never loaded here first
+answers its golden images in a child process with limits, while the application goes on. The outcome is stored in
+``trials`` of the cache folder. A bundle that was refused, or during whose loading the process died twice, is not tried
+again until the bundle, its engine or the installed software changes. This prevents restart loops.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODEL_COPIES = 10
 MEMORY_SHARE = 0.75  # of what the system has left
 MAX_DEATHS = 2
 MAX_RECORDS = 200
-NICENESS = 10  # the camera comes first
+NICENESS = 10  # the camera has priority
 _NAME = re.compile(r"[0-9a-f]{64}\.json")
 _SOFTWARE = re.compile(r"(numpy|onnxruntime|onnxruntime_gpu|tensorrt|tensorrt_rtx|cuda_python)-.*\.(dist|egg)-info")
 
@@ -89,7 +89,7 @@ class Trial:
         ``bundle`` may come from `Bundle.peek`; ``cancel`` ends the trial when it is set. Raises `RefusedError` when
         the bundle did not pass, now or before, and `BundleError` when it is damaged.
         """
-        with _held(self._file(bundle)) as file:
+        with _locked_record(self._file(bundle)) as file:
             before = _read(file)
             if before is not None and before.state == "good":
                 yield Rung(before.backend, before.precision)
@@ -112,13 +112,15 @@ class Trial:
 
     def refuse(self, bundle: Bundle, reason: str) -> None:
         """Remember that a bundle that had passed failed nevertheless."""
-        with _held(self._file(bundle)) as file:
+        with _locked_record(self._file(bundle)) as file:
             _write(file, _Record("refused", str(bundle), reason))
 
     def _try(self, bundle: Bundle, cancel: threading.Event | None) -> Rung:
         arguments = str(bundle.path), bundle.digest, json.dumps(asdict(self._opening))
         timeout_s = TIMEOUT_S + (BUILD_TIMEOUT_S if self._opening.build else 0)
-        answer = ask(QUESTION, *arguments, timeout_s=timeout_s, memory_bytes=_memory(bundle.manifest), cancel=cancel)
+        answer = ask(
+            QUESTION, *arguments, timeout_s=timeout_s, memory_bytes=_memory_limit(bundle.manifest), cancel=cancel
+        )
         if cancel is not None and cancel.is_set():
             raise BackendError(f"The trial of {bundle.path} was cancelled; start it again.")
         if not answer.ok:
@@ -177,7 +179,7 @@ def engines_of(manifest: Manifest) -> list[list[str]]:
     return found
 
 
-def _memory(manifest: Manifest) -> int:
+def _memory_limit(manifest: Manifest) -> int:
     """The bytes that a child may hold."""
     graphs = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx"))
     limit = LIBRARY_BYTES + MODEL_COPIES * graphs
@@ -195,15 +197,15 @@ def _software() -> list[str]:
 
 
 def _refusal(bundle: Bundle, record: _Record, file: Path | None) -> str:
-    reason = record.reason or f"the process died {MAX_DEATHS} times while it was loaded"
+    reason = record.reason or f"the process died {MAX_DEATHS} times while loading it"
     return (
-        f"{bundle.path} was refused before, and is not tried again until the bundle, its engine or the installation "
-        f"changes ({reason.rstrip('.')}); delete {file} to try it nevertheless."
+        f"{bundle.path} was refused before and is not tried again until the bundle, its engine or the installation "
+        f"changes ({reason.rstrip('.')}); delete {file} to try it anyway."
     )
 
 
 @contextmanager
-def _held(file: Path | None) -> Iterator[Path | None]:
+def _locked_record(file: Path | None) -> Iterator[Path | None]:
     """A record to be changed; None while another process tries the same bundle and will remember it."""
     if file is None:
         yield None

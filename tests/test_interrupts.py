@@ -50,7 +50,7 @@ def test_an_interrupt_that_is_lost_stops_training(
     run = tmp_path / "run"
     options = ["--data", image_stream, "--run", run, "--config", tmp_path / "quick.yaml", "--device", "cpu"]
     code, _, errors = call("train", *options)
-    assert code == 1 and "Interrupted; what was committed is kept." in errors
+    assert code == 1 and "Interrupted; everything committed so far is kept." in errors
     assert seen.count(stage) == 1 and seen[-1] == stage
     assert not RunDirectory.exists(run) or RunDirectory.open(run).head() == []
 

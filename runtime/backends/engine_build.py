@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from duallora_edge.files import atomic_directory, own_folder
+from duallora_edge.runtime.backends.contract import ENGINE_BATCH, UnavailableError
 from duallora_edge.runtime.backends.engine_cache import (
     PLAN,
     RECORD,
@@ -39,9 +40,9 @@ from duallora_edge.runtime.backends.engine_cache import (
     write_record,
 )
 from duallora_edge.runtime.backends.engine_worker import Job
-from duallora_edge.runtime.backends.ladder import ENGINE_BATCH, UnavailableError
-from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, Gpu, TensorRT, find_gpu, load_tensorrt
+from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, TensorRT, find_gpu, load_tensorrt
 from duallora_edge.runtime.bundle import Bundle
+from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.process_memory import read_memory
 
 WORKER = "duallora_edge.runtime.backends.engine_worker"
@@ -174,13 +175,15 @@ def build_engine(
                 if engine := stored():  # built while this one waited
                     return engine
             except EngineError:
-                say("the stored engine is damaged: it is deleted and built again")
+                say("the stored engine is damaged; it is deleted and built again")
                 delete_engine(folder / key.digest)
             _build(graph, key, folder / key.digest, workspace_mb or bundle.manifest.workspace_mb, limits, say)
             engine = find_engine(key)
         evict(folder, key)
     if engine is None:
-        raise EngineError(f"{folder} lost an engine just written to it; is another program emptying it?")
+        raise EngineError(
+            f"An engine just written to {folder} is gone; check whether another program empties that folder."
+        )
     return replace(engine, from_cache=False)
 
 
@@ -224,7 +227,7 @@ def _build(graph: Path, key: EngineKey, folder: Path, workspace_mb: int, limits:
     timing = key.timing_name
 
     def kept(rest: Path) -> None:
-        say(f"files that are not of the engine are kept in {rest}")
+        say(f"files that do not belong to the engine are kept in {rest}")
 
     with atomic_directory(folder, replaces=(PLAN, RECORD), on_kept=kept) as staging:
         job = Job(
@@ -279,7 +282,9 @@ def _run_worker(job: Job, limits: _Limits, say: Say) -> dict[str, Any]:
             start_new_session=True,  # Ctrl-C ends this process, which then ends that one
         )
     except OSError as error:
-        raise EngineError(f"No process could be started to build ({error.strerror}); close other programs.") from error
+        raise EngineError(
+            f"The building process could not be started ({error.strerror}); close other programs."
+        ) from error
     assert process.stdout is not None and process.stderr is not None
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     words: deque[str | None] = deque(maxlen=10)

@@ -98,14 +98,14 @@ def build(job: Job, say: Say) -> dict[str, Any]:
         _save_timing(config, Path(job.timing_cache), say)
     # The builder's memory is given back before the engine takes its own: small boards cannot hold both.
     del timing, monitor, parser, config, network, builder
-    memory = None
+    memory_bytes = None
     if job.compute_capability is None:
         runtime = make_runtime(trt, logger)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BuildError(f"the engine was built, but cannot be loaded: {_joined(errors)}")
-        memory = device_memory_bytes(engine)
-    return {"seconds": time.perf_counter() - start, "device_memory_bytes": memory}
+        memory_bytes = device_memory_bytes(engine)
+    return {"seconds": time.perf_counter() - start, "device_memory_bytes": memory_bytes}
 
 
 def _read_model(job: Job) -> bytes:

@@ -1,7 +1,7 @@
-"""Questions about this machine, each answered in a process of its own.
+"""Questions about this machine, each answered in a child process.
 
-A broken GPU package can kill the process that imports it, or never come back. So a question is a function that a
-short-lived child runs; the parent learns the answer, the reason for none, which signal killed it, or that it hung.
+A broken GPU package can crash the process that imports it, or hang forever. So each question is a function that a
+short-lived child runs; the parent learns the answer, why there is none, which signal killed the child, or that it hung.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duallora_edge.errors import BackendError, DualLoraEdgeError
+from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.runtime.device.cuda import Driver, NoGpuError
 
 MODULE = "duallora_edge.runtime.device.probes"
 NOT_INSTALLED = "not installed"
@@ -38,7 +39,7 @@ _MARK = "duallora-edge answers: "
 class Answer:
     """What came back: ``"ok"`` with JSON values, otherwise the reason.
 
-    ``state`` is ``"no"`` (asked properly, and it does not work), ``"crashed"`` (the process died) or ``"hung"``.
+    ``state`` is ``"no"`` (the question ran, and it does not work), ``"crashed"`` (the process died) or ``"hung"``.
     """
 
     state: str
@@ -94,7 +95,7 @@ def ask(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            # Not for ever: a process that hangs inside a driver does not even die.
+            # With a limit: a process that hangs inside a driver cannot be killed.
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=KILL_WAIT_S)
     return _read(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
@@ -110,8 +111,8 @@ def _resident_bytes(process: int) -> int:
 def _read(code: int, output: str, errors: str) -> Answer:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        memory = ", as Linux does when memory runs out" if name == "SIGKILL" else ""
-        return Answer("crashed", reason=f"the process was killed by {name}{memory}")
+        cause = ", as Linux does when memory runs out" if name == "SIGKILL" else ""
+        return Answer("crashed", reason=f"the process was killed by {name}{cause}")
     marked = [line for line in output.splitlines() if line.startswith(_MARK)]
     if code or not marked:
         said = next((f" ({line.strip()[:200]})" for line in reversed(errors.splitlines()) if line.strip()), "")
@@ -174,7 +175,7 @@ def package(modules: str, distributions: str) -> dict[str, Any]:
 
 
 def _version(distributions: Sequence[str]) -> str | None:
-    from importlib import metadata  # here, for it takes longer to import than the rest of the runtime's own code
+    from importlib import metadata  # here, because it takes longer to import than the rest of the runtime
 
     for name in distributions:
         with suppress(metadata.PackageNotFoundError):
@@ -183,38 +184,21 @@ def _version(distributions: Sequence[str]) -> str | None:
 
 
 def cuda() -> dict[str, Any]:
-    """Ask the driver's own library: its CUDA version and the devices it can see (memory in bytes)."""
+    """The CUDA version of the driver and the devices it can see (memory in bytes)."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise NoAnswerError(f"no NVIDIA driver ({error})") from error
-
-    def call(name: str, *arguments: object) -> None:
-        code = getattr(driver, name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            driver.cuGetErrorName(code, ctypes.byref(text))
-            raise NoAnswerError(f"{name} failed with {(text.value or b'error').decode()} ({code})")
-
-    def integer(name: str, *arguments: object) -> int:
-        value = ctypes.c_int()
-        call(name, ctypes.byref(value), *arguments)
-        return value.value
-
-    call("cuInit", 0)
-    version = integer("cuDriverGetVersion")
-    devices = []
-    for index in range(integer("cuDeviceGetCount")):
-        device, text, size = integer("cuDeviceGet", index), ctypes.create_string_buffer(256), ctypes.c_size_t()
-        call("cuDeviceGetName", text, len(text), device)
-        call("cuDeviceTotalMem_v2", ctypes.byref(size), device)
-        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        major, minor = (integer("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76))
-        name = text.value.decode(errors="replace")
-        devices.append({"name": name, "compute_capability": f"{major}.{minor}", "memory_bytes": size.value})
-    if not devices:
-        raise NoAnswerError("the driver sees no device")
-    return {"version": f"{version // 1000}.{version % 1000 // 10}", "devices": devices}
+        driver = Driver()
+        version, gpus = driver.cuda_version, list(driver.gpus())
+    except NoGpuError as error:
+        raise NoAnswerError(str(error)) from error
+    devices = [
+        {
+            "name": gpu.name,
+            "compute_capability": f"{gpu.compute_capability[2:-1]}.{gpu.compute_capability[-1]}",
+            "memory_bytes": gpu.memory_bytes,
+        }
+        for gpu in gpus
+    ]
+    return {"version": version, "devices": devices}
 
 
 def tensorrt_start(module: str) -> dict[str, Any]:
@@ -222,28 +206,3 @@ def tensorrt_start(module: str) -> dict[str, Any]:
     trt = importlib.import_module(module)
     trt.Runtime(trt.Logger(trt.Logger.ERROR))
     return {}
-
-
-def rungs(bundle: str) -> dict[str, Any]:
-    """Verify a bundle; the names of all ``rungs`` of the ladder, and of those that ``auto`` tries, best first."""
-    from duallora_edge.runtime.backends.ladder import LADDER
-    from duallora_edge.runtime.bundle import Bundle
-
-    manifest = Bundle.open(bundle).manifest
-    return {"rungs": list(LADDER), "auto": [name for name in manifest.backends if name in LADDER] or list(LADDER)}
-
-
-def rung(bundle: str, name: str) -> dict[str, Any]:
-    """Run the golden images on the rung ``name`` alone."""
-    from duallora_edge.runtime.backends.ladder import ladder as backends
-    from duallora_edge.runtime.bundle import Bundle
-
-    # Without 'strict', which would leave out a second try in fp32; this process opens nothing else afterwards.
-    backends.LADDER = {name: backends.LADDER[name]}
-    try:
-        backend = backends.open_backend(Bundle.open(bundle), name)
-    except BackendError as error:
-        # "No backend can run ... (NAME: REASON); REMEDY.": here only the reason is of interest.
-        _, found, rest = str(error).partition(f"({name}: ")
-        raise NoAnswerError(rest.rpartition("); ")[0] if found else str(error)) from error
-    return {"check": str(backend.check), **backend.to_json()}

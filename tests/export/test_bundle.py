@@ -133,7 +133,7 @@ def test_a_split_bundle_keeps_its_prefix_after_a_new_task(
     document = read_json(tmp_path / "bundle" / MANIFEST)
     del document["files"][f"suffix-{precision}.onnx"]
     write_json(tmp_path / "bundle" / MANIFEST, document)
-    with pytest.raises(BundleError, match=r"engine\.split: asks for suffix-"):
+    with pytest.raises(BundleError, match=r"engine\.split: needs suffix-"):
         Bundle.open(tmp_path / "bundle")
 
 

@@ -179,7 +179,7 @@ def test_what_kills_the_process_is_given_up(shared_bundle: Path, cache: Path) ->
         done = subprocess.run([sys.executable, "-c", DYING, str(shared_bundle)], timeout=120)
         assert done.returncode == -signal.SIGKILL
         assert (record(cache)["state"], record(cache)["deaths"]) == ("trying", deaths)
-    with pytest.raises(RefusedError, match="the process died 2 times while it was loaded"):
+    with pytest.raises(RefusedError, match="the process died 2 times while loading it"):
         Classifier.load(shared_bundle, "cpu", 1)
 
 

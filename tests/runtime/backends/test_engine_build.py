@@ -27,6 +27,8 @@ from onnx import numpy_helper
 
 from duallora_edge.errors import BackendError, ConfigError
 from duallora_edge.files import cache_folder, read_json, write_json
+from duallora_edge.runtime.backends import engine_build as engines
+from duallora_edge.runtime.backends import engine_cache
 from duallora_edge.runtime.backends.engine_build import build_engine, engine_key
 from duallora_edge.runtime.backends.engine_cache import (
     EngineError,
@@ -37,10 +39,9 @@ from duallora_edge.runtime.backends.engine_cache import (
     read_engine,
 )
 from duallora_edge.runtime.backends.engine_worker import Job
-from duallora_edge.runtime.backends.ladder import engine_build as engines
-from duallora_edge.runtime.backends.ladder import engine_cache
-from duallora_edge.runtime.backends.tensorrt_api import Gpu, TensorRT
+from duallora_edge.runtime.backends.tensorrt_api import TensorRT
 from duallora_edge.runtime.bundle import MANIFEST, MODEL, Bundle, Manifest
+from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.process_memory import Reading, read_memory
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
@@ -217,7 +218,7 @@ def test_a_capability_that_cannot_be_named(shared_bundle: Path, capability: str)
 
 
 def test_without_a_gpu(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duallora_edge.runtime.backends.tensorrt_api.LIBCUDA", "libnone.so")
+    monkeypatch.setattr("duallora_edge.runtime.device.cuda.LIBCUDA", "libnone.so")
     with pytest.raises(EngineError, match=r"no NVIDIA driver .*run this on the device, or name .*sm86"):
         build_engine(Bundle.open(shared_bundle))
 
@@ -366,7 +367,8 @@ def test_what_somebody_put_beside_an_engine_is_kept(shared_bundle: Path, cache: 
     (folder / "notes.txt").write_text("mine")
     flip(folder)
     assert build_engine(bundle, "sm86", say=lines.append).plan.parent == folder
-    (kept,) = (line.removeprefix("files that are not of the engine are kept in ") for line in lines if "kept" in line)
+    words = "files that do not belong to the engine are kept in "
+    (kept,) = (line.removeprefix(words) for line in lines if "kept" in line)
     assert (Path(kept) / "notes.txt").read_text() == "mine"
 
 
@@ -461,7 +463,8 @@ def test_a_killed_application_leaves_nothing_that_harms(
     """The builder ends with the process that started it, and the next build clears up."""
     opened = change_model(bundle, seal, slow)
     code = (
-        "import sys; from duallora_edge.runtime.bundle import Bundle; from duallora_edge.runtime.backends.engine_build import *\n"
+        "import sys; from duallora_edge.runtime.bundle import Bundle\n"
+        "from duallora_edge.runtime.backends.engine_build import *\n"
         "build_engine(Bundle.open(sys.argv[1]), 'sm86', say=lambda line: print(line, flush=True))"
     )
     application = subprocess.Popen([sys.executable, "-c", code, str(bundle)], stdout=subprocess.PIPE, text=True)
@@ -708,7 +711,7 @@ def test_the_command_as_json(call: Call, shared_bundle: Path) -> None:
 
 
 def test_the_command_without_a_gpu(call: Call, shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duallora_edge.runtime.backends.tensorrt_api.LIBCUDA", "libnone.so")
+    monkeypatch.setattr("duallora_edge.runtime.device.cuda.LIBCUDA", "libnone.so")
     code, out, err = call("build", shared_bundle)
     assert (code, out) == (1, "") and err.startswith("Error: No engine can be built for this machine")
     assert len(err.splitlines()) == 1 and "--compute-capability sm86" in err
@@ -717,4 +720,4 @@ def test_the_command_without_a_gpu(call: Call, shared_bundle: Path, monkeypatch:
 @pytest.mark.parametrize("value", ["turing", "sm", "sm8", "8.66"])
 def test_what_is_no_compute_capability(call: Call, shared_bundle: Path, value: str) -> None:
     code, _, err = call("build", shared_bundle, "--compute-capability", value)
-    assert code == 2 and "is no compute capability such as sm86" in err
+    assert code == 2 and "is not a compute capability such as sm86" in err

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from duallora_edge.device_profiles import Detected
-from duallora_edge.runtime.commands.predict import doctor
+from duallora_edge.runtime.commands import doctor
 from duallora_edge.runtime.device.probes import MODULE, NOT_INSTALLED, Answer, ask
 
 Call = Callable[..., tuple[int, str, str]]
@@ -51,8 +51,8 @@ def on_ladder(write: Write, rung: str) -> str:
     return write(
         f"""
         import ctypes, os, time
-        from duallora_edge.runtime.backends.ladder import ladder as backends
-        from duallora_edge.runtime.device.probes import cuda, package, rung, rungs, tensorrt_start
+        from duallora_edge.runtime.backends import ladder as backends
+        from duallora_edge.runtime.backends.ladder import rung, rungs
 
         def bad(bundle, threads):
             {rung}
@@ -165,7 +165,7 @@ int cuGetErrorName(int error, const char **name) { *name = "CUDA_ERROR_NO_DEVICE
     [
         ("", 1, "ok", ""),
         ("return 100", 1, "no", "cuInit failed with CUDA_ERROR_NO_DEVICE (100)"),
-        ("", 0, "no", "the driver sees no device"),
+        ("", 0, "no", "the NVIDIA driver lists no GPU"),
         ("*(volatile int *)0 = 1", 1, "crashed", "the process was killed by SIGSEGV"),
     ],
 )
@@ -187,7 +187,10 @@ def test_the_driver_is_asked(
 
 def test_nothing_heavy_is_imported() -> None:
     """A broken NumPy must not keep the doctor from saying so."""
-    code = "import sys; import duallora_edge.runtime.commands.doctor; print([m for m in ('numpy', 'torch') if m in sys.modules])"
+    code = (
+        "import sys; import duallora_edge.runtime.commands.doctor\n"
+        "print([m for m in ('numpy', 'torch') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -196,7 +199,7 @@ def test_without_a_bundle(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     code, out, _ = call("doctor")
     assert code == 0 and "Backends" not in out
-    assert out.splitlines()[-1] == "No backend was tried, for that takes a bundle: duallora-edge doctor BUNDLE"
+    assert out.splitlines()[-1] == "No backend was tried, because that needs a bundle: duallora-edge doctor BUNDLE"
 
 
 def test_json(call: Call, monkeypatch: pytest.MonkeyPatch, shared_bundle: Path) -> None:
@@ -236,7 +239,7 @@ def test_no_backend_can_run_a_bundle_with_other_answers(
     arrays = dict(np.load(bundle / "golden.npz"))
     np.savez(bundle / "golden.npz", **{**arrays, "features": arrays["features"] + 1})
     seal(bundle)
-    monkeypatch.setattr(doctor, "QUESTIONS", on_ladder(write, "raise backends.UnavailableError('not here')"))
+    monkeypatch.setattr(doctor, "LADDER", on_ladder(write, "raise backends.UnavailableError('not here')"))
     pretend(monkeypatch, really="rungs rung")
     code, out, _ = call("doctor", str(bundle), "--json")
     found = json.loads(out)
@@ -251,13 +254,13 @@ def test_no_backend_can_run_a_bundle_with_other_answers(
             "ctypes.string_at(0)",
             "crashed",
             "SIGSEGV",
-            "Use --backend cpu here: by itself the runtime would try others first (bad crashed)",
+            "Use --backend cpu here: by default the runtime tries others first (bad crashed)",
         ),
         (
             "time.sleep(60)",
             "hung",
             "no answer within 3 s",
-            "Use --backend cpu here: by itself the runtime would try others first (bad hung)",
+            "Use --backend cpu here: by default the runtime tries others first (bad hung)",
         ),
         (
             "raise RuntimeError('CUDA error cudaErrorNoKernelImageForDevice:no kernel image (x); y')",
@@ -283,7 +286,7 @@ def test_a_bad_rung(
     reason: str,
     last: str,
 ) -> None:
-    monkeypatch.setattr(doctor, "QUESTIONS", on_ladder(write, body))
+    monkeypatch.setattr(doctor, "LADDER", on_ladder(write, body))
     if state == "hung":
         monkeypatch.setattr(doctor, "RUNG_TIMEOUT_S", 3.0)
     both = ["bad", "cpu"]
@@ -435,7 +438,7 @@ def test_a_kernel_image_that_is_missing_names_the_gpu(tmp_path: Path, monkeypatc
     broken = Answer("no", reason="CUDA failure 209: no kernel image is available for execution on the device")
     pretend(monkeypatch, rungs=Answer("ok", {"rungs": ["cuda"], "auto": ["cuda"]}), rung=broken, cuda=GPU)
     found = doctor.diagnose(tmp_path, tmp_path)
-    assert not found.ok and "cuda: the wheel has no kernels for compute capability 8.7" in "\n".join(found.advice)
+    assert not found.ok and "cuda: this build has no kernels for compute capability 8.7" in "\n".join(found.advice)
 
 
 OK = Answer("ok", {"precision": "fp16", "check": "largest difference 0", "not_used": {}})
@@ -450,8 +453,8 @@ HUNG = Answer("hung", reason="no answer within 180 s")
         ("a b c", {"a": NO, "b": OK, "c": OK}, "Here the runtime uses: b in fp16 (not a: see above)"),
         ("c b", {"a": OK, "b": OK, "c": NO}, "Here the runtime uses: b in fp16 (not c: see above)"),
         ("b c", {"a": HUNG, "b": OK, "c": OK}, "Here the runtime uses: b in fp16"),
-        ("a b", {"a": NO, "b": NO, "c": OK}, "Use --backend c here: none that the bundle names runs (a, b)."),
-        ("a b", {"a": HUNG, "b": OK}, "Use --backend b here: by itself the runtime would try others first (a hung)."),
+        ("a b", {"a": NO, "b": NO, "c": OK}, "Use --backend c here: no backend of the bundle works (a, b)."),
+        ("a b", {"a": HUNG, "b": OK}, "Use --backend b here: by default the runtime tries others first (a hung)."),
         ("a b", {"a": HUNG, "b": NO}, "No backend can run this bundle here."),
     ],
 )
@@ -488,7 +491,7 @@ def test_a_jetson_is_no_detected_gpu(tmp_path: Path) -> None:
     assert found.is_jetson and found.gpu is None and not (root / "was-run").exists()
 
 
-CHECK_INSTALL = Path(__file__).parents[2] / "scripts" / "check-install.py"
+CHECK_INSTALL = Path(__file__).parents[3] / "scripts" / "check-install.py"
 
 
 def check_install(*arguments: str) -> tuple[int, list[str]]:
