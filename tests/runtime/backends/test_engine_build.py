@@ -348,7 +348,7 @@ def test_a_damaged_engine_is_built_again(shared_bundle: Path) -> None:
     bundle, lines = Bundle.open(shared_bundle), list[str]()
     flip(build_engine(bundle, "sm86").plan.parent)
     again = build_engine(bundle, "sm86", say=lines.append)
-    assert not again.from_cache and lines[0] == "the stored engine is damaged: it is deleted and built again"
+    assert not again.from_cache and lines[0] == "the stored engine is damaged; it is deleted and built again"
     assert build_engine(bundle, "sm86").from_cache
 
 
