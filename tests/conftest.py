@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from duallora_edge.cli import main
+from duallora_edge.learner import classifiers
 from duallora_edge.learner.backbone import Backbone, BackboneInfo
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import learn_task
 from duallora_edge.learner.record import TaskRecord
+from duallora_edge.learner.report import page
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -43,6 +47,29 @@ def pixel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DUALLORA_EDGE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes from one fork server, which spares each of them the imports: 12 s of CPU time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["duallora_edge.compare"])
+    return context
+
+
+@pytest.fixture
+def few_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2000 random features the classifier `ridge` needs seconds a task."""
+    monkeypatch.setattr(classifiers, "RANDOM_FEATURES", 200)
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """Reports without plots, which take as long as learning so little; the tests of the reports draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("accuracy_png", "matrix_png", "reliability_png"):
+            patch.setattr(page, name, lambda *_: b"")
+        yield
 
 
 @pytest.fixture(scope="session")
