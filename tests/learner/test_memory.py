@@ -17,6 +17,8 @@ from duallora_edge.learner.data import HealthReport, PreparedStream, PreparedTas
 from duallora_edge.learner.memory import Cost, live_peak, make_plan, parse_bytes, training_cost
 from duallora_edge.learner.run import Run
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 MB = 1 << 20
 BASE = 100 * MB
 
