@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,33 @@ def pixel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DUALLORA_EDGE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes from one fork server, which spares each of them the imports: 12 s of CPU time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["duallora_edge.compare"])
+    return context
+
+
+@pytest.fixture
+def few_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2000 random features the classifier `ridge` needs seconds a task."""
+    from duallora_edge.learner.methods import scoring
+
+    monkeypatch.setattr(scoring, "RANDOM_FEATURES", 200)
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """Reports without plots, which take as long as learning so little; the tests of the reports draw them."""
+    from duallora_edge.learner.report import page
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("accuracy_png", "matrix_png", "reliability_png"):
+            patch.setattr(page, name, lambda *_: b"")
+        yield
 
 
 @pytest.fixture(scope="session")

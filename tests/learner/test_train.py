@@ -23,10 +23,19 @@ from duallora_edge.learner.report.metrics import Row
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import train_run
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 QUICK = TrainConfig(
-    device="cpu", precision="fp32", rank_orthogonal=2, rank_residual=2, epochs=1, min_steps=4, batch_size=16
+    device="cpu",
+    precision="fp32",
+    rank_orthogonal=2,
+    rank_residual=2,
+    summaries=1,
+    epochs=1,
+    min_steps=4,
+    batch_size=16,
 )
-GIVEN = ("rank_orthogonal", "rank_residual", "epochs", "min_steps", "batch_size", "precision")
+GIVEN = ("rank_orthogonal", "rank_residual", "summaries", "epochs", "min_steps", "batch_size", "precision")
 
 
 class Notes(Callback):

@@ -265,6 +265,7 @@ def test_a_curve_follows_what_the_statistics_predict_of_the_logits(
     assert asked.temperature == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.usefixtures("few_random_features")
 @pytest.mark.parametrize("classifier", ["lda", "lda_f", "mean_f", "ridge", "heads"])
 def test_the_classifier_of_the_configuration_wins(
     tiny_backbone: Backbone, learn: Learn, tasks: list[PreparedTask], classifier: str
