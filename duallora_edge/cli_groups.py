@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -15,6 +17,11 @@ class GroupedOption(click.Option):
         self.group = group
 
 
+def option_group(title: str) -> Callable[..., Any]:
+    """``click.option`` for the options of one group: ``data = option_group("Data")``, then ``@data("--data")``."""
+    return partial(click.option, cls=GroupedOption, group=title)
+
+
 class GroupedCommand(click.Command):
     """A command whose help shows the groups in the order in which they first appear, and the other options last."""
 
@@ -23,7 +30,7 @@ class GroupedCommand(click.Command):
         others: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is None:
+            if record is None or not isinstance(parameter, click.Option):
                 continue
             group = parameter.group if isinstance(parameter, GroupedOption) else None
             (sections.setdefault(group, []) if group else others).append(record)

@@ -15,12 +15,13 @@ from sklearn.datasets import load_digits
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
 from duallora_edge.export.commands import training_images
-from duallora_edge.learner.commands import TerminalListener, echo, show_metrics
+from duallora_edge.learner.commands import echo, show_metrics
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.evaluate import report
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.terminal import TerminalListener
 from duallora_edge.learner.train import train_run
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.preprocess import read_image

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from duallora_edge.errors import RunError
-from duallora_edge.files import read_json, write_json
+from duallora_edge.files import write_json
 from duallora_edge.learner import distributed
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import compose
@@ -19,6 +19,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.report.measured import measured_rows
 from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
 from duallora_edge.learner.run_directory import RunDirectory
@@ -79,28 +80,6 @@ class Tests:
             task_probabilities=torch.cat([a.task_probabilities for a in answers]).cpu().numpy(),
         )
         return Cell.from_predictions(predictions, columns)
-
-
-def measured_rows(run: RunDirectory) -> dict[str, Row]:
-    """Rows measured earlier, by the digest of the state they were measured on: one cell a task of the state.
-
-    Raises `RunError` when they are damaged.
-    """
-    path = run.path / "reports" / "rows.json"
-    if not path.is_file():
-        return {}
-    try:
-        rows = {str(key): tuple(map(Cell.from_json, row)) for key, row in read_json(path).items()}
-        head = run.head()
-        for number in range(1, len(head) + 1):
-            row = rows.get(run.digest(head[:number]))
-            if row is not None and len(row) != number:
-                raise ValueError(f"the state after {number} tasks has {len(row)} cells")
-        return rows
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise RunError(
-            f"{path} is damaged ({error}); delete it and run 'duallora-edge evaluate {run.path}'."
-        ) from error
 
 
 def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:

@@ -37,7 +37,9 @@ from duallora_edge.files import (
     write_atomic,
     write_json,
 )
+from duallora_edge.folder_kind import folder_kind
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, quoted, read_yaml, sort_out
+from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
 from duallora_edge.learner.network.task_record import TaskInfo, TaskRecord
 
@@ -118,11 +120,20 @@ class RunDirectory:
         if not path.is_dir():
             raise RunError(f"{path} is not a folder; 'duallora-edge train --data DIR --run {path}' makes a run.")
         if not cls.exists(path):
+            if folder_kind(path) == "bundle":
+                raise RunError(
+                    f"{path} is a bundle, not a run; 'duallora-edge predict', 'run' and 'benchmark' take it."
+                )
             raise RunError(f"{path} is not a run (no run.yaml); 'duallora-edge train' makes one.")
         try:
             settings = read_yaml(path / "run.yaml")
             if settings.pop("schema", None) != SCHEMA:
                 raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
+            if isinstance(method := settings.get("method"), str) and method not in METHODS:
+                raise RunError(
+                    f"The run {path} was trained with the method {quoted(method)}, which is not known here; "
+                    f"set {VARIABLE} to the file that registers it."
+                )
             good, problems = sort_out(settings)
             if problems:
                 raise ConfigError("; ".join(problems))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 from click.testing import CliRunner
 
-from duallora_edge.cli_groups import GroupedCommand, GroupedOption
+from duallora_edge.cli_groups import GroupedCommand, GroupedOption, option_group
 
 
 @click.command(cls=GroupedCommand)
+@click.argument("folder")
 @click.option("--data", cls=GroupedOption, group="Data", help="A folder.")
 @click.option("--json", is_flag=True, help="Print JSON.")
-@click.option("--rank", cls=GroupedOption, group="Method", help="Of LoRA.")
+@option_group("Method")("--rank", help="Of LoRA.")
 @click.option("--classes", cls=GroupedOption, group="Data", help="A file.")
 @click.option("--secret", cls=GroupedOption, group="Hidden", hidden=True)
 def command(**options: object) -> None:

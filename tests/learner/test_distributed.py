@@ -74,7 +74,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     ``caches`` names the folder of decoded images of each rank. A fork server spares the imports.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["duallora_edge.learner.commands"])
+    context.set_forkserver_preload(["duallora_edge.learner.terminal"])
 
     def run(
         path: Path, data: Path, count: int, *flags: str, caches: Sequence[Path] = (), **environment: str

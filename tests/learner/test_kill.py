@@ -22,7 +22,7 @@ KILLS = 5
 def spawn(*arguments: str) -> BaseProcess:
     """The command line in a process of its own; a fork server spares it the imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["duallora_edge.learner.commands"])
+    context.set_forkserver_preload(["duallora_edge.learner.terminal"])
     process = context.Process(target=main, args=(list(arguments),))
     process.start()
     return process
