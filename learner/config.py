@@ -49,7 +49,7 @@ class TrainConfig:
         "Essentials", low=0, high=10_000,
     )  # fmt: skip
     seed: int = setting(
-        0, "Seed of everything random; on one CPU in fp32 the same seed gives the same run, bit for bit.",
+        0, "Seed for everything random; on one CPU in fp32 the same seed gives the same run, bit for bit.",
         "Essentials", low=0, high=_LARGE,
     )  # fmt: skip
 
@@ -156,8 +156,8 @@ class TrainConfig:
     )  # fmt: skip
     augment: str = setting(
         "none",
-        "'light' varies crop and colours of the training images, which is slower: the frozen blocks then run in every "
-        "step.",
+        "Augmentation of the training images: 'none', or 'light' (crop and colours), which is slower because the "
+        "frozen blocks then run in every step.",
         "Optimisation", choices=("none", "light"), scope="call",
     )  # fmt: skip
     flip: bool = setting(
@@ -170,7 +170,8 @@ class TrainConfig:
     )
     precision: str = setting(
         "auto",
-        "Precision of matrix multiplications during training: 'auto' takes the faster bf16 where the hardware has it.",
+        "Precision of matrix multiplications during training: fp32, the faster bf16, or 'auto' for bf16 where the "
+        "hardware has it.",
         "Resources", choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
     memory_budget: str | None = setting(

@@ -12,12 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 # The groups in the order in which they are shown, each with a sentence about it.
 GROUPS = {
     "Essentials": "What most calls set.",
-    "Data": "Which images are learned, and how they are cut to tasks, splits and squares.",
+    "Data": "Which images are learned, how they form tasks, and how they are split and resized.",
     "Method": "How much a task may learn, and what protects the tasks before it.",
     "Only task_arithmetic": "Other methods ignore these.",
     "Optimisation": "How long and how fast each task is trained.",
-    "Resources": "Where the work runs, and what it may use; a memory budget chooses the sizes by itself.",
-    "Ablations": "The defaults are the best that was measured; change these to study the method.",
+    "Resources": "Where the work runs and what it may use. A memory budget chooses the last four by itself.",
+    "Ablations": "Parts of the method that can be exchanged in order to study it.",
 }
 
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of names"}
@@ -83,7 +83,7 @@ class Setting:
             hint = f", did you mean {near[0]!r}?" if near else ""
             return f"{self.key} must be one of {', '.join(self.choices)}, not {quoted(value)}{hint}"
         if self.low is not None and self.high is not None and not self.low <= value <= self.high:
-            return f"{self.key} must be between {self.low} and {self.high}, not {quoted(value)}"
+            return f"{self.key} must be between {_number(self.low)} and {_number(self.high)}, not {quoted(value)}"
         return None
 
     @property
@@ -101,7 +101,7 @@ class Setting:
         if self.choices:
             return ", ".join(self.choices)
         if self.low is not None and self.high is not None:
-            return f"{self.low} or more" if self.high >= 2**63 - 1 else f"{self.low} to {self.high}"
+            return f"{self.low} or more" if self.high >= 2**63 - 1 else f"{_number(self.low)} to {_number(self.high)}"
         return "yes, no" if self.kind is bool else ""
 
     def _has_type(self, value: Any) -> bool:
@@ -140,6 +140,10 @@ def _kind(hint: Any) -> tuple[type, bool]:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     (only,) = (part for part in parts if part is not type(None))
     return get_origin(only) or only, len(parts) > 1
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _is_float(text: str) -> bool:

@@ -68,7 +68,7 @@ class Methods(MutableMapping[str, "Method"]):
             try:
                 method = method()
             except TypeError as error:  # an abstract class, or one with arguments
-                raise ConfigError(f"The method {name!r} cannot be made without arguments ({error}).") from error
+                raise ConfigError(f"The method {name!r} is not complete ({error}).") from error
         if not isinstance(method, Method):
             raise ConfigError(f"The method {name!r} must be a subclass of {Method.__module__}.Method.")
         if getattr(method, "name", None) != name:
@@ -98,7 +98,7 @@ class Methods(MutableMapping[str, "Method"]):
 
     def summaries(self) -> dict[str, str]:
         """One line about each method, in which no built-in one is imported."""
-        return {name: BUILT_IN[name][1] if name in BUILT_IN else self[name].summary for name in self}
+        return {name: BUILT_IN[name][1] if name in BUILT_IN else getattr(self[name], "summary", "") for name in self}
 
     def _run_files(self) -> None:
         """Run the files that `VARIABLE` names, each once."""

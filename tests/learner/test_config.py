@@ -47,7 +47,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "flip must be true or false, not 1",
         "task_order must be a list of names, not [1, 2]",
         "backbone cannot be null; leave it out for the default",
-        "energy must be between 0.0 and 1.0, not 2.5",
+        "energy must be between 0 and 1, not 2.5",
         "method must be one of dual_lora, inflora, sequential, task_arithmetic, frozen, joint, not 'magic'",
         "train.yaml",
     ):
@@ -122,14 +122,14 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
             {"learning_rate": "1e-3"},
             "learning_rate must be a number, not '1e-3' (YAML reads this as text; write 0.001)",
         ),
-        ({"validation_fraction": 0.9}, "validation_fraction must be between 0.0 and 0.5"),
+        ({"validation_fraction": 0.9}, "validation_fraction must be between 0 and 0.5"),
         ({"size": 7}, "size must be between 8 and 4096"),
         ({"summaries": 0}, "summaries must be between 1 and 1000, not 0"),
         ({"classifier": "svm"}, "classifier must be one of auto, lda, lda_f, mean_f, ridge, heads, not 'svm'"),
-        ({"task_scale": -0.1}, "task_scale must be between 0.0 and 10.0"),
-        ({"kl_weight": 1.5}, "kl_weight must be between 0.0 and 1.0, not 1.5"),
+        ({"task_scale": -0.1}, "task_scale must be between 0 and 10"),
+        ({"kl_weight": 1.5}, "kl_weight must be between 0 and 1, not 1.5"),
         ({"memory_per_class": -1}, "memory_per_class must be between 0 and 1000000, not -1"),
-        ({"distillation": -1.0}, "distillation must be between 0.0 and 1000.0"),
+        ({"distillation": -1.0}, "distillation must be between 0 and 1000"),
     ],
 )
 def test_bad_flags(overrides: dict[str, Any], expected: str) -> None:
