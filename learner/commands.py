@@ -1,6 +1,6 @@
 """The commands of the learner: train, evaluate, status, rollback, remove.
 
-torch takes seconds to import, so each command imports what it needs of it.
+torch and NumPy take long to import, so each command imports what needs them by itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,11 +20,11 @@ from duallora_edge.files import cache_folder, write_json
 from duallora_edge.learner.config import SETTINGS, load_config, read_yaml
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import FLAGS, MethodsCommand, setting_options
-from duallora_edge.learner.report.definitions import DEFINITIONS
-from duallora_edge.learner.report.measured import measured_rows
-from duallora_edge.learner.report.metrics import Metrics, TaskClasses, pool
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.text import escaped
+
+if TYPE_CHECKING:
+    from duallora_edge.learner.report.metrics import Metrics
 
 
 def echo(text: str, *, err: bool = False) -> None:
@@ -210,6 +210,8 @@ def config_keys(path: Path | None) -> list[str]:
 
 def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[str, Metrics]] = ()) -> None:
     """Print the headline numbers with one column for each run, or everything as JSON."""
+    from duallora_edge.learner.report.definitions import DEFINITIONS
+
     if as_json:
         echo(json.dumps(metrics.to_json(), indent=2))
         return
@@ -225,6 +227,9 @@ def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[st
 
 def stored_metrics(run: RunDirectory) -> Metrics:
     """The metrics of a run as they were measured last. Raises `RunError` when a state has not been measured."""
+    from duallora_edge.learner.report.measured import measured_rows
+    from duallora_edge.learner.report.metrics import Metrics, TaskClasses
+
     head, known = run.head(), measured_rows(run)
     infos = [run.read_info(task) for task in head]
     try:
@@ -238,6 +243,9 @@ def stored_metrics(run: RunDirectory) -> Metrics:
 
 def describe(run: RunDirectory) -> dict[str, Any]:
     """What `status` prints, for programs."""
+    from duallora_edge.learner.report.measured import measured_rows
+    from duallora_edge.learner.report.metrics import pool
+
     head, known = run.head(), measured_rows(run)
     row = known.get(run.digest(), ())
     tasks = []

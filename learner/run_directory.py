@@ -6,6 +6,8 @@ be continued. Nothing is pickled and no pixel is stored.
 Only an empty folder becomes a run. An empty file, `MARKER`, then says that it is ours, so that a creation that was
 killed can be done again; a run.yaml with backbone.json and HEAD.json says the same of runs made before there was one.
 What is deleted has a name that is fixed here, or stands in a task.json whose id HEAD.json holds.
+
+Importing this module does not import torch, so that commands that only describe a run start fast.
 """
 
 from __future__ import annotations
@@ -18,12 +20,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
-from torch import Tensor
 
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.files import (
@@ -40,8 +40,14 @@ from duallora_edge.files import (
 from duallora_edge.folder_kind import folder_kind
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, quoted, read_yaml, sort_out
 from duallora_edge.learner.methods import METHODS, VARIABLE
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
-from duallora_edge.learner.network.task_record import TaskInfo, TaskRecord
+from duallora_edge.learner.network.backbone_info import BackboneInfo
+from duallora_edge.learner.network.task_info import TaskInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from duallora_edge.learner.network.backbone import Backbone
+    from duallora_edge.learner.network.task_record import TaskRecord
 
 SCHEMA = 3
 MARKER = ".duallora-edge-run"
@@ -149,6 +155,8 @@ class RunDirectory:
 
     def backbone(self, weights: str | None = None) -> Backbone:
         """Load the backbone of the run and check that it is the same one. Raises `RunError` otherwise."""
+        from duallora_edge.learner.network.backbone import load_backbone
+
         source = weights or self.config.weights
         backbone = load_backbone(
             self.info.name,
@@ -194,6 +202,10 @@ class RunDirectory:
 
     def read(self, task: StoredTask) -> TaskRecord:
         """Read one task and check every file against its sha256. Raises `RunError` when anything was altered."""
+        from safetensors.torch import load
+
+        from duallora_edge.learner.network.task_record import TaskRecord
+
         info, digests = self._description(task)
         folder = self.path / "tasks" / task.folder
         files: dict[str, dict[str, Tensor]] = {}
@@ -250,6 +262,8 @@ class RunDirectory:
 
     def commit(self, record: TaskRecord) -> StoredTask:
         """Write a task as a whole, then make it the newest active one."""
+        from safetensors.torch import save
+
         head = self.head()
         number = 1 + max((task.number for task in head), default=0)
         while (self.path / "tasks" / (folder := f"{number:04d}-{_slug(record.info.name)}")).exists():
@@ -379,7 +393,7 @@ class FileCheckpoint:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(self.path, "pt" if tensors else "np") as file:
                 metadata = file.metadata() or {}
                 step = int(metadata["step"])
                 names = file.keys() if tensors and metadata.get("key") == self.key else ()
@@ -388,6 +402,8 @@ class FileCheckpoint:
             return None
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
         self.folder.mkdir(exist_ok=True)
         metadata = {"key": self.key, "step": str(step)}
         write_atomic(self.path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
