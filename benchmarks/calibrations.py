@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from duallora_edge.files import write_json
-from duallora_edge.learner.commands import TerminalCallback
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.methods.scoring import CLASSIFIERS
 from duallora_edge.learner.methods.training import collect_features
@@ -30,6 +29,7 @@ from duallora_edge.learner.report.metrics import Cell, Predictions, pool
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.calibration import Mixture
 from duallora_edge.learner.statistics.gaussian import GaussianClassifier
+from duallora_edge.learner.terminal import TerminalCallback
 
 
 def within_tasks(logits: Tensor, task_of: Tensor, posterior: Tensor, temperature: float) -> Tensor:

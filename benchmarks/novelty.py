@@ -22,7 +22,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from duallora_edge.files import write_json
-from duallora_edge.learner.commands import TerminalCallback
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.methods.training import collect_features
@@ -30,6 +29,7 @@ from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedMod
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
 from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.terminal import TerminalCallback
 
 Scores = npt.NDArray[np.float64]
 

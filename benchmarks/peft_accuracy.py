@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora_edge.files import write_json
-from duallora_edge.learner.commands import TerminalCallback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import compose
@@ -37,6 +36,7 @@ from duallora_edge.learner.network.prefix_cache import BATCH, Encoded
 from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.terminal import TerminalCallback
 
 
 def train_peft(backbone: Backbone, task: PreparedTask, config: TrainConfig, labels: Tensor) -> VisionTransformer:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.device_profiles.profile import PRECISIONS
 from duallora_edge.export.export import export_run
 from duallora_edge.runtime.bundle import MAX_BATCH
@@ -22,30 +23,39 @@ def _batch(context: click.Context, parameter: click.Parameter, value: str | None
     raise click.BadParameter(f"'{value}' is neither 'dynamic' nor a number from 1 to {MAX_BATCH}.")
 
 
-@click.command()
+essential, graph, output_group = option_group("Essentials"), option_group("Graph"), option_group("Output")
+
+
+@click.command(cls=GroupedCommand)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--target", default="jetson", show_default=True, help="A device (see 'devices'), or a profile's YAML file."
+@essential(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the bundle."
 )
-@click.option("--jetpack", help="JetPack version on the device. [the profile's default]")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", *PRECISIONS]),
-    default="auto",
-    show_default=True,
-    help="Of the products on a GPU; auto: fp16 where the device has it. fp32 is always in the bundle as well.",
-)
-@click.option(
-    "--batch",
-    callback=_batch,
-    metavar="N|dynamic",
-    help="Images in one run of the graph. [1; dynamic for a CPU]",
-)
-@click.option("--split", is_flag=True, help="Add the GPU's graph in two parts: a new task changes only the second.")
-@click.option("--bundle-version", type=click.IntRange(1), help="[one more than the bundle it replaces]")
-@click.option("--weights", help="The backbone's weights, when the file was moved.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@essential(
+    "--target", default="jetson", metavar="NAME|FILE",
+    help="Device that will run the bundle: a name that 'devices' lists, or the YAML file of a profile. "
+    "[default: jetson]",
+)  # fmt: skip
+@essential("--jetpack", metavar="VERSION", help="Version of JetPack on the device. [default: the profile's]")
+@essential("--weights", metavar="FILE", help="File with the weights of the backbone, if it was moved.")
+@graph(
+    "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
+    help="Precision of matrix multiplications on a GPU; 'auto' takes the faster fp16 where the device has it. A graph "
+    "in fp32 is always in the bundle as well. [default: auto]",
+)  # fmt: skip
+@graph(
+    "--batch", callback=_batch, metavar="N|dynamic",
+    help="Images in each run of the graph. [default: 1; dynamic for a CPU]",
+)  # fmt: skip
+@graph(
+    "--split", is_flag=True,
+    help="Add the graph for the GPU in two parts, so that a new task changes only the smaller second one.",
+)  # fmt: skip
+@output_group(
+    "--bundle-version", type=click.IntRange(1), metavar="N",
+    help="Version of the bundle. [default: one more than that of the bundle it replaces, or 1]",
+)  # fmt: skip
+@output_group("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def export(
     run: Path,
     target: str,
@@ -60,8 +70,8 @@ def export(
 ) -> None:
     """Write a verified bundle for a device: ONNX graphs, golden outputs, manifest.
 
-    Every graph is compared with the trained model on generated images and, where the images of the run can still be
-    read, on real ones; a bundle is written only when they agree.
+    Every graph is compared with the trained model on generated images and, if the images of the run can still be
+    read, on real ones. The bundle is written only if they agree.
 
     \b
     Example:
@@ -81,7 +91,7 @@ def export(
         say=lambda text: click.echo(escaped(text), err=True),
     )
     for folder in exported.kept:
-        click.echo(escaped(f"What was no part of the older bundle is kept in {folder}"), err=True)
+        click.echo(escaped(f"Files that were not part of the older bundle are kept in {folder}"), err=True)
     if as_json:
         click.echo(json.dumps(exported.manifest.to_json(), indent=2))
         return

@@ -14,7 +14,7 @@ from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import ImageFile, PreparedStream, Stream, open_stream, prepare
-from duallora_edge.learner.network.backbone import BackboneInfo
+from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import timed
 from duallora_edge.runtime.preprocess import Preprocessing

@@ -9,6 +9,7 @@ What is deleted has a name that is fixed here, or stands in a task.json whose id
 
 Where several processes train together, rank 0 alone reads and writes here, and the others get what it found (tensors of
 tasks aside, which each rank reads itself). Callers need not know how many there are.
+Importing this module does not import torch, so that commands that only describe a run start fast.
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
-from torch import Tensor
 
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.files import (
@@ -40,10 +39,19 @@ from duallora_edge.files import (
     write_atomic,
     write_json,
 )
-from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, quoted, read_yaml, sort_out
+from duallora_edge.folder_kind import folder_kind
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml, sort_out
 from duallora_edge.learner.distributed import held_by_main, main_only
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
-from duallora_edge.learner.network.task_record import TaskInfo, TaskRecord
+from duallora_edge.learner.methods import METHODS, VARIABLE
+from duallora_edge.learner.network.backbone_info import BackboneInfo
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.settings import quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from duallora_edge.learner.network.backbone import Backbone
+    from duallora_edge.learner.network.task_record import TaskRecord
 
 SCHEMA = 3
 MARKER = ".duallora-edge-run"
@@ -126,11 +134,20 @@ class RunDirectory:
         if not path.is_dir():
             raise RunError(f"{path} is not a folder; 'duallora-edge train --data DIR --run {path}' makes a run.")
         if not cls.exists(path):
+            if folder_kind(path) == "bundle":
+                raise RunError(
+                    f"{path} is a bundle, not a run; 'duallora-edge predict', 'run' and 'benchmark' take it."
+                )
             raise RunError(f"{path} is not a run (no run.yaml); 'duallora-edge train' makes one.")
         try:
             settings = read_yaml(path / "run.yaml")
             if settings.pop("schema", None) != SCHEMA:
                 raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
+            if isinstance(method := settings.get("method"), str) and method not in METHODS:
+                raise RunError(
+                    f"The run {path} was trained with the method {quoted(method)}, which is not known here; "
+                    f"set {VARIABLE} to the file that registers it."
+                )
             good, problems = sort_out(settings)
             if problems:
                 raise ConfigError("; ".join(problems))
@@ -146,6 +163,8 @@ class RunDirectory:
 
     def backbone(self, weights: str | None = None) -> Backbone:
         """Load the backbone of the run and check that it is the same one. Raises `RunError` otherwise."""
+        from duallora_edge.learner.network.backbone import load_backbone
+
         source = weights or self.config.weights
         backbone = load_backbone(
             self.info.name,
@@ -194,6 +213,10 @@ class RunDirectory:
 
     def read(self, task: StoredTask) -> TaskRecord:
         """Read one task and check every file against its sha256. Raises `RunError` when anything was altered."""
+        from safetensors.torch import load
+
+        from duallora_edge.learner.network.task_record import TaskRecord
+
         info, digests = self._description(task)
         folder = self.path / "tasks" / task.folder
         files: dict[str, dict[str, Tensor]] = {}
@@ -254,6 +277,8 @@ class RunDirectory:
     @main_only
     def commit(self, record: TaskRecord) -> StoredTask:
         """Write a task as a whole, then make it the newest active one."""
+        from safetensors.torch import save
+
         head = self.head()
         number = 1 + max((task.number for task in head), default=0)
         while (self.path / "tasks" / (folder := f"{number:04d}-{_slug(record.info.name)}")).exists():
@@ -386,7 +411,7 @@ class FileCheckpoint:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(self.path, "pt" if tensors else "np") as file:
                 metadata = file.metadata() or {}
                 step = int(metadata["step"])
                 names = file.keys() if tensors and metadata.get("key") == self.key else ()
@@ -395,6 +420,8 @@ class FileCheckpoint:
             return None
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
         self.folder.mkdir(exist_ok=True)
         metadata = {"key": self.key, "step": str(step)}
         write_atomic(self.path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))

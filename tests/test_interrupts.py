@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from duallora_edge import interrupts
-from duallora_edge.learner.commands import TerminalCallback
 from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.terminal import TerminalCallback
 
 
 class Ends:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -165,6 +166,27 @@ def test_help_shows_an_example(call: Call, command: str) -> None:
 def test_wrong_usage(call: Call, arguments: tuple[str, ...]) -> None:
     code, out, err = call(*arguments)
     assert (code, out) == (2, "") and "Error: " in err
+
+
+def test_help_and_status_need_no_torch(run: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from duallora_edge.cli import main; main(sys.argv[1:])"
+    for arguments, expected in (
+        (("--help",), "Commands:"),
+        (("train", "--help"), "Ablations:"),
+        (("status", run), "Run: "),
+    ):
+        words = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "") and expected in done.stdout
+
+
+@pytest.mark.parametrize("command", [("status",), ("evaluate",), ("rollback",), ("remove", "t"), ("export", "-o", "b")])
+def test_a_bundle_is_not_a_run(call: Call, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    message = failure(call(command[0], tmp_path, *command[1:]))
+    assert message == (
+        f"Error: {tmp_path} is a bundle, not a run; 'duallora-edge predict', 'run' and 'benchmark' take it."
+    )
 
 
 @pytest.mark.parametrize("command", [("status",), ("evaluate",), ("rollback",), ("remove", "task")])
