@@ -66,7 +66,7 @@ def as_markdown(blocks: Iterable[Block], title: str, summary: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from a file, without what would steer a terminal or break a line."""
+    """Text from a file, without control characters and line breaks."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
