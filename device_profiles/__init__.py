@@ -1,4 +1,4 @@
-"""What is known about edge devices, which one this is, and what to expect from a model on it."""
+"""Edge devices: what is known about them, which one this machine is, and how fast a model may run there."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _device_tree(root: Path, name: str) -> str:
 def _find_jetson(root: Path, model: str, compatible: str, memory: int | None) -> tuple[str | None, str | None, str]:
     """Part number, profile name and reason: by the module's part number, else by model name and memory."""
     found = re.findall(r"p\d{4}-\d{4}", compatible)
-    # Custom carrier boards often leave the part out of the device tree; the boot loader's settings keep it,
+    # Custom carrier boards often omit the part in the device tree; the boot loader's settings still have it,
     # as in "TNSPEC 3668-200-0001-G.0-1-2-..." (board, revision, SKU).
     found += [
         f"p{board}-{sku}"
@@ -118,7 +118,7 @@ def _find_jetson(root: Path, model: str, compatible: str, memory: int | None) ->
 
 
 def _by_memory(profiles: list[DeviceProfile], memory: int) -> DeviceProfile:
-    """The smallest module that holds ``memory``: Linux sees a little less than what is soldered on."""
+    """The smallest module with at least ``memory``; Linux sees slightly less than the module has."""
     by_size = sorted(profiles, key=lambda profile: profile.memory_bytes or 0)
     return next((profile for profile in by_size if (profile.memory_bytes or 0) >= memory), by_size[-1])
 

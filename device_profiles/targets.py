@@ -69,7 +69,7 @@ def resolve_target(target: str, jetpack: str | None = None) -> Target:
 
     Without ``jetpack``: the one installed on this machine when ``target`` is ``jetson`` and this is one,
     otherwise the default of the profile. Raises `ProfileError` when the device or the JetPack is unknown,
-    they do not go together, or the JetPack is too old to export for.
+    the device does not run that JetPack, or it is too old to export for.
     """
     reason, installed = "", None
     if target.strip().lower() == "jetson":

@@ -93,7 +93,7 @@ class LazyGroup(click.Group):
 
 
 def _with_debug(command: click.Command) -> click.Command:
-    """The command with ``--debug`` among its options, so that it may stand behind the name as well as before it."""
+    """The command with ``--debug`` among its options, so that it works after the command's name too."""
     if not any(parameter.name == "debug" for parameter in command.params):
         command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG_HELP))
     return command

@@ -1,4 +1,4 @@
-"""What runs on the device: NumPy and Pillow, and an inference library that is imported when it is used."""
+"""The part that runs on the device. It needs NumPy and Pillow; inference libraries are imported when used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "read_image",
 ]
 
-# Imported when it is asked for, so that importing the package stays quick.
+# Imported on first use, so that importing the package stays quick.
 _MODULES = {
     "Answer": "service.pipeline",
     "Bundle": "bundle",

@@ -133,7 +133,7 @@ class Manifest:
     classes, the number of tasks and the image size. ``batch`` is the number of images in one run of the graph, None
     where it takes any number. ``precision`` is what a GPU should use: with fp16 there is a second graph, in which it
     is baked in. ``workspace_mb`` limits the memory (in 10^6 bytes) with which TensorRT builds an engine.
-    With ``split`` the graph for a GPU is there in two parts as well, of which a new task changes only the second.
+    With ``split``, the graph for a GPU also exists in two parts, and a new task changes only the second one.
     ``backends`` are those to try on the device, best first; none: all that the runtime knows.
     """
 
@@ -293,12 +293,12 @@ class Bundle:
 
     @property
     def in_fp32(self) -> Bundle:
-        """The same bundle for those who need its whole fp32 graph."""
+        """The same bundle as one fp32 graph."""
         return replace(self, manifest=replace(self.manifest, precision="fp32", split=False))
 
     @property
     def without_contents(self) -> Bundle:
-        """The same bundle once its model is loaded: what can be told about it."""
+        """The same bundle without its large contents, for use once the model is loaded."""
         return replace(self, contents={})
 
     @property
@@ -357,7 +357,9 @@ class Bundle:
         raise BundleError(f"{root} keeps being replaced while it is read; try again later.")
 
     def _check_graphs(self) -> None:
-        from duallora_edge.runtime.graph_check import check_graph  # here: what was tried has no need of it
+        from duallora_edge.runtime.graph_check import (
+            check_graph,
+        )  # here, because bundles that passed a trial do not need it
 
         name = ""
         try:
@@ -405,7 +407,7 @@ class Bundle:
 
 @contextmanager
 def _opened(root: Path) -> Iterator[int]:
-    """The folder ``root``, to which a link may lead, held open: its names are looked up there and nowhere else."""
+    """The folder ``root`` (or the target of that link), held open so that all names are looked up in it."""
     try:
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -449,7 +451,7 @@ def _read_folder(root: Path, folder: int, whole: bool) -> Bundle:
 
 @contextmanager
 def _opened_file(folder: int, name: str) -> Iterator[BinaryIO]:
-    """A regular file of an open folder; no link is followed, and no pipe waited for. Raises ``OSError``."""
+    """A regular file in an open folder; follows no link and waits for no pipe. Raises ``OSError``."""
     handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     with os.fdopen(handle, "rb") as stream:
         if not stat.S_ISREG(os.fstat(handle).st_mode):

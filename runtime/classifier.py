@@ -106,7 +106,7 @@ class Health:
 
 @dataclass
 class _Probation:
-    """The first answers of ``new``, after which ``old`` is let go; a `Bundle` where its model had to be dropped."""
+    """The first answers of ``new``, after which ``old`` is released (a `Bundle` if its model was dropped)."""
 
     swap: Swap
     new: Model
@@ -201,7 +201,7 @@ class Classifier:
         """
         opening = Opening(backend, threads, strict, build)
         tried = Trial(opening) if trial else None
-        root = Path(path).resolve()  # a link may lead elsewhere by the time of a swap
+        root = Path(path).resolve()  # a link may point elsewhere later
         with _passed(tried, root) as (bundle, _):
             classifier = cls(bundle, opening(bundle), color, opening, tried)
         del bundle
@@ -442,7 +442,7 @@ class Classifier:
     def _note(
         self, model: Model, predictions: list[Prediction], failure: BackendError | None
     ) -> tuple[bool, Model | Bundle | None]:
-        """Count a call. Whether another model is to be asked next, and what to go back to when the probation failed."""
+        """Count a call. Returns whether to ask another model, and what to return to if the probation failed."""
         with self._changed:
             if failure is not None:
                 self._failures += 1
@@ -459,7 +459,7 @@ class Classifier:
             self._end_probation(reason)
             if failure is not None and self._trial is not None:
                 refuse = threading.Thread(target=self._trial.refuse, args=(model.bundle, reason), daemon=True)
-                refuse.start()  # not in this thread, for which a camera waits
+                refuse.start()  # not in this thread, because a camera waits for it
             if not reason:
                 return False, None
             self._set_loading(True)
@@ -471,7 +471,7 @@ class Classifier:
         if self._probation is not None:
             self._end(replace(self._probation.swap, state="returned" if reason else "confirmed", reason=reason))
             self._probation = None
-            # Not in this thread, for which a camera waits.
+            # Not in this thread, because a camera waits for it.
             threading.Thread(target=give_back_memory, name="duallora-edge memory", daemon=True).start()
 
     def _end(self, swap: Swap) -> None:
@@ -483,7 +483,7 @@ class Classifier:
         self._changed.notify_all()
 
     def _drop(self) -> Bundle:
-        """Let calls wait, and let go of the model when the last of them ended."""
+        """Make new calls wait, and release the model when the last running call has ended."""
         with self._changed:
             self._changed.wait_for(lambda: not self._loading)
             self._set_loading(True)
@@ -542,7 +542,7 @@ def _images(model: Model, prepared: Sequence[Prepared]) -> Pixels:
 
 
 def _without_backend(model: Model) -> Model:
-    """What can be told about a model, without what it holds."""
+    """The description of a model, without the model itself."""
 
     def infer(images: Pixels) -> Outputs:
         raise BackendError("The model was replaced by another one; call again.")

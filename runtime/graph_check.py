@@ -4,8 +4,8 @@ Libraries that run models read files outside the bundle, allocate without limit 
 every graph is read here first, in pure Python, and every node is followed: its operator, its attributes, the types and
 shapes of its inputs and outputs. Integers are never computed with; they are constants that give shapes and positions.
 
-The number of images is unknown. It is taken as a prime larger than any size may be: then a size is of one image or of
-all of them, which one division tells, and plain integers are enough for the rest.
+The number of images is unknown. A prime larger than any allowed size stands for it, so one division tells whether a
+size counts one image or all of them, and plain integers are enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPSETS = range(14, 21)
 IR_VERSIONS = range(7, 11)
 MAX_BATCH = 1024
 MAX_IMAGE_BYTES = 2**31
-"""The most memory that what is computed of one image may need at a time, nodes running in the order of the file.
+"""The most memory that the intermediate results of one image may need at a time, with nodes in the order of the file.
 
 Attention of 12 heads over 4096 tokens (1024 pixels in patches of 16) needs 1.6 GB.
 """
@@ -81,8 +81,8 @@ def check_graph(content: bytes | memoryview, reads: Collection[str], returns: Co
 
     ``reads`` and ``returns`` are the names of its inputs and outputs. Accepted graphs use the operators of `operators`
     alone, with shapes that fit for any number of images. They read no other file, need at most `MAX_IMAGE_BYTES` and
-    `MAX_IMAGE_WORK` for one image, and compute constants no larger than the file. Weights are neither copied nor looked
-    at. Raises `BundleError`.
+    `MAX_IMAGE_WORK` for one image, and compute constants no larger than the file. Weights are
+    neither copied nor read. Raises `BundleError`.
     """
     try:
         model = read_model(content)
@@ -162,7 +162,7 @@ def _add(values: dict[str, _Value], name: str, value: _Value) -> None:
 
 
 def _follow(model: Model, values: dict[str, _Value], most_constant: int) -> None:
-    """Add what every node makes to ``values``, and keep account of memory and work for one image."""
+    """Add the outputs of every node to ``values``, and count memory and work for one image."""
     known = operators(model.opsets[0].version)
     nodes = model.graph.nodes
     last = {name: index for index, node in enumerate(nodes) for name in node.inputs}
@@ -186,7 +186,7 @@ def _follow(model: Model, values: dict[str, _Value], most_constant: int) -> None
 
 
 def _bytes(value: _Value) -> tuple[int, bool]:
-    """Bytes for one image, and whether there are as many for each further one."""
+    """Bytes for one image, and whether each further image takes as many."""
     elements = math.prod(value.shape)
     of_images, rest = divmod(elements, _IMAGES)
     _require(rest == 0 or of_images == 0, "a size of some images and something else")

@@ -20,7 +20,7 @@ _DIRECTORIES = (34665, 34853, 40965)  # tags that lead to further tags: EXIF, GP
 
 
 def has_usual_metadata(file: BinaryIO) -> bool:
-    """Whether an image file, of any format, has so few tags or segments that Pillow can read them in little memory."""
+    """Whether an image file has few enough tags and segments for Pillow to read them in little memory."""
     file.seek(0)
     start = file.read(4)
     if start[:2] in (b"II", b"MM"):

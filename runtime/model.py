@@ -14,7 +14,7 @@ from duallora_edge.runtime.preprocess import Pixels
 
 
 class Model:
-    """What a `Classifier` serves until another one is swapped in. Nothing in it changes."""
+    """What a `Classifier` serves until another one is swapped in; immutable."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle

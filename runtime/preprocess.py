@@ -94,8 +94,8 @@ class Preprocessing:
         """
         if frame.shape == (self.size, self.size, 3):
             return np.ascontiguousarray(frame)
-        # The filter treats every channel alone. So grey is scaled once, and what `to_rgb` turned round is scaled as
-        # it lies in memory and turned round when it is small: the same numbers without a copy of the whole frame.
+        # The filter treats each channel separately. So grey is scaled once, and reversed channels are scaled as they
+        # lie in memory and reversed afterwards: the same numbers without a copy of the whole frame.
         if frame.strides[2] == 0:
             return np.repeat(self._scale(frame[:, :, 0])[:, :, None], 3, axis=2)
         if frame.strides[2] < 0:
@@ -131,7 +131,7 @@ def to_rgb(frame: npt.ArrayLike, color: str = "rgb") -> Pixels:
     if array.shape[2] == 1:
         return np.broadcast_to(array, (*array.shape[:2], 3))
     if array.shape[2] == 4:
-        # Cameras fill the fourth byte and mean nothing by it.
+        # Cameras fill the fourth byte without meaning.
         array = array[:, :, :3] if array[:, :, 3].min() == 255 else _over_white(array)
     return array if color == "rgb" else array[:, :, ::-1]
 
@@ -160,7 +160,7 @@ def _as_frame(frame: npt.ArrayLike) -> npt.NDArray[Any]:
 
 
 def _over_white(frame: Pixels) -> Pixels:
-    """``[H, W, 3]`` from ``[H, W, 4]``, a few rows at a time, as the products take 16 bits."""
+    """``[H, W, 3]`` from ``[H, W, 4]``, a few rows at a time, because the products take 16 bits."""
     result = np.empty((*frame.shape[:2], 3), np.uint8)
     for rows in _bands(*frame.shape[:2]):
         alpha = frame[rows, :, 3:].astype(np.uint16)
@@ -196,7 +196,7 @@ def read_image(image: Path | BinaryIO) -> Pixels:
             return _read(image if image.seekable() else io.BytesIO(image.read(MAX_FILE_BYTES + 1)), name)
         if not stat.S_ISREG(image.stat().st_mode):
             raise DataError(f"{name} is not a file; give the path of an image.")
-        # Not by its name: Pillow would map it into memory, where a file that is cut short meanwhile is fatal.
+        # Not by its name: Pillow would map it into memory, where truncating the file meanwhile is fatal.
         with image.open("rb") as file:
             return _read(file, name)
     except DataError:
@@ -223,7 +223,7 @@ def _one_line(error: Exception) -> str:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with; one that it was not would be an error for every file."""
+    """Those of `FORMATS` that this Pillow was built with; a missing one would cause an error for every file."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

@@ -63,7 +63,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class _Record:
-    """How it went: ``"trying"``, ``"good"`` on a backend in a precision, or ``"refused"`` for a ``reason``.
+    """The outcome: ``"trying"``, ``"good"`` on a backend in a precision, or ``"refused"`` for a ``reason``.
 
     ``deaths``: how often the process died while it was trying, before this time.
     """
@@ -105,13 +105,13 @@ class Trial:
             except RefusedError as error:
                 _write(file, replace(record, state="refused", reason=str(error)))
                 raise
-            except BaseException:  # it says nothing about the bundle, and this process lives
+            except BaseException:  # the bundle is not to blame, and this process lives
                 _write(file, before)
                 raise
             _write(file, replace(record, state="good", backend=rung.backend, precision=rung.precision))
 
     def refuse(self, bundle: Bundle, reason: str) -> None:
-        """Remember that a bundle that had passed failed nevertheless."""
+        """Remember that a bundle that had passed its trial failed later."""
         with _locked_record(self._file(bundle)) as file:
             _write(file, _Record("refused", str(bundle), reason))
 
@@ -132,9 +132,9 @@ class Trial:
         return Rung(answer.values["backend"], answer.values["precision"])
 
     def _file(self, bundle: Bundle) -> Path | None:
-        """The record of a bundle that is opened so, with the engines and the software of today; None without a cache.
+        """The record file for this bundle and way of opening, engines and software; None without a cache.
 
-        Where engines are built, the trial does it itself, which must not change the name.
+        If engines are built, the trial itself builds them, which must not change the name.
         """
         engines = [] if self._opening.build else engines_of(bundle.manifest)
         facts = [bundle.digest, asdict(self._opening), engines, _software()]
@@ -163,7 +163,7 @@ def attempt(path: str, digest: str, opening: str) -> dict[str, Any]:
 
 
 def engines_of(manifest: Manifest) -> list[list[str]]:
-    """Name and SHA-256 of the engines in the cache that were built of a bundle's graphs, in the order of names."""
+    """Name and SHA-256 of the cached engines that were built from a bundle's graphs, in the order of names."""
     if not (cache_folder() / "engines").is_dir():
         return []
     from duallora_edge.runtime.backends.engine_cache import RECORD, engines_folder
@@ -188,7 +188,7 @@ def _memory_limit(manifest: Manifest) -> int:
 
 
 def _software() -> list[str]:
-    """What opens a bundle and runs it, with versions."""
+    """The software that opens and runs a bundle, with versions."""
     found = [f"duallora-edge {__version__}", f"python {platform.python_version()}"]
     for folder in sys.path:
         with suppress(OSError):  # asking importlib.metadata would take longer than reading the bundle
@@ -225,7 +225,7 @@ def _locked_record(file: Path | None) -> Iterator[Path | None]:
 
 
 def _read(file: Path | None) -> _Record | None:
-    """The record; None where there is none that can be read."""
+    """The record; None if it is missing or unreadable."""
     if file is not None:
         with suppress(OSError, ValueError, TypeError, OverflowError):
             record = _Record(**read_json(file))
@@ -237,7 +237,7 @@ def _read(file: Path | None) -> _Record | None:
 
 
 def _write(file: Path | None, record: _Record | None) -> None:
-    """Keep a record, or remove it for None; of too many the oldest go."""
+    """Keep a record, or remove it for None; the oldest records above a limit are deleted."""
     if file is None:
         return
     with suppress(OSError):  # a full disk must not keep a good bundle from being loaded

@@ -69,7 +69,7 @@ class GoldenCheck:
 
 
 def check_golden(infer: Infer, golden: Golden, precision: str = "fp32") -> GoldenCheck:
-    """Run the golden images one by one, as a camera would, and compare every output."""
+    """Run the golden images one by one, as with a camera, and compare every output."""
     close = 2 * MAX_DIFFERENCE[precision]
     cosines, agreements, differences = [], [], []
     for index in range(len(golden.image)):
@@ -86,7 +86,7 @@ def check_golden(infer: Infer, golden: Golden, precision: str = "fp32") -> Golde
                 np.linalg.norm(feature - outputs.features[0]) / max(float(np.linalg.norm(feature)), 1e-12),
             )
         )
-    # np.min and np.max carry a NaN through, so that it fails the check.
+    # np.min and np.max propagate NaN, so that it fails the check.
     classes, tasks, novelty, features = np.max(differences, axis=0)
     return GoldenCheck(
         images=len(cosines),
@@ -120,7 +120,7 @@ def in_groups(infer: Infer, batch: int | None) -> Infer:
 
 
 def at_most(infer: Infer, batch: int) -> Infer:
-    """Let a model that takes at most ``batch`` images take any number, in several runs."""
+    """Let a model that takes at most ``batch`` images take any number, by splitting them."""
 
     def split(images: Pixels) -> Outputs:
         if len(images) <= batch:
@@ -132,5 +132,5 @@ def at_most(infer: Infer, batch: int) -> Infer:
 
 
 def _joined(parts: Sequence[Outputs], count: int) -> Outputs:
-    """The outputs of several runs as those of one, of which the first ``count`` images count."""
+    """The outputs of several runs as one, cut to the first ``count`` images."""
     return Outputs(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in OUTPUTS))

@@ -1,7 +1,7 @@
-"""Building a TensorRT engine on the device that will run it, in a process of its own.
+"""Building a TensorRT engine on the device that will run it, in a child process.
 
-With TensorRT-RTX an engine can also be built ahead of time, for a GPU that this machine does not have. That path runs
-in the tests; building with TensorRT on a GPU could not be run where this was written and is untested on a device.
+With TensorRT-RTX an engine can also be built ahead of time, for a GPU that this machine does not have. The
+tests cover that; building with TensorRT on a GPU is untested on a device.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.process_memory import read_memory
 
 WORKER = "duallora_edge.runtime.backends.engine_worker"
-# Part of every key: raise it when the same inputs give another engine, as after a change of the worker.
+# Part of every key: raise it when the same inputs give another engine, for example after changing the worker.
 RECIPE = 1
 # Estimates of what a build takes besides its workspace: libraries, and the model in several forms at once.
 LIBRARY_BYTES = 600 * 10**6
@@ -126,7 +126,7 @@ def build_engines(
 ) -> list[Engine]:
     """Build what a bundle needs on a GPU, arguments as for `build_engine`: one engine, or two where it is split.
 
-    The prefix of a split bundle does not change with what was learned, so after a new task it is found in the cache.
+    The prefix of a split bundle does not change with new tasks, so its engine is then found in the cache.
     """
     return [
         build_engine(bundle, compute_capability, workspace_mb, force, timeout_s, say, graph=graph)
@@ -266,14 +266,14 @@ def _grant_workspace(wanted_mb: int, model_bytes: int, say: Say) -> int:
 
 
 def _run_worker(job: Job, limits: _Limits, say: Say) -> dict[str, Any]:
-    """Run the job in a process of its own; whatever happens, the process is gone afterwards.
+    """Run the job in a child process; in any case, the process has ended afterwards.
 
     Raises `EngineError`, and ``OSError`` when the process could not write the plan.
     """
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", WORKER, job.to_text()],
-            stdin=subprocess.PIPE,  # held open: its end tells the process that this one is gone
+            stdin=subprocess.PIPE,  # held open: the child ends when it closes
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -301,7 +301,7 @@ def _run_worker(job: Job, limits: _Limits, say: Say) -> dict[str, Any]:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(EXIT_S)
         finally:
-            process.kill()  # after its answer, it has nothing left to do that matters
+            process.kill()  # after its answer, it has nothing left to do
             code = process.wait()
             for reader in readers:
                 reader.join()

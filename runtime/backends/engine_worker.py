@@ -1,7 +1,7 @@
 """The process that builds one engine: ``python -m duallora_edge.runtime.backends.engine_worker JOB``.
 
-A build can take so much memory that the system kills the process, and some graphs crash the builder. In a process of
-its own neither takes the application with it. JOB is a `Job` as JSON. Each line on standard output is a JSON object:
+A build can take so much memory that the system kills the process, and some graphs crash the builder. In a child
+process, neither harms the application. JOB is a `Job` as JSON. Each line on standard output is a JSON object:
 ``{"progress": text}``, and at the end either ``{"done": facts}`` or ``{"error": text, "errno": number or null}``. The
 process ends at once when its standard input does, that is, when the process that started it is gone.
 """
@@ -196,7 +196,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     """Build the job that the command line names."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not come between the lines of the protocol
+    os.dup2(2, 1)  # output of libraries must not mix with the protocol
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)

@@ -151,8 +151,8 @@ def open_backend(
 
     ``backend``: a rung of the ladder, or ``"auto"`` for those that the manifest names (all when it names none).
     ``threads``: CPU threads of one inference, by default ONNX Runtime's choice (the physical cores). ``strict``: a
-    fallback is an error. With ``"auto"`` only a backend that is installed and fails counts as one, for a named
-    backend any other than it. ``build``: build TensorRT's engine when there is none yet, which takes minutes on a
+    fallback is an error. With ``"auto"``, only a backend that is installed and fails counts as one; with a named
+    backend, any other backend does. ``build``: build TensorRT's engine when there is none yet, which takes minutes on a
     device; without it, a backend that has no engine is not used.
 
     Raises `BackendError` when no backend works, or on a fallback with ``strict``.
@@ -182,7 +182,7 @@ def _open_first(
 ) -> tuple[Backend | None, dict[str, str]]:
     """The first of ``names`` that answers the golden images correctly, and why the others do not (label -> reason).
 
-    ``strict``: the first that fails ends the search, and so does the one of this name where it is not installed.
+    ``strict``: the first failure ends the search, and so does this name if it is not installed.
     """
     golden = bundle.golden()
     missing: dict[str, UnavailableError] = {}
@@ -227,7 +227,7 @@ def rung(path: str, name: str) -> dict[str, Any]:
 
 
 def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, Bundle]]:
-    """A label, the rung and the bundle at a precision, for everything worth trying; on a CPU fp16 only costs time."""
+    """Everything worth trying: a label, the rung, and the bundle in a precision. On a CPU, fp16 only costs time."""
     exact = bundle.in_fp32
     for name in names:
         yield name, name, exact if name == "cpu" else bundle

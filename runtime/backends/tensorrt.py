@@ -1,6 +1,6 @@
 """Running an engine with TensorRT: what the rung ``tensorrt`` of the ladder opens.
 
-Untested on a GPU: where this was written there was none. The logic runs in the tests against a small imitation of
+Untested on a GPU, because none was available. The logic runs in the tests against a small imitation of
 TensorRT and of the CUDA runtime, and the names that are used are compared with the real bindings. On a device, the
 golden images decide whether it is used.
 
@@ -212,7 +212,7 @@ class _Slot:
         return Outputs(*(self._host[name].copy() for name in OUTPUTS))
 
     def capture(self) -> bool:
-        """Record a run, after a first one, so that the next ones are launched at once; False when that fails."""
+        """Record an inference, after a first one, so that later ones are launched in one call; False if that fails."""
         cudart = self._cudart
         try:
             # Thread-local: what other threads do on the GPU meanwhile does not end the recording.
@@ -260,6 +260,6 @@ def _ok(answer: tuple[Any, ...]) -> Any:
 
 
 def _give_back(handles: list[tuple[Any, Any]]) -> None:
-    """Free in the opposite order; errors are of no use here."""
+    """Free in reverse order; errors are ignored."""
     for free, handle in reversed(handles):
         free(handle)

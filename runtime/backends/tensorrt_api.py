@@ -2,8 +2,8 @@
 
 Two packages have nearly the same interface: ``tensorrt`` (8.5 to 11; on a Jetson it comes with JetPack) and
 ``tensorrt_rtx`` (for RTX-class GPUs, can build ahead of time without one). What all versions share is called directly;
-the functions below hide the differences. TensorRT 8.5 to 11 could not be run where this was written: those branches are
-untested on a device, and follow the bindings' sources.
+the functions below hide the differences. The branches for TensorRT 8.5 to 11 follow the
+sources of the bindings and are untested on a device.
 
 ``trt.nptype`` is never called: in TensorRT 8.5 it needs ``numpy.bool``, which NumPy 1.24 removed.
 """
@@ -89,7 +89,7 @@ def load_tensorrt(packages: Sequence[str] = (TENSORRT, TENSORRT_RTX)) -> TensorR
 
 
 def make_logger(trt: Any, report: Callable[[str], None]) -> Any:
-    """A logger that passes errors on. Warnings are dropped: the golden images decide what an engine is worth."""
+    """A logger that passes errors on and drops warnings; the golden images decide whether an engine is usable."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -103,7 +103,7 @@ def make_logger(trt: Any, report: Callable[[str], None]) -> Any:
 
 
 def make_runtime(trt: Any, logger: Any) -> Any:
-    """A TensorRT runtime, after the driver was asked for a GPU. Raises `UnavailableError`, see `find_gpu`."""
+    """A TensorRT runtime, made only after the driver reported a GPU. Raises `UnavailableError`, see `find_gpu`."""
     find_gpu()
     return trt.Runtime(logger)
 
@@ -126,7 +126,7 @@ def set_precision(tensorrt: TensorRT, network: Any, config: Any, precision: str)
     """Make the engine compute in the precisions that the network is written in.
 
     TensorFloat-32 is switched off, as on every other backend. TensorRT 8 needs a flag for fp16, after which it
-    would choose fp16 everywhere; so each layer that the file keeps in fp32 is told to stay there.
+    would choose fp16 everywhere; so each layer that is fp32 in the file is pinned to fp32.
     """
     trt = tensorrt.trt
     config.clear_flag(trt.BuilderFlag.TF32)

@@ -70,7 +70,7 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A number of A and of B, and A / B with its 5th and 95th percentile where it was measured in turns."""
+    """A number of A and of B, and A / B with its 5-95 % interval if both were measured in turns."""
 
     name: str
     first: float

@@ -26,7 +26,7 @@ CLOCK_TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class EstimateCheck:
-    """The ``estimates`` of the bundle, one a power mode, and the measured p50 of the single stream over one of them.
+    """The ``estimates`` of the bundle, one per power mode, and the measured p50 of the single stream over one of them.
 
     ``ratio`` is None, with the ``reason``, if no estimate is for this device in its current ``mode``.
     """
@@ -157,7 +157,7 @@ def _current_mode(profile: DeviceProfile, state: DeviceState) -> str | None:
     """
     clocks = state.clocks.value or state.jetson_clocks.value or {}
     if "gpu" not in clocks:
-        # A graphics card has one mode; on a Jetson it could be any.
+        # A graphics card has one mode; a Jetson could be in any.
         return next(iter(profile.modes), None) if profile.kind == "rtx" else None
     limit = clocks["gpu"].high
     for name, mode in profile.modes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from duallora_edge.runtime.device.sampler import Series
 from duallora_edge.runtime.device.state import Clock, DeviceState, PowerMode
 from duallora_edge.runtime.process_memory import MemoryReadings, Reading, available_drop
 
+_PERCENT = re.compile(r"[+-]?\d+%")
 MLPERF_OFFLINE = 24_576  # samples, inference_rules.adoc
 
 Rows = Sequence[Sequence[str]]
@@ -64,7 +66,7 @@ def as_markdown(blocks: Iterable[Block], title: str, summary: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from a file, without what would steer a terminal or break a line."""
+    """Text from a file, without control characters and line breaks."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
@@ -132,11 +134,14 @@ def _warnings(report: Report) -> Iterator[str]:
         "multi-stream": report.multi_stream and report.multi_stream.latency,
         "offline": report.offline and report.offline.latency,
     }
-    notes: dict[str, list[str]] = defaultdict(list)
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)  # note without its numbers -> (name, number)
     for name, latency in named.items():
         for note in latency.notes if latency else ():
-            notes[note].append(name)
-    yield from (f"{', '.join(names)}: {note}" for note, names in notes.items())
+            number = _PERCENT.search(note)
+            found[_PERCENT.sub("%", note, count=1)].append((name, number[0] if number else ""))
+    for note, places in found.items():
+        names, numbers = (", ".join(texts) for texts in zip(*places, strict=True))
+        yield f"{names}: {note.replace('%', numbers, 1)}"
 
 
 def _scenarios(report: Report) -> Iterator[list[str]]:

@@ -1,6 +1,6 @@
-"""The GPUs of this machine, asked of the NVIDIA driver's own library.
+"""The GPUs of this machine, as reported by the library of the NVIDIA driver.
 
-Nothing of TensorRT is touched: without a driver, its runtime ends the whole process when it is used.
+TensorRT is not used for this: without a driver, its runtime ends the whole process.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Answer:
 
 
 class NoAnswerError(Exception):
-    """What was asked for is not here; the message is the reason."""
+    """There is no answer; the message is the reason."""
 
 
 def ask(
@@ -67,7 +67,7 @@ def ask(
 
     The function returns a dict of JSON values; whatever it raises is a "no" with the error's first line. A process
     that comes to hold more than ``memory_bytes`` is ended (Linux; memory of a GPU does not count), and so is one whose
-    answer is not wanted any more because ``cancel`` was set.
+    answer is no longer wanted because ``cancel`` was set.
     """
     # The child searches where this process does; "-m" would put the current folder in front.
     program = (
@@ -121,18 +121,18 @@ def _read(code: int, output: str, errors: str) -> Answer:
 
 
 def answer(parent: int, arguments: Sequence[str]) -> None:
-    """The child's side of `ask`: call the function and print what it says; not to outlive the ``parent``."""
+    """The child's side of `ask`: call the function, print the result, and end with the ``parent``."""
     _end_with(parent)
     module, function = arguments[0].split(":")
     try:
         result = Answer("ok", getattr(importlib.import_module(module), function)(*arguments[1:]))
-    except Exception as error:  # whatever it is, it is the answer
+    except Exception as error:  # any error is the answer
         result = Answer("no", reason=first_line(error))
     print(f"\n{_MARK}{json.dumps(asdict(result))}", flush=True)
 
 
 def _end_with(parent: int) -> None:
-    """End when the parent does, however it does (Linux), and before it when the system runs out of memory."""
+    """End when the parent ends (Linux), and before it when the system runs out of memory."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # gone before it could be watched
@@ -152,7 +152,7 @@ def first_line(error: Exception) -> str:
 def package(modules: str, distributions: str) -> dict[str, Any]:
     """Import the first of ``modules`` that exists; its version, or that of the first distribution (comma-separated).
 
-    Of ONNX Runtime also the providers that are compiled in, which says nothing about whether they run.
+    For ONNX Runtime also the providers that are compiled in, which need not work.
     """
     for name in modules.split(","):
         try:
@@ -202,7 +202,7 @@ def cuda() -> dict[str, Any]:
 
 
 def tensorrt_start(module: str) -> dict[str, Any]:
-    """Create TensorRT's runtime; only for machines whose driver answers, for without one TensorRT crashes."""
+    """Create TensorRT's runtime; only for machines whose driver answers, because TensorRT crashes without one."""
     trt = importlib.import_module(module)
     trt.Runtime(trt.Logger(trt.Logger.ERROR))
     return {}

@@ -1,4 +1,4 @@
-"""What a device does while something runs on it: clocks, temperatures, power and throttling, twice a second.
+"""What a device does while something runs on it: clocks, temperatures, power and throttling, two times per second.
 
 A thread reads the files of `state`; on a Jetson, tegrastats also runs as a child process.
 """
@@ -58,7 +58,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Power:
-    """Mean power in W over ``n`` readings, and of what: the names of the rails or processor packages."""
+    """Mean power in W over ``n`` readings; ``of`` names the rails or processor packages."""
 
     watts: float
     of: str
@@ -156,7 +156,7 @@ class Watch:
 
 
 def _read(root: Path) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """One reading of every kind that there is."""
+    """One reading of every available kind."""
     clock = {name: found.current for name, found in (clocks(root).value or {}).items()}
     kinds = (
         ("temperature_c", temperatures(root).value),
@@ -179,7 +179,7 @@ def _watts(
 
 
 def throttling(before: DeviceState, during: Mapping[str, Mapping[str, Series]], after: DeviceState) -> tuple[str, ...]:
-    """Warnings, one sentence each, for everything that slowed the device down, or changed, between two moments."""
+    """One warning for each thing that slowed the device down, or changed, between two moments."""
     found = []
     counts = before.throttle_counts.value or {}
     for name, count in (after.throttle_counts.value or {}).items():

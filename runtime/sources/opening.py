@@ -1,4 +1,4 @@
-"""From what a user types to a source."""
+"""Opens a source from its address."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Source(Closing):
         self._statistics = Statistics()
         self._session: _Session | None = None
         self._opened = self._ended = self._closed = False
-        self._error: Exception | None = None  # why it has ended, unless that is as it should be
+        self._error: Exception | None = None  # why it has ended, unless it ended normally
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="duallora-edge source", daemon=True)
         self._thread.start()
@@ -80,7 +80,7 @@ class Source(Closing):
 
     @property
     def stats(self) -> Statistics:
-        """The counts at this moment."""
+        """The current counts."""
         return self._statistics
 
     def read(self, timeout: float = 1.0) -> Frame | None:
@@ -148,7 +148,7 @@ class Source(Closing):
         reason = mask(first_line(error))
         raise SourceError(f"{self.description} failed ({reason}); check what it reads.") from error
 
-    # What follows runs in the threads of the source.
+    # The rest runs in the threads of the source.
 
     def _supervise(self) -> None:
         backoff, stuck = FIRST_BACKOFF_S, list[threading.Thread]()
@@ -212,7 +212,7 @@ class Source(Closing):
             session.over.set()
 
     def _capture(self, session: _Session) -> bool:
-        """Open, hand over the pictures until the end, close. False when there was not one."""
+        """Open, hand over the pictures until the end, close. False if there were none."""
         capture, before = self._opener(session.stop), session.frames
         try:
             if not self._policy.reopens:  # a camera is open when it gives a frame
@@ -246,7 +246,7 @@ class Source(Closing):
                 self._condition.notify_all()
 
     def _offer(self, session: _Session, picture: Picture) -> bool:
-        """Put a frame into the buffer. False when it is not wanted any more."""
+        """Put a frame into the buffer. False if it is no longer wanted."""
         if self._policy.rate is not None:
             session.due = max(session.due + 1 / self._policy.rate, time.monotonic())
             session.stop.wait(session.due - time.monotonic())
