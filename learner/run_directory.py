@@ -38,20 +38,25 @@ from duallora_edge.files import (
     write_json,
 )
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, quoted, read_yaml, sort_out
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
-from duallora_edge.learner.network.task_record import TaskInfo, TaskRecord
+from duallora_edge.learner.network.backbone import Backbone, load_backbone
+from duallora_edge.learner.network.backbone_info import BackboneInfo
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.network.task_record import TaskRecord
 
-SCHEMA = 3
+SCHEMA = 4
 MARKER = ".duallora-edge-run"
 SPARE = ".duallora-edge-spare"
 _LOCK = ".lock"
 # What is written under a temporary name first, which a kill leaves.
 _WRITTEN = (
-    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory.json", SPARE, "checkpoint/state.safetensors",
+    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory_budget.json", SPARE,
+    "checkpoint/state.safetensors",
     "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
     "reports/matrix.png", "reports/reliability.png",
 )  # fmt: skip
-FILES = tuple(f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "memory"))
+FILES = tuple(
+    f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "ridge_sums", "kept_images")
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,9 @@ class RunDirectory:
         try:
             settings = read_yaml(path / "run.yaml")
             if settings.pop("schema", None) != SCHEMA:
-                raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
+                raise RunError(
+                    f"{path}/run.yaml is not of schema {SCHEMA}; train again, or use the version that wrote it."
+                )
             good, problems = sort_out(settings)
             if problems:
                 raise ConfigError("; ".join(problems))

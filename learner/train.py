@@ -21,7 +21,8 @@ from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import ImageFile, PreparedStream, PreparedTask, Stream, open_stream, prepare
 from duallora_edge.learner.evaluate import Tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
+from duallora_edge.learner.network.backbone import Backbone, load_backbone
+from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.report.metrics import Metrics, Row
 from duallora_edge.learner.run_directory import RunDirectory
@@ -215,7 +216,7 @@ def train_run(
     if config.memory_budget is not None and distributed.world_size() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
     learned = len(distributed.on_main(run.head)) if run else 0
-    plan = memory_budget.fit(config, backbone.to(device), stream, path, learned, free=free)
+    plan = memory_budget.fit_budget(config, backbone.to(device), stream, path, learned, free=free)
     if plan:
         config = plan.apply(config)
         listener.say(plan.describe(config.batch_size))
