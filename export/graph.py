@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from duallora_edge import __version__
 from duallora_edge.errors import ExportError
 from duallora_edge.learner.network.adapters import AdaptedBlock
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
 LAYER_NORM_OPSET = 17
@@ -412,9 +412,9 @@ class VitGraph:
 
     def _posterior(self, phi: str) -> str:
         """The task posterior [N, T]; the temperature is folded into the weights."""
-        b, memory = self.b, self.model.network.memory
-        logits = b.project(phi, "memory", memory.weight / memory.temperature, memory.bias / memory.temperature)
-        return b.project(b.node("Softmax", logits, axis=-1), "memory.task_sums", memory.task_sums.T)
+        b, memory = self.b, self.model.network.dynamic_memory
+        logits = b.project(phi, "dynamic_memory", memory.weight / memory.temperature, memory.bias / memory.temperature)
+        return b.project(b.node("Softmax", logits, axis=-1), "dynamic_memory.task_sums", memory.task_sums.T)
 
     def _feature(self, x: str) -> str:
         """The final feature f [N, d]; x is [N, d] when the last block gave the class token alone."""

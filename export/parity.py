@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 
 from duallora_edge.errors import ExportError
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.runtime.bundle import INPUT, MAX_DIFFERENCE, OUTPUTS
 from duallora_edge.runtime.preprocess import Pixels
 

@@ -17,9 +17,9 @@ from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.device import pick_device
 from duallora_edge.learner.measurements import measured_rows, write_rows
 from duallora_edge.learner.methods import METHODS, compose
-from duallora_edge.learner.methods.training import collect_features
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.reading import read_images, source_groups

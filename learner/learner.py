@@ -13,7 +13,7 @@ from duallora_edge.learner.distributed import main_only
 from duallora_edge.learner.evaluate import measure_run, report
 from duallora_edge.learner.measurements import stored_metrics
 from duallora_edge.learner.methods import METHODS, compose
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory

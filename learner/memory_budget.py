@@ -28,7 +28,7 @@ from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedStream
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
-from duallora_edge.learner.network.backbone import Backbone, products
+from duallora_edge.learner.network.backbone import Backbone, autocast
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.prefix_cache import BATCH, token_bytes
 
@@ -42,7 +42,7 @@ STATISTICS_MATRICES = 5
 # What is loaded only on the way, such as the libraries of the report.
 LATER = 96 << 20
 PASSES = (BATCH, 32, 16, 8, 4, 2, 1)
-FILE = "memory.json"
+FILE = "memory_budget.json"
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 CHOICES = ("micro_batch", "forward_batch", "recompute", "precision")
 
@@ -159,7 +159,7 @@ def training_cost(backbone: Backbone, config: TrainConfig) -> Cost:
     @torch.enable_grad()
     def step(batch: int) -> None:
         tokens = torch.zeros(batch, _length(backbone), dim, device=device)
-        with products(config.precision, device):
+        with autocast(config.precision, device):
             f = run_suffix(backbone, blocks, tokens, recompute=config.recompute)[0].float()
             loss = (1 - F.cosine_similarity(f, torch.ones_like(f))).mean()
         loss.backward()
@@ -176,7 +176,7 @@ def forward_cost(backbone: Backbone, config: TrainConfig) -> Cost:
     def run(batch: int) -> None:
         images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
         tokens, _ = backbone.prefix(images, config.precision)
-        with products(config.precision, device):
+        with autocast(config.precision, device):
             run_suffix(backbone, blocks, tokens, collect="class")
 
     return Cost.measure(run)
@@ -260,7 +260,7 @@ def _options(config: TrainConfig, free_precision: bool) -> Iterator[dict[str, An
                 batch = math.ceil(batch / 2) if batch > 1 else 0
 
 
-def fit(
+def fit_budget(
     config: TrainConfig, backbone: Backbone, stream: PreparedStream, run: Path, learned: int, *, free: Collection[str]
 ) -> Plan | None:
     """The plan of a call of `train` for its budget, None without one; `remember` keeps it for the next call.

@@ -53,17 +53,20 @@ if TYPE_CHECKING:
     from duallora_edge.learner.network.backbone import Backbone
     from duallora_edge.learner.network.task_record import TaskRecord
 
-SCHEMA = 3
+SCHEMA = 4
 MARKER = ".duallora-edge-run"
 SPARE = ".duallora-edge-spare"
 _LOCK = ".lock"
 # What is written under a temporary name first, which a kill leaves.
 _WRITTEN = (
-    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory.json", SPARE, "checkpoint/state.safetensors",
+    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory_budget.json", SPARE,
+    "checkpoint/state.safetensors",
     "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
     "reports/matrix.png", "reports/reliability.png",
 )  # fmt: skip
-FILES = tuple(f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "memory"))
+FILES = tuple(
+    f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "ridge_sums", "kept_images")
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ class RunDirectory:
         try:
             settings = read_yaml(path / "run.yaml")
             if settings.pop("schema", None) != SCHEMA:
-                raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
+                raise RunError(
+                    f"{path}/run.yaml is not of schema {SCHEMA}; train again, or use the version that wrote it."
+                )
             if isinstance(method := settings.get("method"), str) and method not in METHODS:
                 raise RunError(
                     f"The run {path} was trained with the method {quoted(method)}, which is not known here; "

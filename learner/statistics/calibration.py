@@ -182,6 +182,11 @@ class NoveltyScale:
             spaced.append(max(knot, spaced[-1] + 1e-6 * reach))
         return cls(tuple(spaced))
 
+    @classmethod
+    def unknown(cls) -> NoveltyScale:
+        """The scale of a classifier whose raw novelty was not measured: of images whose novelty was 0."""
+        return cls.pooled([quantiles(torch.zeros(0))], [1.0])
+
     @property
     def levels(self) -> tuple[float, ...]:
         """The shares at the knots."""

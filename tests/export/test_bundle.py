@@ -23,8 +23,8 @@ from duallora_edge.export.parity import generated_images, torch_outputs
 from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import compose
+from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.backends.ladder import open_backend

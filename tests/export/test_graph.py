@@ -20,8 +20,8 @@ from duallora_edge.export.parity import generated_images, onnx_outputs, torch_ou
 from duallora_edge.learner import embedded
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.methods.scoring import CLASSIFIERS
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone, load_backbone
-from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.statistics.calibration import Mixture
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
@@ -69,7 +69,8 @@ def test_the_answers_compared_are_soft(three_tasks: ComposedModel) -> None:
     """Saturated probabilities, gates and novelties would hide errors."""
     outputs = torch_outputs(three_tasks, IMAGES)
     phi = torch.from_numpy(outputs["features"][:, 48:])
-    for answers in (outputs["probabilities"], outputs["task_probabilities"], three_tasks.network.memory(phi).numpy()):
+    posterior = three_tasks.network.dynamic_memory(phi).numpy()
+    for answers in (outputs["probabilities"], outputs["task_probabilities"], posterior):
         assert np.median(answers.max(axis=1)) < 0.99
     assert 0.05 < np.median(outputs["novelty"]) < 0.95
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from duallora_edge.errors import ExportError
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import Arrays, Parity, generated_images, onnx_outputs, torch_outputs
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.runtime.bundle import OUTPUTS
 
 
