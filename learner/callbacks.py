@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from duallora_edge import interrupts
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,7 +31,8 @@ class Callback:
             step: The number of the step.
             steps: The number of steps of this task.
             loss: The mean loss of the batch before the step, a detached scalar on the device of the training.
-                Reading it (``float(loss)``) waits for a GPU, so do not read it in every step.
+                Reading it (``float(loss)``) waits for a GPU, so do not read it in every step. Of several processes
+                each sees the share of its own images.
             rate: The learning rate of the step.
         """
 
@@ -82,3 +85,9 @@ class Callbacks(Callback):
     def progress(self, stage: str, done: int, total: int) -> None:
         for callback in self.callbacks:
             callback.progress(stage, done, total)
+
+
+def report_progress(callback: Callback, stage: str, done: int, total: int) -> None:
+    """Tell progress, and notice here that the user interrupted it."""
+    interrupts.check()
+    callback.progress(stage, done, total)

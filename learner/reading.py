@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from duallora_edge import interrupts
 from duallora_edge.errors import ConfigError, DataError
 from duallora_edge.learner import distributed
-from duallora_edge.learner.callbacks import Callback
+from duallora_edge.learner.callbacks import Callback, report_progress
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import ImageFile, PreparedStream, Stream, open_stream, prepare
 from duallora_edge.learner.network.backbone_info import BackboneInfo
@@ -99,9 +98,3 @@ def source_groups(run: RunDirectory, names: Collection[str]) -> list[dict[str, A
         if name in names and settings not in groups:
             groups.append(settings)
     return groups
-
-
-def report_progress(callback: Callback, stage: str, done: int, total: int) -> None:
-    """Tell progress, and notice here that the user interrupted it."""
-    interrupts.check()
-    callback.progress(stage, done, total)

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from duallora_edge.learner.evaluate import Tests, add_tests, evaluate_run, repor
 from duallora_edge.learner.methods import METHODS, learn_task
 from duallora_edge.learner.network.backbone import Backbone, load_backbone
 from duallora_edge.learner.network.prefix_cache import PrefixCache
-from duallora_edge.learner.reading import check_apart, read_images, report_progress
+from duallora_edge.learner.reading import check_apart, read_images
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import phase, start_task
@@ -152,7 +151,7 @@ def _learn(
         callback.say("  one class gives no gradient: its statistics are learned, no adapter")
     checkpoint = run.checkpoint(_training_key(run, task, config))
     started = time.monotonic()
-    record = learn_task(backbone, past, task, config, checkpoint, partial(report_progress, callback), cache)
+    record = learn_task(backbone, past, task, config, checkpoint, callback, cache)
     with phase("checkpoint"):
         run.commit(record)
     callback.learned(task.name, time.monotonic() - started)

@@ -20,6 +20,7 @@ from hypothesis import settings
 from PIL import Image
 
 from duallora_edge.cli import main
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 
 # PyTorch is imported by what uses it: the process that only hands out the tests does not.
@@ -72,9 +73,11 @@ def processes() -> ForkServerContext:
 @pytest.fixture
 def few_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 2000 random features the classifier `ridge` needs seconds a task."""
-    from duallora_edge.learner.methods import scoring
+    from duallora_edge.learner.network import task_record
+    from duallora_edge.learner.statistics import ridge
 
-    monkeypatch.setattr(scoring, "RANDOM_FEATURES", 200)
+    for module in (ridge, task_record):
+        monkeypatch.setattr(module, "RANDOM_FEATURES", 200)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,8 @@ def make_backbone() -> Callable[..., Backbone]:
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-    from duallora_edge.learner.network.backbone import Backbone, BackboneInfo
+    from duallora_edge.learner.network.backbone import Backbone
+    from duallora_edge.learner.network.backbone_info import BackboneInfo
 
     def make(**variant: Any) -> Backbone:
         torch.manual_seed(0)
@@ -189,7 +193,7 @@ def learn(tiny_backbone: Backbone) -> Callable[..., list[TaskRecord]]:
         records = list(past)
         for task in tasks:
             config = replace(QUICK, **settings)
-            record = learn_task(backbone, records, task, config, checkpoint or NoCheckpoint(), lambda *_: None)
+            record = learn_task(backbone, records, task, config, checkpoint or NoCheckpoint(), Callback())
             records.append(stored(record))
         return records
 

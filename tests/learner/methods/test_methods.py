@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import ConfigError, RunError
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS, compose, learn_task
@@ -102,7 +103,7 @@ def test_a_second_task_is_refused_where_all_is_learned_at_once(
 ) -> None:
     config = TrainConfig(method=method, device="cpu", precision="fp32")
     with pytest.raises(ConfigError, match=rf"The method {method} learns all tasks at once; it cannot learn two"):
-        learn_task(tiny_backbone, learned(method), tasks[1], config, None, lambda *_: None)  # type: ignore[arg-type]
+        learn_task(tiny_backbone, learned(method), tasks[1], config, None, Callback())  # type: ignore[arg-type]
 
 
 def leak(rows: Tensor, update: Tensor) -> float:
