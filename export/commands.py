@@ -25,7 +25,7 @@ REAL_IMAGES = 256
 
 
 def _batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """The number of images, 0 for any number, None when it is not given."""
+    """The number of images; 0 for any number, None if it is not given."""
     if value is None or value == "dynamic":
         return None if value is None else 0
     if value.isdecimal() and 1 <= int(value) <= MAX_BATCH:
@@ -142,7 +142,7 @@ def export(
 
 
 def training_images(run: RunDirectory) -> Pixels | None:
-    """Up to `REAL_IMAGES` training images, spread over the tasks, or None (said) where no source can be read."""
+    """Up to `REAL_IMAGES` training images, spread over the tasks, or None, with a message, if no source can be read."""
     names = {run.read_info(task).name for task in run.head()}
     pixels: list[Pixels] = []
     for settings in source_groups(run, names):

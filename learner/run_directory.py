@@ -38,10 +38,11 @@ from duallora_edge.files import (
     write_json,
 )
 from duallora_edge.folder_kind import folder_kind
-from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, quoted, read_yaml, sort_out
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml, sort_out
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.settings import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,8 @@ from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import ImageFile, PreparedStream, PreparedTask, Stream, open_stream, prepare
 from duallora_edge.learner.evaluate import Tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
+from duallora_edge.learner.network.backbone import Backbone, load_backbone
+from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.report.metrics import Metrics, Row
 from duallora_edge.learner.run_directory import RunDirectory

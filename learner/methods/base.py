@@ -34,7 +34,8 @@ from duallora_edge.learner.network.network import (
     Scores,
     fold_all,
 )
-from duallora_edge.learner.network.task_record import BlockRecord, TaskInfo, TaskRecord
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.network.task_record import BlockRecord, TaskRecord
 from duallora_edge.learner.statistics.calibration import (
     CalibrationCurve,
     Mixture,

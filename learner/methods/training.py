@@ -21,7 +21,8 @@ from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter, Collec
 from duallora_edge.learner.network.backbone import Backbone, products
 from duallora_edge.learner.network.network import DynamicMemory, Network, run_suffix
 from duallora_edge.learner.network.prefix_cache import Encoded
-from duallora_edge.learner.network.task_record import BlockRecord, TaskInfo, TaskRecord, empty_adapter
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.network.task_record import BlockRecord, TaskRecord, empty_adapter
 from duallora_edge.learner.statistics.calibration import TEMPERATURES
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.statistics.subspace import empty_basis, second_moment

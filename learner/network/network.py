@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter, Collect, Rows, fold
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.task_record import BlockRecord, TaskInfo
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.network.task_record import BlockRecord
 from duallora_edge.learner.statistics.calibration import Mixture, NoveltyScale
 from duallora_edge.learner.statistics.gaussian import GaussianClassifier
 
