@@ -1,4 +1,4 @@
-"""``duallora-edge compare``: several methods on one stream, several seeds, one table and one picture."""
+"""``duallora-edge compare``: several methods and seeds on one stream, in one table and one picture."""
 
 from __future__ import annotations
 
@@ -185,13 +185,13 @@ def _check_free(out: Path) -> None:
 
 
 def _results(out: Path) -> Iterator[Path]:
-    """The stored results in ``out``: a JSON file beside the run that it is of."""
+    """The stored results in ``out``: JSON files, each beside its run."""
     return (path for path in sorted(out.glob("*.json")) if RunDirectory.exists(path.with_suffix("")))
 
 
 @contextmanager
 def _one_at_a_time(out: Path) -> Iterator[None]:
-    """Wait until no other call writes the table in ``out``; the lock is gone with its process (flock)."""
+    """Wait until no other call writes the table in ``out``; the lock ends with its process (flock)."""
     with open_lock(out / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -278,7 +278,7 @@ def _check_settings(path: Path, config: TrainConfig) -> None:
 
 
 def _trained(run: RunDirectory) -> float:
-    """Trained numbers a task, heads left out: up-projections of both adapters, mean over tasks."""
+    """Mean number of trained parameters of a task without its head: up-projections of both adapters."""
     records = run.records()
     total = sum(
         adapter.q_up.numel() + adapter.v_up.numel()

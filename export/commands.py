@@ -15,7 +15,7 @@ from duallora_edge.text import escaped
 
 
 def _batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """The number of images, 0 for any number, None when it is not given."""
+    """The number of images; 0 for any number, None if it is not given."""
     if value is None or value == "dynamic":
         return None if value is None else 0
     if value.isdecimal() and 1 <= int(value) <= MAX_BATCH:

@@ -292,7 +292,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         value = yaml.load(content, Loader=loader)
     except (OSError, ValueError, ArithmeticError, yaml.YAMLError) as error:  # 2024-99-99, no UTF-8, 1:1:...:1.0
         reason = str(error).splitlines() or [type(error).__name__]
-        raise ConfigError(f"{path} cannot be read as YAML ({reason[0][:200]}); mend or leave it out.") from error
+        raise ConfigError(f"{path} cannot be read as YAML ({reason[0][:200]}); correct it or leave it out.") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
