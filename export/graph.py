@@ -1,17 +1,17 @@
 """The deployable graph: an ONNX model of a `ComposedModel`, built node by node.
 
-Building it directly, instead of tracing, gives exact control of names, opset and form:
+Building it directly instead of tracing gives exact control over names, opset and form:
 
 * frames uint8 [N, S, S, 3] go in; normalisation is folded into the patch embedding;
 * weights have the names and the layout of the PyTorch state dict, so that they can be updated in place; shapes, axes
   and scalars are named after what they are for, never after their value;
 * orthogonal adapters are folded into the qkv weights; the residual adapters of all tasks are one pair of stacked
-  matrices a block, gated per image;
+  matrices in each block, gated for each image;
 * tokens are rows of a matrix [N * L, d], so that every linear layer is one Gemm with its bias;
 * the last block is computed for the class token alone where the backbone pools by it;
-* in fp16 the products of the blocks and what lies between them are half precision. The sums along the depth, every
-  normalisation, the patch embedding, the dynamic memory and the classifier stay fp32: there, values are large,
-  differences of large numbers are taken, or next to nothing would be saved.
+* in fp16 the matrix products of the blocks, and what lies between them, are half precision. The sums along the depth,
+  every normalisation, the patch embedding, the dynamic memory and the classifier stay fp32, because values there are
+  large, differences of large numbers are taken, or hardly anything would be saved.
 """
 
 from __future__ import annotations
