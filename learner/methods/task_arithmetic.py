@@ -82,7 +82,7 @@ class TaskArithmetic(Method):
         return [*merged, newest]
 
     def is_complete(self, task: TaskRecord, backbone: Backbone) -> bool:
-        """Whether kept images have the size of the backbone's input; a task may also have none."""
+        """Whether kept images have the size of the backbone's input; a task may also have no kept images."""
         size = backbone.info.size
         fits = task.kept_images is None or task.kept_images.images.shape[1:] == (size, size, 3)
         return fits and super().is_complete(replace(task, kept_images=None), backbone)

@@ -67,7 +67,7 @@ def train_adapters(
     """Train the up-projections of new adapters and a linear head on the training images of a lesson.
 
     Args:
-        lesson: its images, labels and configuration count, and its checkpoint is continued.
+        lesson: images, labels and configuration; its checkpoint is continued.
         blocks: the suffix in which to train; they have the new adapters afterwards.
         downs: the down-projections of each block, which stay as they are.
         features_before: features f, float32 [n, d], of the images before training, for the ``loss``.
@@ -119,9 +119,9 @@ def head_logits(f: Tensor, head: Tensor) -> Tensor:
 def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Adam with a cosine rate over shuffled epochs; ``loss_of`` takes image numbers [B] and tokens [B, L, d].
 
-    The order of the images depends on seed, task and epoch alone, and checkpoints hold the whole state, so that an
-    interrupted training ends in the same bytes. Several ranks take neighbouring images of each batch, and weigh their
-    mean losses by how many, so that the sum of the gradients is that of the batch.
+    The order of the images depends only on seed, task and epoch, and checkpoints have the whole state, so that an
+    interrupted training ends in the same bytes. Several processes take neighbouring images of each batch and weight
+    their mean losses by the number of images, so that their gradients sum up to that of the batch.
     """
     config, train = lesson.config, lesson.train
     epoch_steps = math.ceil(len(train) / config.batch_size)
@@ -175,9 +175,9 @@ def accumulate_gradients(
 
     Returns the size of the parts and the detached loss, which is the share of these images in the loss of the batch.
 
-    The parts are weighed by their share of the ``batch_size`` images, so that the sum over all parts, of all ranks, is
-    the gradient of the mean loss of the batch up to rounding. Where CUDA has too little memory for a part, all is done
-    again in halves; raises when one image is too much.
+    Each part is weighted by its share of the ``batch_size`` images, so that the sum over all parts of all processes is
+    the gradient of the mean loss of the batch, up to rounding. Where CUDA lacks the memory for a part, everything is
+    done again in parts of half the size; raises when a single image is too much.
     """
     while True:
         optimizer.zero_grad(set_to_none=True)
@@ -196,7 +196,7 @@ def accumulate_gradients(
             micro = min(micro, len(own)) // 2
             if not micro:
                 raise
-        # Outside of the handler, whose traceback still holds what did not fit.
+        # Not in the handler, whose traceback still refers to the tensors that did not fit.
         torch.cuda.empty_cache()
 
 
@@ -223,7 +223,7 @@ def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Se
         return 0
     step, tensors = saved
     if not _fits(step, tensors, parameters):
-        return 0  # it costs repeated work, never a wrong result
+        return 0  # this costs repeated work, never a wrong result
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"{index}.value"])
         moments = {key: tensors[f"{index}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
@@ -232,7 +232,7 @@ def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Se
 
 
 def _fits(step: int, tensors: dict[str, Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Whether a checkpoint is of these parameters, and of finite numbers."""
+    """Whether a checkpoint has the names, shapes and dtypes of these parameters, and finite numbers."""
     wanted = {
         f"{index}.{part}": parameter
         for index, parameter in enumerate(parameters)

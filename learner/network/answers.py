@@ -18,8 +18,14 @@ NOVELTY_THRESHOLD = 0.95
 
 @dataclass(frozen=True)
 class Outputs:
-    """Calibrated answers for B images, float32: probabilities [B, C], task_probabilities [B, T], novelty [B] in
-    0..1 (the share of held-back images of known classes that look less novel), features [B, D] (f and phi)."""
+    """Calibrated answers for B images, all float32.
+
+    Attributes:
+        probabilities: of each class, [B, C].
+        task_probabilities: of each task, [B, T].
+        novelty: share of the validation images of known classes that look less novel, 0..1, [B].
+        features: [f ; phi], [B, D].
+    """
 
     probabilities: Tensor
     task_probabilities: Tensor
@@ -29,9 +35,10 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Names and order of everything a list of tasks knows.
+    """Names and order of the classes and tasks that a list of tasks knows.
 
-    A component is one class of one task. ``class_of`` and ``task_of`` [K] map components to classes and tasks.
+    A component is one class of one task, so a class that two tasks know has two. ``class_of`` and ``task_of``,
+    int64 [K], map components to classes and tasks.
     """
 
     classes: tuple[str, ...]
@@ -41,6 +48,7 @@ class Catalogue:
 
     @classmethod
     def of(cls, infos: Sequence[TaskInfo]) -> Catalogue:
+        """The catalogue of tasks; classes are in the order in which they appear first."""
         names = list(dict.fromkeys(name for info in infos for name in info.classes))
         class_of = [names.index(name) for info in infos for name in info.classes]
         task_of = [index for index, info in enumerate(infos) for _ in info.classes]
@@ -57,10 +65,14 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Scores:
-    """The logits of K components as an affine function of features [B, D]: weight [K, D'], bias [K].
+    """The logits of K components as an affine function of features x [B, D]: x weight^T + bias.
 
-    With an ``expansion`` [M, D] they read relu(x expansion^T) [B, M] instead of x. ``inflation`` is how much more they
-    vary among new images than among those they were fitted to, None where that is not known.
+    Attributes:
+        weight: [K, D], or [K, M] with an expansion.
+        bias: [K].
+        expansion: [M, D]; where it is given, relu(x expansion^T) [B, M] is read instead of x.
+        inflation: how much more the logits vary among new images than among those they were fitted to; None where
+            that is not known.
     """
 
     weight: Tensor
@@ -72,9 +84,10 @@ class Scores:
 class Classifier(nn.Module):
     """Calibrated class, task and novelty answers from the features [f ; phi].
 
-    ``scores`` decide the class. The novelty is the relative Mahalanobis distance (Ren et al. 2021), from the
-    ``gaussian`` of all features: the squared distance to the nearest component less that to the mean of all images
-    under the covariance of all images. A function of the Gaussian logits alone, it needs no D x D matrix.
+    ``scores`` decide the class. The novelty is the relative Mahalanobis distance (Ren et al. 2021, arXiv 2106.09022)
+    under the ``gaussian`` of all features: the squared distance to the nearest component minus the squared distance to
+    the mean of all images under their covariance. It is a function of the Gaussian logits alone, so no D x D matrix is
+    needed.
     """
 
     weight: Tensor
@@ -127,13 +140,13 @@ class Classifier(nn.Module):
         return features @ self.weight.T + self.bias
 
     def raw_novelty(self, features: Tensor) -> Tensor:
-        """Relative squared Mahalanobis distance [B]: below 0 for images nearer to a class than to all images."""
+        """Relative squared Mahalanobis distance [B]: negative for images nearer to a class than to the mean of all."""
         logits = features @ self.gaussian_weight.T + self.gaussian_bias
         background = (logits @ self.background + self.background_bias).square().sum(dim=1)
         return background - 2 * logits.amax(dim=1)
 
     def novelty(self, features: Tensor) -> Tensor:
-        """The raw novelty on the scale of held-back images, 0..1, [B]."""
+        """The raw novelty on the scale of validation images, 0..1, [B]."""
         steps = (self.raw_novelty(features)[:, None] - self.novelty_start) / self.novelty_width
         return steps.clamp(0, 1) @ self.novelty_height
 
@@ -149,7 +162,7 @@ class Classifier(nn.Module):
 
 
 class ComposedModel(nn.Module):
-    """The whole: frames in, calibrated answers out. `methods.compose` makes one from the tasks of a run."""
+    """The whole model: frames in, calibrated answers out. `methods.compose` makes it from the tasks of a run."""
 
     def __init__(self, catalogue: Catalogue, network: Network, classifier: Classifier) -> None:
         super().__init__()

@@ -12,10 +12,13 @@ from duallora_edge.learner.statistics.gaussian import GaussianClassifier
 
 
 class DynamicMemory(nn.Module):
-    """p(t | x) from the prefix summary phi: class Gaussians with one covariance, summed over the classes of a task.
+    """The task posterior p(t | x) from the prefix summary phi of an image x.
 
-    The prefix never changes, so the statistics of old tasks stay valid for ever. One image is read at a time,
-    never the batch. ``gaussian`` is of phi, its components are ``classes`` [T] of each task in turn.
+    It is the posterior of Gaussian classes with one covariance, p(k | x) proportional to N(phi; mu_k, Sigma)^(1 /
+    temperature), summed over the classes of each task. The prefix never changes, so the statistics of old tasks stay
+    valid for ever. Each image is judged alone, never by its batch.
+
+    ``gaussian`` has the classes of all tasks as components, in order; ``classes`` [T] are their numbers.
     """
 
     weight: Tensor
@@ -32,19 +35,19 @@ class DynamicMemory(nn.Module):
             self.register_buffer(name, value.float().to(device), persistent=False)
 
     def logits(self, phi: Tensor) -> Tensor:
-        """Log-likelihoods of phi up to a common term, one a component, [B, K]."""
+        """Log-likelihoods [B, K] of phi [B, summary_dim] under each component, up to a common term."""
         return phi @ self.weight.T + self.bias
 
     def forward(self, phi: Tensor) -> Tensor:
-        """Task posterior [B, T] of summaries phi."""
+        """Task posterior [B, T] of summaries phi [B, summary_dim]."""
         return (self.logits(phi) / self.temperature).softmax(dim=1) @ self.task_sums
 
 
 def gate_matrix(infos: Sequence[TaskInfo], ranks: Sequence[int]) -> Tensor:
     """G [T, sum of ranks] such that the gates of an image with task posterior p are p G.
 
-    A rank of an isolated residual of task s is opened by p_s, one of a ``previous`` residual by P(task >= s):
-    either way the gates recreate the network in which the image's own task was trained. Gate ``open`` never closes.
+    The ranks of an isolated residual of task s are opened by p_s, those of a ``previous`` residual by P(task >= s).
+    Either way the gates recreate the network in which the image's own task was trained. The gate ``open`` is always 1.
     """
     columns = []
     for task, (info, rank) in enumerate(zip(infos, ranks, strict=True)):

@@ -17,9 +17,9 @@ from duallora_edge.learner.network.task_record import BlockRecord
 
 
 class Network(nn.Module):
-    """Backbone plus the updates of a list of tasks; weights are re-summed from the immutable base, in fp32.
+    """Backbone plus the updates of a list of tasks; weights are summed anew from the immutable base, in fp32.
 
-    ``updates`` holds one sequence of block records a task; ``is_untouched`` says that they change nothing.
+    ``updates`` holds a sequence of block records for each task; ``is_untouched`` tells whether they change nothing.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Network(nn.Module):
     def from_prefix(self, tokens: Tensor, phi: Tensor, *, collect: Collect = "none") -> tuple[Tensor, list[Rows]]:
         """Features [f ; phi] [B, D] of prefix tokens [B, L, d] and summaries phi, each under its own gates.
 
-        With ``collect`` also what each block's projections read (see `run_suffix`).
+        With ``collect`` it also returns what the projections of each block read (see `run_suffix`).
         """
         with torch.autocast(phi.device.type, enabled=False):  # gates and phi keep full precision
             posterior = self.dynamic_memory(phi)
@@ -75,11 +75,16 @@ def run_suffix(
     collect: Collect = "none",
     recompute: bool = False,
 ) -> tuple[Tensor, list[Rows]]:
-    """Final features f [B, d] of prefix tokens [B, L, d], and what each block's projections read (``collect``).
+    """Final features f [B, d] of prefix tokens [B, L, d], and what the projections of each block read.
 
-    The last block is computed for the class token alone where the backbone pools by it. Where it pools over the
-    tokens, every token counts and ``class`` means ``all``. With ``recompute`` only the input of a block is kept for
-    the gradient, and the rest computed again.
+    Args:
+        backbone: pools the tokens after the last block. Where it pools by the class token, the last block is computed
+            for that token alone; where it pools over the tokens, every token counts and ``class`` means ``all``.
+        blocks: the adapted suffix.
+        tokens: tokens at the end of the prefix.
+        posterior: task posterior [B, T], for blocks with a gate map.
+        collect: ``none``, ``class`` or ``all`` (see `AdaptedBlock.forward`).
+        recompute: whether only the input of each block is kept for the gradient and the rest computed again.
     """
     collected = []
     blocks = list(blocks)

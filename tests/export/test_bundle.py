@@ -290,7 +290,7 @@ def test_a_graph_that_answers_otherwise_leaves_the_old_bundle(
 ) -> None:
     before = content(bundle.parent)
     monkeypatch.setattr("duallora_edge.export.bundle.build_model", damaged)
-    with pytest.raises(ExportError, match="does not answer as the trained model on generated images"):
+    with pytest.raises(ExportError, match="graph differs from the trained model on generated images"):
         write_bundle(run, model, TARGET, bundle, None)
     assert content(bundle.parent) == before
     with pytest.raises(ExportError, match="nothing was written"):
