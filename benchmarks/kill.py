@@ -41,7 +41,7 @@ from duallora_edge.errors import SwapError
 from duallora_edge.export import bundle as exporting
 from duallora_edge.export import commands as export_commands
 from duallora_edge.files import read_json, write_json
-from duallora_edge.learner import commands, train
+from duallora_edge.learner import terminal, train
 from duallora_edge.learner import timing as profile
 from duallora_edge.learner.methods import training
 from duallora_edge.learner.run_directory import FileCheckpoint, RunDirectory
@@ -293,7 +293,7 @@ class Swapping:
     def work(self, folder: Path) -> None:
         os.environ["DUALLORA_EDGE_CACHE"] = str(folder / "cache")
         classifier = Classifier.load(self.bundle, "cpu", 1, trial=False)
-        classifier._tried = Trial(Opening("cpu", 1))
+        classifier._trial = Trial(Opening("cpu", 1))
         try:
             classifier.swap(folder / "new")
         except SwapError as error:
@@ -476,5 +476,5 @@ def scenarios(folder: Path, whereabouts: Whereabouts) -> list[Scenario]:
 
 if __name__ == "__main__":
     # Imported here once, not in every process: the command, and what the first step of an optimiser imports.
-    assert commands and export_commands and torch._dynamo
+    assert terminal and export_commands and torch._dynamo
     main()

@@ -1,4 +1,4 @@
-"""``duallora-edge compare``: several methods on one stream, several seeds, one table and one picture."""
+"""``duallora-edge compare``: several methods and seeds on one stream, in one table and one picture."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ import onnx
 import onnxruntime
 import yaml
 
+from duallora_edge.cli_groups import option_group
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.export.graph import build_model
 from duallora_edge.files import open_lock, read_json, write_atomic, write_json
-from duallora_edge.learner.commands import TerminalListener, echo, folder_bytes
-from duallora_edge.learner.config import PER_CALL, TrainConfig, load_config, sort_out
+from duallora_edge.learner.commands import echo, folder_bytes
+from duallora_edge.learner.config import PER_CALL, SETTINGS, TrainConfig, load_config, sort_out
 from duallora_edge.learner.methods import METHODS, compose
 from duallora_edge.learner.network.prefix_cache import PrefixCache
+from duallora_edge.learner.options import MethodsCommand, setting_options
 from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.terminal import TerminalCallback
 from duallora_edge.learner.train import open_run, train_run
 from duallora_edge.runtime.bundle import INPUT
 
@@ -86,7 +89,7 @@ class Variant:
         return self.label.replace(":", "-").replace("=", "_")
 
 
-class Stopwatch(TerminalListener):
+class Stopwatch(TerminalCallback):
     """Shows progress, and adds up how long learning took."""
 
     seconds = 0.0
@@ -95,23 +98,39 @@ class Stopwatch(TerminalListener):
         self.seconds += seconds
 
 
-@click.command()
-@click.option("--stream", required=True, help="Folder, CSV manifest or torchvision:NAME, as --data of 'train'.")
-@click.option("--methods", default="peers", show_default=True,
-              help="Separated by commas, with settings if wanted (dual_lora:rank_residual=4), or a group: "
-              + ", ".join(GROUPS) + ".")  # fmt: skip
-@click.option("--seeds", default="0", show_default=True, help="Separated by commas: training, held-back images.")
-@click.option("--shuffle", is_flag=True, help="A seed above 0 also learns the tasks (or classes) in another order.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for runs, table and picture.")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML file with settings of 'train'.")
-@click.option("--backbone", help="timm name NAME[.tag], or 'embedded'. [embedded]")
-@click.option("--weights", help="safetensors file with the backbone's weights, instead of the hub.")
-@click.option("--size", type=int, help="Input side in pixels. [the backbone's]")
-@click.option("--task-order", help="Names of the tasks of a stream, separated by commas. [folder names]")
-@click.option("--classes-per-task", type=int, help="Split the classes into tasks of this many.")
-@click.option("--class-order", help="'alphabetical' or 'seed:N'. [alphabetical]")
-@click.option("--develop/--test", default=None, help="Measure on a fifth of the training images instead. [test]")
-@click.option("--latency-rounds", default=100, show_default=True, type=click.IntRange(0), help="0 leaves it out.")
+essential, data, output = option_group("Essentials"), option_group("Data"), option_group("Output")
+
+
+@click.command(cls=MethodsCommand)
+@essential(
+    "--stream", required=True, metavar="SOURCE",
+    help="Images to learn from, as --data of 'train': a folder, a CSV manifest or torchvision:NAME.",
+)  # fmt: skip
+@essential(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder for runs, table and picture."
+)
+@essential(
+    "--methods", default="peers", metavar="NAME,NAME",
+    help="Methods to compare, each with settings of its own if wanted (dual_lora:rank_residual=4), or a group: "
+    f"{', '.join(GROUPS)}. [default: peers]",
+)  # fmt: skip
+@essential(
+    "--seeds", default="0", metavar="N,N",
+    help="Seeds; each decides the training and which images are for validation. [default: 0]",
+)  # fmt: skip
+@essential("--config", "config_path", type=click.Path(path_type=Path), metavar="FILE",
+           help="YAML file with settings of 'train'; options win over it.")  # fmt: skip
+@setting_options("backbone", "weights", "task_order", "classes_per_task", "class_order")
+@data("--shuffle", is_flag=True, help="Learn the tasks (or classes) in another order for each seed above 0.")
+@setting_options("size")
+@data(
+    "--develop/--test", default=None, help=f"{SETTINGS['develop'].help.rstrip('.')}; or measure on the test images. "
+    "[default: test]",
+)  # fmt: skip
+@output(
+    "--latency-rounds", default=100, type=click.IntRange(0), metavar="N",
+    help="Rounds of the measurement of latencies; 0 leaves it out. [default: 100]",
+)  # fmt: skip
 def compare(
     stream: str,
     methods: str,
@@ -122,20 +141,18 @@ def compare(
     latency_rounds: int,
     **flags: Any,
 ) -> None:
-    """Learn one stream with several methods and seeds; write one table and one picture.
+    """Learn one stream with several methods and seeds, and write one table and one picture.
 
-    Same images, backbone, ranks, optimiser and classifier for all unless a method says otherwise. Results that are
-    already in --out are not computed again, so the same command continues where it was stopped. The table has all
-    results that are there: several calls with different --methods or --seeds fill it, one after the other or at once.
-    Milliseconds are measured for the methods of the call alone.
+    Images, backbone, ranks, optimiser and classifier are the same for all unless a method says otherwise. Results
+    that are already in --out are not computed again, so the same command continues where it was stopped. The table
+    has all results that are there, so several calls with different --methods or --seeds can fill it, one after the
+    other or at once. Latencies are measured for the methods of this call alone.
 
     \b
     Example:
       duallora-edge compare --stream photos/ --methods dual_lora,sequential,joint --seeds 0,1,2 --out out/compare
       duallora-edge compare --stream photos/ --methods dual_lora:residual=previous,dual_lora --out out/compare
     """
-    if flags["task_order"] is not None:
-        flags["task_order"] = tuple(name.strip() for name in flags["task_order"].split(","))
     base = load_config(config_path, {**flags, "data": stream})
     variants = [Variant.parse(text) for text in GROUPS.get(methods, methods.split(","))]
     numbers = _seeds(seeds)
@@ -168,13 +185,13 @@ def _check_free(out: Path) -> None:
 
 
 def _results(out: Path) -> Iterator[Path]:
-    """The stored results in ``out``: a JSON file beside the run that it is of."""
+    """The stored results in ``out``: JSON files, each beside its run."""
     return (path for path in sorted(out.glob("*.json")) if RunDirectory.exists(path.with_suffix("")))
 
 
 @contextmanager
 def _one_at_a_time(out: Path) -> Iterator[None]:
-    """Wait until no other call writes the table in ``out``; the lock is gone with its process (flock)."""
+    """Wait until no other call writes the table in ``out``; the lock ends with its process (flock)."""
     with open_lock(out / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -261,7 +278,7 @@ def _check_settings(path: Path, config: TrainConfig) -> None:
 
 
 def _trained(run: RunDirectory) -> float:
-    """Trained numbers a task, heads left out: up-projections of both adapters, mean over tasks."""
+    """Mean number of trained parameters of a task without its head: up-projections of both adapters."""
     records = run.records()
     total = sum(
         adapter.q_up.numel() + adapter.v_up.numel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,16 +11,14 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from duallora_edge.device_profiles import resolve_target
-from duallora_edge.export.bundle import export_run
-from duallora_edge.export.commands import training_images
-from duallora_edge.learner.commands import TerminalListener, echo, show_metrics
-from duallora_edge.learner.config import TrainConfig
+from duallora_edge.export.export import export_run
+from duallora_edge.learner.commands import echo, show_metrics
+from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.evaluate import report
-from duallora_edge.learner.methods import compose
+from duallora_edge.learner.learner import Learner
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import train_run
+from duallora_edge.learner.terminal import TerminalCallback
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.preprocess import read_image
 
@@ -32,42 +29,40 @@ METHODS = ("dual_lora", "sequential")
 
 @click.command()
 @click.option(
-    "--run", "folder", default="demo", show_default=True, type=click.Path(path_type=Path), help="Where to work."
-)
-@click.option("--seed", default=0, show_default=True, type=int)
+    "--run", "folder", default="demo", type=click.Path(path_type=Path), metavar="DIR",
+    help="Folder for the images, the runs and the bundle. [default: demo]",
+)  # fmt: skip
+@click.option("--seed", default=0, type=int, metavar="N", help=f"{SETTINGS['seed'].help} [default: 0]")
 def demo(folder: Path, seed: int) -> None:
     """Learn five tasks of handwritten digits, see what forgetting is, export, verify and measure.
 
-    The images are scikit-learn's 1,797 digits (8 x 8 px). DualLoRA and sequential fine-tuning of adapters of the
-    same size learn 0-1, 2-3, 4-5, 6-7, 8-9 one after the other; no task is named at test time.
+    The images are scikit-learn's 1,797 digits (8 x 8 px). DualLoRA and sequential fine-tuning, with adapters of the
+    same size, learn 0-1, 2-3, 4-5, 6-7 and 8-9 one after the other. Nobody tells them the task of a test image.
 
     \b
     Example:
       duallora-edge demo --run out/demo
     """
-    listener = TerminalListener()
+    terminal = TerminalCallback()
     write_digits(folder / "images")
-    config = TrainConfig(data=str(folder / "images"), seed=seed)
+    learners = {method: Learner(folder / method, callbacks=[terminal], method=method, seed=seed) for method in METHODS}
     results: dict[str, Metrics] = {}
-    for method in METHODS:
-        listener.say(f"\n== {method}")
-        chosen = replace(config, method=method)
-        results[method] = train_run(folder / method, chosen, ["method", "seed"], listener)
-    run = RunDirectory.open(folder / METHODS[0])
-    page = report(run, results[METHODS[0]], [(METHODS[1], results[METHODS[1]])])
-    listener.say("\n== export for a Jetson, checked against the trained model")
-    model = compose(run.backbone(), run.records()).eval()
-    exported = export_run(run, model, resolve_target("jetson"), folder / "bundle", training_images(run))
+    for method, learner in learners.items():
+        terminal.say(f"\n== {method}")
+        results[method] = learner.learn(folder / "images")
+    page = report(RunDirectory.open(folder / METHODS[0]), results[METHODS[0]], [(METHODS[1], results[METHODS[1]])])
+    terminal.say("\n== export for a Jetson, checked against the trained model")
+    exported = export_run(folder / METHODS[0], folder / "bundle", precision="fp32", batch=0, say=terminal.say)
     for what in ("generated", "real"):
         parity = exported.manifest.parity[what]
         echo(f"Agreement on {parity['images']} {what} images: {100 * parity['top1_agreement']:.2f} %")
     echo(f"Estimate: {exported.estimates[0].text}")
-    listener.say("\n== the light runtime on this machine")
+    terminal.say("\n== the light runtime on this machine")
     classifier = Classifier.load(folder / "bundle")
     for path in sorted((folder / "images").glob("*/test/*/*.png"))[::90]:
         prediction = classifier(read_image(path))
         echo(f"{path.parent.name}: {prediction.label} ({100 * prediction.confidence:.0f} %), {prediction.task}")
-    # A process of its own: this one has torch loaded, which the memory readings must not see.
+    # In a process of its own, because torch is loaded in this one and would count in the memory readings.
     subprocess.run(
         [sys.executable, "-m", "duallora_edge", "benchmark", folder / "bundle", "--duration", "2"], check=True
     )
@@ -77,7 +72,7 @@ def demo(folder: Path, seed: int) -> None:
 
 
 def write_digits(folder: Path) -> None:
-    """Write scikit-learn's digits as a stream of five tasks of PNG files; every fourth image is for the test."""
+    """Write scikit-learn's digits as PNG files, as a stream of five tasks; every fourth image is for testing."""
     digits = load_digits()
     for index, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         first = digit // CLASSES_PER_TASK * CLASSES_PER_TASK
@@ -87,5 +82,5 @@ def write_digits(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
             whole = target.with_suffix(".part")  # which a kill leaves, and the next call writes again
-            picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(whole, "PNG")
+            picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB").save(whole, "PNG")
             whole.replace(target)

@@ -3,192 +3,267 @@
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from duallora_edge.errors import ConfigError
-
-# What a setting of few values may be.
-CHOICES = {
-    "method": ("dual_lora", "inflora", "sequential", "task_arithmetic", "frozen", "joint"),
-    "classifier": ("auto", "lda", "lda_f", "mean_f", "ridge", "heads"),
-    "residual": ("auto", "isolated", "previous", "none"),
-    "gate": ("posterior", "open"),
-    "calibration": ("mixture", "temperature", "none"),
-    "resize": ("crop", "squash"),
-    "augment": ("none", "light"),
-    "precision": ("auto", "fp32", "bf16"),
-}
+from duallora_edge.learner.methods import METHODS
+from duallora_edge.learner.settings import quoted, setting, settings_of
 
 MAX_YAML_BYTES = 1 << 16
 MAX_YAML_DEPTH = 20
 MAX_PROBLEMS = 20
 MAX_NAME = 60
-
-# Settings that say where images come from; stored beside each task so that evaluations find its test images.
-SOURCE = ("data", "classes_per_task", "class_order", "task_order", "task_name", "data_root", "test_fraction")
-# Settings that later calls of the same run may change; all others define the run.
-PER_CALL = (
-    *SOURCE, "weights", "device", "augment", "flip", "memory_budget", "micro_batch", "forward_batch", "recompute",
-    "cache_bytes",
-)  # fmt: skip
-
-
-class _Quoted(reprlib.Repr):
-    """Values as messages quote them: short, whatever they are."""
-
-    maxlevel, maxstring, maxother = 1, 60, 60
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to write out whole numbers of more than 4300 digits."""
-        return super().repr_int(x, level) if abs(x) < 2**64 else "a huge number"
-
-
-quoted = _Quoted().repr
+_LARGE = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what `train` computes. Sizes in pixels, rates per step, fractions in 0..1."""
+    """Everything that decides what `train` computes. Sizes in pixels, rates per step, fractions in 0..1.
 
-    # What to learn
-    data: str = ""
-    classes_per_task: int | None = None
-    class_order: str = "alphabetical"
-    task_order: tuple[str, ...] | None = None
-    task_name: str | None = None
-    data_root: str | None = None
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.2
-    develop: bool = False
+    Each field declares its setting: the command line, the checks, docs/settings.md and examples/train.yaml are made
+    from it (`settings`).
+    """
 
-    # The frozen network
-    backbone: str = "embedded"
-    weights: str | None = None
-    size: int | None = None
-    prefix_blocks: int | None = None
-    summaries: int | None = None
-    resize: str = "crop"
+    data: str = setting(
+        "", "Images to learn from: a folder, a CSV manifest or torchvision:NAME.",
+        "Essentials", unset="those of the last call", metavar="SOURCE", scope="source",
+    )  # fmt: skip
+    method: str = setting("dual_lora", "How tasks are learned.", "Essentials", choices=METHODS, metavar="NAME")
+    backbone: str = setting(
+        "embedded",
+        "The frozen network: 'embedded' (small, part of the package) or a timm name NAME[.tag]; a larger one is "
+        "usually more accurate and always slower.",
+        "Essentials", metavar="NAME",
+    )  # fmt: skip
+    weights: str | None = setting(
+        None, "safetensors file with the weights of the backbone.",
+        "Essentials", unset="the backbone's own", metavar="FILE", scope="call",
+    )  # fmt: skip
+    epochs: int = setting(
+        4, "Passes over the training images of each task; training takes longer in proportion.",
+        "Essentials", low=0, high=10_000,
+    )  # fmt: skip
+    seed: int = setting(
+        0, "Seed for everything random; on one CPU in fp32 the same seed gives the same run, bit for bit.",
+        "Essentials", low=0, high=_LARGE,
+    )  # fmt: skip
 
-    # The method
-    method: str = "dual_lora"
-    rank_orthogonal: int = 8
-    rank_residual: int = 8
-    residual: str = "auto"
-    energy: float = 0.95
-    gate: str = "posterior"
-    classifier: str = "auto"
-    calibration: str = "mixture"
-    task_scale: float = 0.25
-    kl_weight: float = 0.0
-    memory_per_class: int = 10
+    task_name: str | None = setting(
+        None, "Name of the task.", "Data", unset="the name of the folder", metavar="NAME", scope="source"
+    )
+    task_order: tuple[str, ...] | None = setting(
+        None, "Names of the tasks of a stream, in the order in which to learn them.",
+        "Data", unset="sorted by name", metavar="NAME,NAME", scope="source",
+    )  # fmt: skip
+    classes_per_task: int | None = setting(
+        None, "Split the classes of one data set into tasks of this many classes.",
+        "Data", low=1, high=1_000_000, unset="one task", scope="source",
+    )  # fmt: skip
+    class_order: str = setting(
+        "alphabetical", "Order of the classes before they are split into tasks: 'alphabetical' or 'seed:N'.",
+        "Data", metavar="ORDER", scope="source",
+    )  # fmt: skip
+    data_root: str | None = setting(
+        None, "Folder where torchvision data sets are kept or downloaded to.",
+        "Data", unset="the cache folder", metavar="DIR", scope="source",
+    )  # fmt: skip
+    test_fraction: float = setting(
+        0.2, "Share of the images to set aside for testing where the data have no test images.",
+        "Data", low=0.0, high=0.9, scope="source",
+    )  # fmt: skip
+    validation_fraction: float = setting(
+        0.1,
+        "Share of the training images to set aside for calibration; without them confidences are not calibrated.",
+        "Data", low=0.0, high=0.5,
+    )  # fmt: skip
+    size: int | None = setting(
+        None, "Side of the input in pixels; a larger one shows more detail, and time grows with its square.",
+        "Data", low=8, high=4096, unset="the backbone's own",
+    )  # fmt: skip
+    resize: str = setting(
+        "crop", "How an image becomes square: 'crop' takes the centre, 'squash' distorts the whole frame.",
+        "Data", choices=("crop", "squash"),
+    )  # fmt: skip
+    develop: bool = setting(
+        False, "Measure on a fifth of the training images and leave the test images alone, to choose settings.",
+        "Data", flag=False,
+    )  # fmt: skip
 
-    # The optimisation
-    learning_rate: float = 1e-3
-    distillation: float = 1.0
-    epochs: int = 4
-    min_steps: int = 120
-    batch_size: int = 32
-    augment: str = "none"
-    flip: bool = False
-    seed: int = 0
+    rank_orthogonal: int = setting(
+        8, "Rank of the adapters that leave earlier tasks untouched; a higher rank learns more and stores more.",
+        "Method", low=0, high=256,
+    )  # fmt: skip
+    rank_residual: int = setting(
+        8,
+        "Rank of the adapters that open for images of their own task; a higher rank learns more, and inference "
+        "slows down with every task.",
+        "Method", low=0, high=256,
+    )  # fmt: skip
+    energy: float = setting(
+        0.95,
+        "Share of the energy of a task's features that later tasks must not touch; a higher share forgets less and "
+        "leaves later tasks less room.",
+        "Method", low=0.0, high=1.0,
+    )  # fmt: skip
+    distillation: float = setting(
+        1.0, "How strongly features are held where they were before the task; more forgets less and learns less.",
+        "Method", low=0.0, high=1000.0,
+    )  # fmt: skip
+    classifier: str = setting(
+        "auto",
+        "How classes are scored: 'auto' as the method does, 'lda' from all features, 'lda_f' or 'mean_f' from the "
+        "last layer, 'ridge' from random features, 'heads' by the trained linear heads.",
+        "Method", choices=("auto", "lda", "lda_f", "mean_f", "ridge", "heads"),
+    )  # fmt: skip
+    prefix_blocks: int | None = setting(
+        None,
+        "Blocks of the backbone that stay frozen, or -1 for all but one; fewer frozen blocks learn more and take "
+        "more time and memory.",
+        "Method", low=-1000, high=1000, unset="half of them",
+    )  # fmt: skip
+    summaries: int | None = setting(
+        None,
+        "Frozen blocks that the dynamic memory and the classifier read; more are usually more accurate, with larger "
+        "statistics.",
+        "Method", low=1, high=1000, unset="3, or all if fewer",
+    )  # fmt: skip
 
-    # The machine
-    device: str = "auto"
-    precision: str = "auto"
-    checkpoint_steps: int = 100
+    task_scale: float = setting(
+        0.25, "Weight of the update of each task in their sum.", "Only task_arithmetic", low=0.0, high=10.0
+    )
+    kl_weight: float = setting(0.0, "Share of distillation in the loss.", "Only task_arithmetic", low=0.0, high=1.0)
+    memory_per_class: int = setting(
+        10, "Training images of each class that the run stores and fine-tunes on; 0 stores no images.",
+        "Only task_arithmetic", low=0, high=1_000_000,
+    )  # fmt: skip
 
-    # Its memory: what a budget chooses, or what is given without one. Batches are in images.
-    memory_budget: str | None = None
-    micro_batch: int | None = None
-    forward_batch: int = 64
-    recompute: bool = False
-    cache_bytes: int | None = None
+    learning_rate: float = setting(
+        1e-3, "Step size of the optimiser; too high diverges, too low leaves a task half learned.",
+        "Optimisation", low=1e-7, high=1.0,
+    )  # fmt: skip
+    batch_size: int = setting(
+        32, "Images in each training step; a larger batch needs more memory.",
+        "Optimisation", low=1, high=65_536,
+    )  # fmt: skip
+    min_steps: int = setting(
+        120, "Train each task for at least this many steps, so that a small task gets more epochs.",
+        "Optimisation", low=0, high=1_000_000,
+    )  # fmt: skip
+    augment: str = setting(
+        "none",
+        "Augmentation of the training images: 'none', or 'light' (crop and colours), which is slower because the "
+        "frozen blocks then run in every step.",
+        "Optimisation", choices=("none", "light"), scope="call",
+    )  # fmt: skip
+    flip: bool = setting(
+        False, "Mirror half of the training images; wrong for digits, letters and signs.",
+        "Optimisation", scope="call",
+    )  # fmt: skip
+
+    device: str = setting(
+        "auto", "Where to compute: auto, cpu, cuda or cuda:N.", "Resources", metavar="NAME", scope="call"
+    )
+    precision: str = setting(
+        "auto",
+        "Precision of matrix multiplications during training: fp32, the faster bf16, or 'auto' for bf16 where the "
+        "hardware has it.",
+        "Resources", choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
+    memory_budget: str | None = setting(
+        None,
+        "Stay within this much memory, such as 2GB, of the process or on CUDA; a tight budget trains more slowly and "
+        "may lower 'summaries'.",
+        "Resources", unset="no limit", metavar="SIZE", scope="call",
+    )  # fmt: skip
+    checkpoint_steps: int = setting(
+        100, "Steps between two checkpoints; training that was stopped repeats at most this many.",
+        "Resources", low=1, high=1_000_000, flag=False,
+    )  # fmt: skip
+    micro_batch: int | None = setting(
+        None, "Split each training step into parts of this many images, for less memory and more time.",
+        "Resources", low=1, high=65_536, unset="the whole batch", flag=False, scope="call",
+    )  # fmt: skip
+    forward_batch: int = setting(
+        64, "Images in each pass without training; fewer need less memory.",
+        "Resources", low=1, high=65_536, flag=False, scope="call",
+    )  # fmt: skip
+    recompute: bool = setting(
+        False, "Compute the blocks again for the gradient instead of storing them, for less memory and more time.",
+        "Resources", flag=False, scope="call",
+    )  # fmt: skip
+    cache_bytes: int | None = setting(
+        None, "Bytes of encoded images to keep in memory; the rest goes to a temporary file.",
+        "Resources", low=0, high=_LARGE, unset="by free memory", flag=False, scope="call",
+    )  # fmt: skip
+
+    residual: str = setting(
+        "auto",
+        "Where residual adapters learn: 'isolated' in directions of the task's own, 'previous' in those that the task "
+        "before added, 'none' nowhere; 'auto' is 'isolated' while tasks are recognised reliably, else 'previous'.",
+        "Ablations", choices=("auto", "isolated", "previous", "none"),
+    )  # fmt: skip
+    gate: str = setting(
+        "posterior",
+        "When residual adapters open: 'posterior' as far as an image is likely to be of their task, 'open' always.",
+        "Ablations", choices=("posterior", "open"),
+    )  # fmt: skip
+    calibration: str = setting(
+        "mixture", "How confidences are calibrated: by a 'mixture' of two temperatures, one 'temperature', or 'none'.",
+        "Ablations", choices=("mixture", "temperature", "none"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        problems = [text for ok, text in self._checks() if not ok]
+        if isinstance(self.task_order, list):
+            object.__setattr__(self, "task_order", tuple(self.task_order))  # type: ignore[unreachable]
+        problems = [text for key, one in SETTINGS.items() if (text := one.problem(getattr(self, key)))]
         if problems:
-            raise ConfigError("The configuration has problems: " + "; ".join(problems) + ".")
-
-    def _checks(self) -> list[tuple[bool, str]]:
-        def one_of(key: str, choices: tuple[str, ...]) -> tuple[bool, str]:
-            value = getattr(self, key)
-            return value in choices, f"{key} must be one of {', '.join(choices)}, not {quoted(value)}"
-
-        def between(key: str, low: float, high: float) -> tuple[bool, str]:
-            value = getattr(self, key)
-            return value is None or low <= value <= high, f"{key} must be {low}..{high}, not {quoted(value)}"
-
-        return [
-            *(one_of(key, choices) for key, choices in CHOICES.items()),
-            between("rank_orthogonal", 0, 256),
-            between("rank_residual", 0, 256),
-            between("energy", 0.0, 1.0),
-            between("task_scale", 0.0, 10.0),
-            between("kl_weight", 0.0, 1.0),
-            between("memory_per_class", 0, 1_000_000),
-            between("validation_fraction", 0.0, 0.5),
-            between("test_fraction", 0.0, 0.9),
-            between("learning_rate", 1e-7, 1.0),
-            between("distillation", 0.0, 1000.0),
-            between("epochs", 0, 10_000),
-            between("min_steps", 0, 1_000_000),
-            between("batch_size", 1, 65_536),
-            between("seed", 0, 2**63 - 1),
-            between("checkpoint_steps", 1, 1_000_000),
-            between("micro_batch", 1, 65_536),
-            between("forward_batch", 1, 65_536),
-            between("cache_bytes", 0, 2**63 - 1),
-            between("classes_per_task", 1, 1_000_000),
-            between("size", 8, 4096),
-            between("prefix_blocks", -1000, 1000),
-            between("summaries", 1, 1000),
-        ]
+            raise ConfigError(f"The configuration has problems: {'; '.join(problems)}.")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+SETTINGS = settings_of(TrainConfig)
+# The values that a setting of few values may have.
+CHOICES = {key: one.choices for key, one in SETTINGS.items() if one.choices}
+# Settings that say where images come from; stored beside each task so that evaluations find its test images.
+SOURCE = tuple(key for key, one in SETTINGS.items() if one.scope == "source")
+# Settings that later calls of the same run may change; all others define the run.
+PER_CALL = tuple(key for key, one in SETTINGS.items() if one.scope != "run")
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any], base: TrainConfig | None = None) -> TrainConfig:
     """Resolve a configuration: ``overrides`` (flags; None means not given) over the YAML file over ``base``.
 
     Raises `ConfigError` naming every unknown key (with the nearest known one) and every value of a wrong type
-    or range of the file at once.
+    or range at once.
     """
-    values = {} if path is None else read_yaml(path)
-    good, problems = sort_out(values)
-    merged = {**good, **{key: value for key, value in overrides.items() if value is not None}}
-    if isinstance(merged.get("task_order"), list):
-        merged["task_order"] = tuple(merged["task_order"])
-    try:
-        config = replace(base or TrainConfig(), **merged)
-    except ConfigError as error:
-        problems.append(str(error).removeprefix("The configuration has problems: ").removesuffix("."))
-    if problems:
+    values, problems = ({}, []) if path is None else sort_out(read_yaml(path))
+    given, more = sort_out({key: value for key, value in overrides.items() if value is not None})
+    if problems or more:
         where = f" of {path}" if path else ""
-        raise ConfigError(f"The configuration{where} has problems: {'; '.join(problems)}.")
-    return config
+        raise ConfigError(f"The configuration{where} has problems: {'; '.join([*problems, *more])}.")
+    return replace(base or TrainConfig(), **{**values, **given})
 
 
 def sort_out(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings among ``values`` that exist and have the right type, and what is wrong with the others."""
-    known = {field.name: str(field.type) for field in fields(TrainConfig)}
+    """The settings among ``values`` that exist and have a good value, and what is wrong with the others."""
     good: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in values.items():
         if len(problems) == MAX_PROBLEMS:
             problems.append("and maybe more")
             break
-        if key not in known:
-            near = difflib.get_close_matches(key[:MAX_NAME], known, n=1) if isinstance(key, str) else []
+        if key not in SETTINGS:
+            near = difflib.get_close_matches(key[:MAX_NAME], SETTINGS, n=1) if isinstance(key, str) else []
             problems.append(f"unknown key {quoted(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
-        elif (text := _type_problem(value, known[key])) is not None:
-            problems.append(f"{key} must be {text}, not {quoted(value)}")
+        elif (text := SETTINGS[key].problem(value)) is not None:
+            problems.append(text)
         else:
             good[key] = value
     return good, problems
@@ -217,25 +292,9 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         value = yaml.load(content, Loader=loader)
     except (OSError, ValueError, ArithmeticError, yaml.YAMLError) as error:  # 2024-99-99, no UTF-8, 1:1:...:1.0
         reason = str(error).splitlines() or [type(error).__name__]
-        raise ConfigError(f"{path} cannot be read as YAML ({reason[0][:200]}); mend or leave it out.") from error
+        raise ConfigError(f"{path} cannot be read as YAML ({reason[0][:200]}); correct it or leave it out.") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(value).__name__}.")
     return value
-
-
-def _type_problem(value: Any, annotation: str) -> str | None:
-    """The expected type in words when ``value`` does not fit the annotation, else None."""
-    if value is None:
-        return None if "None" in annotation else "given"
-    if annotation.startswith("tuple"):
-        good = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        return None if good else "a list of names"
-    if annotation.startswith("bool"):
-        return None if isinstance(value, bool) else "true or false"
-    if annotation.startswith("int"):
-        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
-    if annotation.startswith("float"):
-        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
-    return None if isinstance(value, str) else "a text"

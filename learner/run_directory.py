@@ -6,6 +6,10 @@ be continued. Nothing is pickled and no pixel is stored.
 Only an empty folder becomes a run. An empty file, `MARKER`, then says that it is ours, so that a creation that was
 killed can be done again; a run.yaml with backbone.json and HEAD.json says the same of runs made before there was one.
 What is deleted has a name that is fixed here, or stands in a task.json whose id HEAD.json holds.
+
+Where several processes train together, rank 0 alone reads and writes here, and the others get what it found (tensors of
+tasks aside, which each rank reads itself). Callers need not know how many there are.
+Importing this module does not import torch, so that commands that only describe a run start fast.
 """
 
 from __future__ import annotations
@@ -18,12 +22,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
-from torch import Tensor
 
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.files import (
@@ -37,21 +39,34 @@ from duallora_edge.files import (
     write_atomic,
     write_json,
 )
-from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, quoted, read_yaml, sort_out
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone
-from duallora_edge.learner.network.task_record import TaskInfo, TaskRecord
+from duallora_edge.folder_kind import folder_kind
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml, sort_out
+from duallora_edge.learner.distributed import held_by_main, main_only
+from duallora_edge.learner.methods import METHODS, VARIABLE
+from duallora_edge.learner.network.backbone_info import BackboneInfo
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.settings import quoted
 
-SCHEMA = 3
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from duallora_edge.learner.network.backbone import Backbone
+    from duallora_edge.learner.network.task_record import TaskRecord
+
+SCHEMA = 4
 MARKER = ".duallora-edge-run"
 SPARE = ".duallora-edge-spare"
 _LOCK = ".lock"
 # What is written under a temporary name first, which a kill leaves.
 _WRITTEN = (
-    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory.json", SPARE, "checkpoint/state.safetensors",
+    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory_budget.json", SPARE,
+    "checkpoint/state.safetensors",
     "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
     "reports/matrix.png", "reports/reliability.png",
 )  # fmt: skip
-FILES = tuple(f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "memory"))
+FILES = tuple(
+    f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "ridge_sums", "kept_images")
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +99,13 @@ class RunDirectory:
         self.info = info
 
     @classmethod
+    @main_only
     def exists(cls, path: Path) -> bool:
+        """Whether there is a run at ``path``."""
         return (path / "run.yaml").is_file()
 
     @classmethod
+    @main_only
     def create(cls, path: Path, config: TrainConfig, info: BackboneInfo) -> RunDirectory:
         """Make a new run directory. Raises `RunError` when something else is there."""
         if path.exists() and not path.is_dir():
@@ -113,16 +131,28 @@ class RunDirectory:
         return cls(path, config, info)
 
     @classmethod
+    @main_only
     def open(cls, path: Path) -> RunDirectory:
         """Open an existing run. Raises `RunError` when it is missing, damaged or of another schema."""
         if not path.is_dir():
             raise RunError(f"{path} is not a folder; 'duallora-edge train --data DIR --run {path}' makes a run.")
         if not cls.exists(path):
+            if folder_kind(path) == "bundle":
+                raise RunError(
+                    f"{path} is a bundle, not a run; 'duallora-edge predict', 'run' and 'benchmark' take it."
+                )
             raise RunError(f"{path} is not a run (no run.yaml); 'duallora-edge train' makes one.")
         try:
             settings = read_yaml(path / "run.yaml")
             if settings.pop("schema", None) != SCHEMA:
-                raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; use the version that wrote it.")
+                raise RunError(
+                    f"{path}/run.yaml is not of schema {SCHEMA}; train again, or use the version that wrote it."
+                )
+            if isinstance(method := settings.get("method"), str) and method not in METHODS:
+                raise RunError(
+                    f"The run {path} was trained with the method {quoted(method)}, which is not known here; "
+                    f"set {VARIABLE} to the file that registers it."
+                )
             good, problems = sort_out(settings)
             if problems:
                 raise ConfigError("; ".join(problems))
@@ -138,6 +168,8 @@ class RunDirectory:
 
     def backbone(self, weights: str | None = None) -> Backbone:
         """Load the backbone of the run and check that it is the same one. Raises `RunError` otherwise."""
+        from duallora_edge.learner.network.backbone import load_backbone
+
         source = weights or self.config.weights
         backbone = load_backbone(
             self.info.name,
@@ -155,6 +187,7 @@ class RunDirectory:
 
     # -- reading ----------------------------------------------------------------------------------------------
 
+    @main_only
     def head(self) -> list[StoredTask]:
         """The active tasks in order."""
         try:
@@ -173,16 +206,22 @@ class RunDirectory:
             raise RunError(f"The run {self.path} has no task {name!r}; it has {', '.join(names) or 'none'}.")
         return names[name]
 
+    @main_only
     def training_steps(self) -> int | None:
         """Steps done of a task whose training was interrupted, or None."""
         return FileCheckpoint(self.path / "checkpoint", "").steps()
 
+    @main_only
     def read_info(self, task: StoredTask) -> TaskInfo:
         """The names, counts and settings of one task, without its tensors."""
         return self._description(task)[0]
 
     def read(self, task: StoredTask) -> TaskRecord:
         """Read one task and check every file against its sha256. Raises `RunError` when anything was altered."""
+        from safetensors.torch import load
+
+        from duallora_edge.learner.network.task_record import TaskRecord
+
         info, digests = self._description(task)
         folder = self.path / "tasks" / task.folder
         files: dict[str, dict[str, Tensor]] = {}
@@ -224,12 +263,15 @@ class RunDirectory:
 
     # -- changing ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the only writer's lock. Raises `RunError` naming the process that holds it.
 
         The lock belongs to the process (flock), so it is gone when the process dies, however it dies.
         """
+        return held_by_main(self._prepared())
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
         with _locked(self.path):
             for name in _WRITTEN:
                 sweep(self.path / name)
@@ -237,8 +279,11 @@ class RunDirectory:
             keep_spare(self.path / SPARE)
             yield
 
+    @main_only
     def commit(self, record: TaskRecord) -> StoredTask:
         """Write a task as a whole, then make it the newest active one."""
+        from safetensors.torch import save
+
         head = self.head()
         number = 1 + max((task.number for task in head), default=0)
         while (self.path / "tasks" / (folder := f"{number:04d}-{_slug(record.info.name)}")).exists():
@@ -260,6 +305,7 @@ class RunDirectory:
         self._delete_checkpoint()
         return task
 
+    @main_only
     def set_head(self, tasks: Sequence[StoredTask]) -> list[Path]:
         """Make exactly these tasks the active ones, then delete the files of tasks that no longer are.
 
@@ -324,6 +370,7 @@ class RunDirectory:
         ids = [task.id for task in (self.head() if tasks is None else tasks)]
         return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
+    @main_only
     def sources(self) -> dict[str, dict[str, Any]]:
         """The settings of `TrainConfig` that led to the images of each task, by task name."""
         path = self.path / "sources.json"
@@ -335,6 +382,7 @@ class RunDirectory:
         except (OSError, ValueError, ConfigError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it and name the images with --data.") from error
 
+    @main_only
     def remember_source(self, names: Sequence[str], config: TrainConfig) -> None:
         """Note where the images of some tasks come from, so that later evaluations find their test images."""
         values = config.to_json()
@@ -368,7 +416,7 @@ class FileCheckpoint:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(self.path, "pt" if tensors else "np") as file:
                 metadata = file.metadata() or {}
                 step = int(metadata["step"])
                 names = file.keys() if tensors and metadata.get("key") == self.key else ()
@@ -377,6 +425,8 @@ class FileCheckpoint:
             return None
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
         self.folder.mkdir(exist_ok=True)
         metadata = {"key": self.key, "step": str(step)}
         write_atomic(self.path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))

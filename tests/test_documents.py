@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from duallora_edge.device_profiles import resolve_target
-from duallora_edge.export.bundle import export_run
+from duallora_edge.export.bundle import write_bundle
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run_directory import RunDirectory
@@ -98,7 +98,7 @@ def run_and_bundle(image_stream: Path, tmp_path_factory: pytest.TempPathFactory)
     train_run(folder / "run", config, ["data"], Listener())
     run = RunDirectory.open(folder / "run")
     model = compose(run.backbone(), run.records()).eval()
-    export_run(run, model, resolve_target("jetson"), folder / "bundle", None, precision="fp16", split=True)
+    write_bundle(run, model, resolve_target("jetson"), folder / "bundle", None, precision="fp16", split=True)
     return folder / "run", folder / "bundle"
 
 

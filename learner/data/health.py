@@ -43,7 +43,7 @@ CONVERTED = {
 
 @dataclass(frozen=True)
 class TaskHealth:
-    """The findings in one task: ``kept`` images a split, how often each finding, and where the first few are."""
+    """The findings in one task: images ``kept`` in each split, how often each finding occurs, and the first few."""
 
     name: str
     images: int
@@ -59,17 +59,20 @@ class HealthReport:
     tasks: tuple[TaskHealth, ...]
 
     def table(self) -> str:
-        """A short text table: images kept a split, and a line a finding with its first examples."""
+        """A short text table: images kept in each split, what was left out with examples, what was converted."""
         width = max([4, *(len(task.name) for task in self.tasks)])
         lines = [f"{'task':<{width}}  {'train':>7}  {'valid.':>7}  {'test':>7}  {'left out':>8}"]
         for task in self.tasks:
             kept = task.kept
             cells = f"{kept['train']:>7}  {kept['validation']:>7}  {kept['test']:>7}"
             lines.append(f"{task.name:<{width}}  {cells}  {task.images - sum(kept.values()):>8}")
-            for finding, done in {**DROPPED, **CONVERTED}.items():
+            for finding, done in DROPPED.items():
                 if count := task.counts.get(finding, 0):
                     names = ", ".join(task.examples[finding]) + (", ..." if count > _EXAMPLES else "")
                     lines.append(f"{'':<{width}}  {count} {finding}: {done} ({names})")
+        for finding, done in CONVERTED.items():
+            if count := sum(task.counts.get(finding, 0) for task in self.tasks):
+                lines.append(f"{count} {finding}: {done}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,108 +1,139 @@
-"""The methods by name; each is one file against the interface of `base.Method`."""
+"""The methods by name. Each is one file against the interface of `base.Method`, and is imported when it is used.
+
+A method of your own is registered by name, and is then accepted wherever a method is named::
+
+    METHODS["mine"] = Mine
+
+From Python that line is all. For the command line, put it into the file of the method and name the file in
+``DUALLORA_EDGE_METHODS`` (several are separated by ``:``). Only this variable makes a command run such a file; a run
+or a configuration holds the name of the method alone.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from functools import partial
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from duallora_edge.errors import ConfigError, DualLoraEdgeError
 
-from duallora_edge.errors import ConfigError, RunError
-from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.methods.dual_lora import DualLora
-from duallora_edge.learner.methods.frozen import Frozen
-from duallora_edge.learner.methods.inflora import InfLora
-from duallora_edge.learner.methods.joint import Joint
-from duallora_edge.learner.methods.sequential import Sequential
-from duallora_edge.learner.methods.task_arithmetic import TaskArithmetic
-from duallora_edge.learner.methods.training import Checkpoint, Lesson, Progress
-from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import ComposedModel
-from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
-from duallora_edge.learner.network.task_record import TaskRecord
+if TYPE_CHECKING:
+    from duallora_edge.learner.methods.base import Method
+    from duallora_edge.learner.methods.learning import compose, learn_task
 
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-_DAMAGED, _REMEDY = "The run is damaged", "restore it from a copy."
+__all__ = ["BUILT_IN", "METHODS", "VARIABLE", "compose", "learn_task"]
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (DualLora(), InfLora(), Sequential(), TaskArithmetic(), Frozen(), Joint())
+VARIABLE = "DUALLORA_EDGE_METHODS"
+MAX_NAME = 60
+
+# name -> ("module:class", one line for users), known without importing torch
+BUILT_IN = {
+    "dual_lora": ("dual_lora:DualLora", "orthogonal and residual adapters, dynamic memory, task identity"),
+    "inflora": ("inflora:InfLora", "orthogonal adapters with bases from all tokens (InfLoRA)"),
+    "sequential": ("sequential:Sequential", "unconstrained adapters of the same size, one linear head per task"),
+    "task_arithmetic": ("task_arithmetic:TaskArithmetic", "task vectors added up, then fine-tuned on stored images"),
+    "frozen": ("frozen:Frozen", "no training: a closed-form classifier on the untouched network"),
+    "joint": ("joint:Joint", "adapters trained on all tasks at once: what forgetting nothing could reach"),
 }
 
 
-@torch.enable_grad()
-def learn_task(
-    backbone: Backbone,
-    past: Sequence[TaskRecord],
-    task: PreparedTask,
-    config: TrainConfig,
-    checkpoint: Checkpoint,
-    progress: Progress,
-    cache: PrefixCache | None = None,
-) -> TaskRecord:
-    """Learn one task after the tasks ``past`` and return its record. Nothing of ``past`` is changed.
+class Methods(MutableMapping[str, "Method"]):
+    """The registry. Looking up a built-in method imports it; looking up any other name runs the user's files first."""
 
-    The same inputs give the same record bit for bit on one machine (CPU, fp32), also when training was
-    interrupted and continued from ``checkpoint``. It may be called under ``torch.no_grad``. Raises `ConfigError`
-    for a second task of a method that learns everything at once, and `RunError` when ``past`` does not fit or what
-    was learned is not finite.
-    """
-    method = METHODS[config.method]
-    if past and method.single_task:
-        raise ConfigError(f"The method {method.name} learns all tasks at once; it cannot learn {task.name} as well.")
-    _check_fit(backbone, past)
-    encode = partial(Encoded, backbone, precision=config.precision, batch_size=config.forward_batch)
-    train = encode(task.train, task.classes, partial(progress, "encode"), cache, cache_bytes=config.cache_bytes)
-    # Held-back images are read once or twice: memory is kept for those that are read in every epoch.
-    held = encode(task.validation, task.classes, cache=cache, cache_bytes=None if config.cache_bytes is None else 0)
-    try:
-        record = method.learn(Lesson(backbone, past, task, train, held, config, checkpoint, progress))
-        useful = record.is_finite
-    except LinAlgError:  # of numbers that are none, or of what is no covariance
-        useful = False
-    if not useful:
-        raise RunError(
-            f"Task {task.name!r} cannot be learned: its training diverged or the statistics of earlier tasks are "
-            "damaged; lower --learning-rate or restore the run from a copy."
-        )
-    return record
+    def __init__(self) -> None:
+        self._methods: dict[str, Method] = {}
+        self._files: set[str] = set()
+
+    def __getitem__(self, name: str) -> Method:
+        if name in BUILT_IN and name not in self._methods:
+            module, attribute = BUILT_IN[name][0].split(":")
+            self._methods[name] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)()
+        elif name not in self._methods:
+            self._run_files()
+        return self._methods[name]
+
+    def __setitem__(self, name: str, method: Method | type[Method]) -> None:
+        """Register a method under its name. Raises `ConfigError` when it cannot be one."""
+        from duallora_edge.learner.methods.base import Method
+
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > MAX_NAME:
+            raise ConfigError(f"{str(name)[:MAX_NAME]!r} cannot name a method; use letters, digits and underscores.")
+        if name in BUILT_IN:
+            raise ConfigError(f"{name!r} is a built-in method; register yours under another name.")
+        if isinstance(method, type) and issubclass(method, Method):
+            try:
+                method = method()
+            except TypeError as error:  # an abstract class, or one with arguments
+                raise ConfigError(f"The method {name!r} is not complete ({error}).") from error
+        if not isinstance(method, Method):
+            raise ConfigError(f"The method {name!r} must be a subclass of {Method.__module__}.Method.")
+        if getattr(method, "name", None) != name:
+            raise ConfigError(f"The class of the method {name!r} must have the line: name = {name!r}.")
+        self._methods[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        """Forget a method that was registered. Raises `ConfigError` for a built-in one."""
+        if name in BUILT_IN:
+            raise ConfigError(f"{name!r} is a built-in method and stays.")
+        del self._methods[name]
+
+    def __contains__(self, name: object) -> bool:
+        if name not in BUILT_IN and name not in self._methods:
+            self._run_files()
+        return name in BUILT_IN or name in self._methods
+
+    def __iter__(self) -> Iterator[str]:
+        self._run_files()
+        return iter([*BUILT_IN, *(name for name in self._methods if name not in BUILT_IN)])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def summaries(self) -> dict[str, str]:
+        """One line about each method, in which no built-in one is imported."""
+        return {name: BUILT_IN[name][1] if name in BUILT_IN else getattr(self[name], "summary", "") for name in self}
+
+    def _run_files(self) -> None:
+        """Run the files that `VARIABLE` names, each once."""
+        for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+            if path not in self._files:
+                self._files.add(path)
+                try:
+                    self._run_file(path)
+                except BaseException:
+                    self._files.discard(path)
+                    raise
+
+    def _run_file(self, path: str) -> None:
+        before = set(self._methods)
+        try:
+            name = f"duallora_edge_methods_{Path(path).stem}"
+            spec = importlib.util.spec_from_file_location(name, path)
+            if spec is None or spec.loader is None:
+                raise ImportError("it is not a Python file")
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except DualLoraEdgeError as error:
+            raise ConfigError(f"{path}, which {VARIABLE} names: {error}") from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise ConfigError(f"{path}, which {VARIABLE} names, cannot be run ({reason}).") from error
+        if not set(self._methods) - set(BUILT_IN) - before:
+            raise ConfigError(f'{path}, which {VARIABLE} names, registers no method; add METHODS["name"] = Class.')
 
 
-def compose(backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
-    """The model that the tasks make (at least one), by the method of the last one.
-
-    Raises `RunError` when they do not fit each other or the backbone.
-    """
-    _check_fit(backbone, tasks)
-    try:
-        model = METHODS[tasks[-1].info.method].compose(backbone, tasks)
-    except LinAlgError as error:
-        raise RunError(f"{_DAMAGED} (its statistics are not those of images); {_REMEDY}") from error
-    if not all(bool(torch.isfinite(value).all()) for value in model.buffers()):
-        raise RunError(f"{_DAMAGED} (its answers would not be numbers); {_REMEDY}")
-    return model
+METHODS = Methods()
 
 
-def _check_fit(backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
-    """Raise `RunError` unless the tasks are of one run on this backbone. Each alone was checked when it was read."""
-    sizes = (len(backbone.suffix), backbone.dim, backbone.dim + backbone.summary_dim)
-    names = Counter(task.info.name for task in tasks)
-    for task in tasks:
-        info, last = task.info, tasks[-1]
-        problem = ""
-        if (len(task.blocks), task.head.shape[1] - 1, task.statistics.means.shape[1]) != sizes:
-            problem = "it was learned on another backbone"
-        elif (info.method, info.classifier) != (last.info.method, last.info.classifier):
-            problem = "it was learned with another method than the last one"
-        elif any(
-            len(b.residual.q_down) != len(b.residual.v_down) for b in METHODS[info.method].updates([task.blocks])[0]
-        ):
-            problem = "one gate cannot open adapters of different ranks"
-        elif names[info.name] > 1:
-            problem = "another task has the same name"
-        elif bool(task.memory) != bool(last.memory) or not METHODS[info.method].memory_fits(task, backbone):
-            problem = "what its method remembers does not fit"
-        if problem:
-            raise RunError(f"{_DAMAGED} (task {info.name!r}: {problem}); {_REMEDY}")
+def __getattr__(name: str) -> Any:
+    """`compose` and `learn_task` need torch, which a registry does not."""
+    if name in ("compose", "learn_task"):
+        return getattr(importlib.import_module(f"{__name__}.learning"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

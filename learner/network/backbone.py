@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +15,12 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BackboneError
 from duallora_edge.files import sha256_file
 from duallora_edge.learner import embedded
+from duallora_edge.learner.network.backbone_info import BackboneInfo
 
 MAX_FEATURES = 4096
-
-
-@dataclass(frozen=True)
-class BackboneInfo:
-    """What identifies a backbone: two backbones with equal info compute the same function.
-
-    ``mean`` and ``std`` are of RGB in 0..1; ``size`` is the input side in pixels; ``prefix_blocks`` blocks stay
-    frozen for ever, the others are adapted; ``summary_blocks`` are the blocks of the prefix (from 0, ascending)
-    whose tokens the prefix summary describes.
-    """
-
-    name: str
-    sha256: str
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    prefix_blocks: int
-    summary_blocks: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: object) -> BackboneInfo:
-        """The inverse of `to_json`. Raises ValueError with all that is wrong."""
-        problems: list[str] = []
-        read = Section(value, "", problems)
-        info = cls(
-            name=read.text("name"),
-            sha256=read.text("sha256"),
-            size=read.integer("size", 8, 4096),
-            mean=_of_channels(read, "mean"),
-            std=_of_channels(read, "std"),
-            interpolation=read.choice("interpolation", ("bicubic", "bilinear")),
-            prefix_blocks=read.integer("prefix_blocks", 1, 1000),
-            summary_blocks=tuple(map(int, read.numbers("summary_blocks", 0, 1000))),
-        )
-        read.finish()
-        if problems:
-            raise ValueError("; ".join(problems[:5]))
-        return info
-
-
-def _of_channels(read: Section, key: str) -> tuple[float, float, float]:
-    values = read.numbers(key, 0, 1)
-    if len(values) != 3:
-        read.problem(key, "must be three numbers")
-        return (0.0, 0.0, 0.0)
-    return values[0], values[1], values[2]
 
 
 class Backbone(nn.Module):
@@ -122,14 +72,14 @@ class Backbone(nn.Module):
         """Tokens at the end of the prefix, float32 [B, L, d], and the prefix summary phi, float32 [B, summary_dim].
 
         ``images`` are RGB frames uint8 [B, S, S, 3]. phi joins the `summary` of several blocks of the prefix:
-        early blocks see colour and texture, which the last one has mixed already. The matrix products of the blocks
-        run in ``precision`` (`products`).
+        early blocks see colour and texture, which the last one has mixed already. The matrix multiplications of the
+        blocks run in ``precision`` (`autocast`).
         """
         x = self.model.patch_embed(self.normalised(images))
         x = self.model.norm_pre(self.model._pos_embed(x))
         summaries = []
         for index, block in enumerate(self.model.blocks[: self.info.prefix_blocks]):
-            with products(precision, self.device):
+            with autocast(precision, self.device):
                 x = block(x)
             if index in self.info.summary_blocks:
                 summaries.append(self.summary(x))
@@ -162,8 +112,8 @@ class Backbone(nn.Module):
         return self.model.fc_norm(pooled)
 
 
-def products(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which matrix products run in ``precision``: bf16, or as they are for fp32."""
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which matrix multiplications run in ``precision``: bf16, or unchanged for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

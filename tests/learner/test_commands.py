@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import torch
 from duallora_edge.learner.commands import folder_bytes
 from duallora_edge.learner.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--precision", "fp32")
-QUICK = (*QUICK, "--device", "cpu")
+QUICK = (*QUICK, "--summaries", 1, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,27 @@ def test_wrong_usage(call: Call, arguments: tuple[str, ...]) -> None:
     assert (code, out) == (2, "") and "Error: " in err
 
 
+def test_help_and_status_need_no_torch(run: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from duallora_edge.cli import main; main(sys.argv[1:])"
+    for arguments, expected in (
+        (("--help",), "Commands:"),
+        (("train", "--help"), "Ablations:"),
+        (("status", run), "Run: "),
+    ):
+        words = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "") and expected in done.stdout
+
+
+@pytest.mark.parametrize("command", [("status",), ("evaluate",), ("rollback",), ("remove", "t"), ("export", "-o", "b")])
+def test_a_bundle_is_not_a_run(call: Call, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    message = failure(call(command[0], tmp_path, *command[1:]))
+    assert message == (
+        f"Error: {tmp_path} is a bundle, not a run; 'duallora-edge predict', 'run' and 'benchmark' take it."
+    )
+
+
 @pytest.mark.parametrize("command", [("status",), ("evaluate",), ("rollback",), ("remove", "task")])
 def test_no_run_there(call: Call, tmp_path: Path, command: tuple[str, ...]) -> None:
     assert "is not a folder; 'duallora-edge train" in failure(call(command[0], tmp_path / "none", *command[1:]))
@@ -267,7 +291,18 @@ def test_a_task_that_later_ones_build_on_is_not_removed(
     call: Callable[..., tuple[int, str, str]], image_stream: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    options = ["--method", "task_arithmetic", "--epochs", "0", "--min-steps", "1", "--device", "cpu"]
+    options = [
+        "--method",
+        "task_arithmetic",
+        "--epochs",
+        "0",
+        "--min-steps",
+        "1",
+        "--summaries",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert call("train", "--data", image_stream, "--run", run, *options)[0] == 0
     code, _, errors = call("remove", run, "01-round")
     assert code == 1

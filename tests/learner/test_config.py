@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from duallora_edge.errors import ConfigError
-from duallora_edge.learner.config import MAX_YAML_BYTES, PER_CALL, SOURCE, TrainConfig, load_config
+from duallora_edge.learner.config import MAX_YAML_BYTES, PER_CALL, SETTINGS, SOURCE, TrainConfig, load_config
+from duallora_edge.learner.settings import GROUPS
 
 
 def write(path: Path, text: str) -> Path:
@@ -45,8 +46,8 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "seed must be a whole number, not 'many'",
         "flip must be true or false, not 1",
         "task_order must be a list of names, not [1, 2]",
-        "backbone must be given, not None",
-        "energy must be 0.0..1.0, not 2.5",
+        "backbone cannot be null; leave it out for the default",
+        "energy must be between 0 and 1, not 2.5",
         "method must be one of dual_lora, inflora, sequential, task_arithmetic, frozen, joint, not 'magic'",
         "train.yaml",
     ):
@@ -61,7 +62,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         ("learning_rate: fast", "learning_rate must be a number"),
         ("learning_rate: .nan", "learning_rate must be"),
         ("energy: .inf", "energy must be"),
-        ("data: 5", "data must be a text"),
+        ("data: 5", "data must be text, not 5"),
         ("seed: -1", "seed must be"),
         ("completely-different: 1", "unknown key 'completely-different'"),
         ("5: 1", "unknown key 5"),
@@ -73,8 +74,8 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         ("? [a]\n: 1", "cannot be read as YAML"),
         ("a: " + "9" * 5000, ""),
         ("a: " + "[" * 60_000, "nested too deeply"),
-        ("seed: 0x" + "f" * 5000, "seed must be 0..9223372036854775807, not a huge number"),
-        ("seed: 0b" + "1" * 60_000, "seed must be 0..9223372036854775807, not a huge number"),
+        ("seed: 0x" + "f" * 5000, "seed must be between 0 and 9223372036854775807, not a huge number"),
+        ("seed: 0b" + "1" * 60_000, "seed must be between 0 and 9223372036854775807, not a huge number"),
         ("seed: " + "1:" * 3000 + "1", "not a huge number"),
         ("seed: " + "1:" * 3000 + "1.0", "cannot be read as YAML"),
         ("task_order: [0x" + "f" * 5000 + "]", "task_order must be a list of names, not [a huge number]"),
@@ -113,20 +114,40 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"rank_orthogonal": -1}, "rank_orthogonal must be 0..256, not -1"),
-        ({"batch_size": 0, "epochs": -1}, "epochs must be 0..10000, not -1; batch_size must be 1..65536, not 0"),
-        ({"validation_fraction": 0.9}, "validation_fraction must be 0.0..0.5"),
-        ({"size": 7}, "size must be 8..4096"),
-        ({"summaries": 0}, "summaries must be 1..1000, not 0"),
+        ({"rank_orthogonal": -1}, "rank_orthogonal must be between 0 and 256, not -1"),
+        ({"batch_size": 0, "epochs": -1}, "epochs must be between 0 and 10000, not -1"),
+        ({"batch_size": 0, "epochs": -1}, "batch_size must be between 1 and 65536, not 0"),
+        ({"resize": "sqash"}, "resize must be one of crop, squash, not 'sqash', did you mean 'squash'?"),
+        (
+            {"learning_rate": "1e-3"},
+            "learning_rate must be a number, not '1e-3' (YAML reads this as text; write 0.001)",
+        ),
+        ({"validation_fraction": 0.9}, "validation_fraction must be between 0 and 0.5"),
+        ({"size": 7}, "size must be between 8 and 4096"),
+        ({"summaries": 0}, "summaries must be between 1 and 1000, not 0"),
         ({"classifier": "svm"}, "classifier must be one of auto, lda, lda_f, mean_f, ridge, heads, not 'svm'"),
-        ({"task_scale": -0.1}, "task_scale must be 0.0..10.0"),
-        ({"kl_weight": 1.5}, "kl_weight must be 0.0..1.0, not 1.5"),
-        ({"memory_per_class": -1}, "memory_per_class must be 0..1000000, not -1"),
-        ({"distillation": -1.0}, "distillation must be 0.0..1000.0"),
+        ({"task_scale": -0.1}, "task_scale must be between 0 and 10"),
+        ({"kl_weight": 1.5}, "kl_weight must be between 0 and 1, not 1.5"),
+        ({"memory_per_class": -1}, "memory_per_class must be between 0 and 1000000, not -1"),
+        ({"distillation": -1.0}, "distillation must be between 0 and 1000"),
     ],
 )
 def test_bad_flags(overrides: dict[str, Any], expected: str) -> None:
     assert expected in problem(None, **overrides)
+
+
+def test_a_configuration_made_in_python_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"epochs must be a whole number, not '4'; size must be between 8 and 4096"):
+        TrainConfig(epochs="4", size=7)  # type: ignore[arg-type]
+    assert TrainConfig(task_order=["b", "a"]).task_order == ("b", "a")  # type: ignore[arg-type]
+
+
+def test_every_setting_is_declared_with_a_sentence_a_group_and_a_good_default() -> None:
+    assert list(SETTINGS) == list(TrainConfig().to_json())
+    for key, one in SETTINGS.items():
+        assert one.key == key and one.group in GROUPS and one.help.endswith(".") and one.help.count(". ") == 0
+        assert one.problem(one.default) is None and (one.default is not None or one.unset)
+        assert one.kind not in (int, float) or one.range_text
 
 
 def test_groups_of_settings_name_settings() -> None:

@@ -127,7 +127,7 @@ def test_a_process_that_is_killed_is_started_again(until: Until) -> None:
     [
         ("nosuchelement", 'no element "nosuchelement"'),
         ("filesrc location=/nonexistent ! decodebin", "Resource not found"),
-        ("videotestsrc num-buffers=0", "sends nothing more"),
+        ("videotestsrc num-buffers=0", "stopped sending frames"),
     ],
 )
 def test_a_pipeline_that_does_not_work_tells_why(pipeline: str, reason: str) -> None:
