@@ -388,7 +388,7 @@ def test_a_tensorrt_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pyt
         (
             {"tensorrt": Answer("no", reason="AttributeError: module 'numpy' has no attribute 'bool'.")},
             None,
-            "This tensorrt is older than NumPy allows: pip install 'numpy<1.24'",
+            "This tensorrt is too old for the installed NumPy: pip install 'numpy<1.24'",
         ),
         (
             {"onnxruntime": Answer("no", reason="ImportError: numpy.core.multiarray failed to import")},
