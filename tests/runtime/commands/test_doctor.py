@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,7 @@ def test_a_question_always_comes_back(write: Write, body: str, state: str, reaso
             {body}
         """
     )
-    start = time.monotonic()
     answer = ask(f"{name}:question", "two words", "ü", timeout_s=2.0)
-    assert time.monotonic() - start < 10
     expected = {"words": ["two words", "ü"]} if state == "ok" else {}
     assert (answer.state, answer.values, answer.reason) == (state, expected, reason)
 
