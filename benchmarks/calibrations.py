@@ -19,15 +19,14 @@ from torch import Tensor
 
 from duallora_edge.files import write_json
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.methods.scoring import CLASSIFIERS
-from duallora_edge.learner.methods.training import collect_features
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.methods.scoring import CLASSIFIERS, ClassifierData
+from duallora_edge.learner.network.answers import ComposedModel
+from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.report.metrics import Cell, Predictions, pool
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.calibration import Mixture
-from duallora_edge.learner.statistics.gaussian import GaussianClassifier
 from duallora_edge.learner.terminal import TerminalListener
 from duallora_edge.learner.train import read_images, source_groups
 
@@ -44,9 +43,8 @@ def within_tasks(logits: Tensor, task_of: Tensor, posterior: Tensor, temperature
 def ways(model: ComposedModel, records: list[TaskRecord], features: Tensor) -> dict[str, Tensor]:
     """Probabilities of the components, by the name of the way."""
     catalogue, dim = model.catalogue, model.network.backbone.dim
-    gaussian = GaussianClassifier.fit([record.statistics for record in records])
-    heads = CLASSIFIERS["heads"](records, gaussian)
-    posterior = model.network.memory(features[:, dim:])
+    heads = CLASSIFIERS["heads"](ClassifierData.of(records, dim))
+    posterior = model.network.dynamic_memory(features[:, dim:])
     own = model.classifier.logits(features)
     trained = features @ heads.weight.float().T + heads.bias.float()
     mixture = model.classifier.mixture

@@ -24,8 +24,8 @@ from sklearn.metrics import roc_auc_score
 from duallora_edge.files import write_json
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.methods.training import collect_features
-from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedModel
+from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel
+from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.terminal import TerminalListener

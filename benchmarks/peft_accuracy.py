@@ -30,8 +30,9 @@ from duallora_edge.files import write_json
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.methods.training import collect_features, linear, mix
-from duallora_edge.learner.network.backbone import Backbone, products
+from duallora_edge.learner.methods.training import derive_seed, head_logits
+from duallora_edge.learner.network.backbone import Backbone, autocast
+from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
@@ -57,12 +58,12 @@ def train_peft(backbone: Backbone, task: PreparedTask, config: TrainConfig, labe
     for step in range(total):
         epoch, position = divmod(step, epoch_steps)
         if position == 0:
-            order = torch.randperm(len(labels), generator=generator.manual_seed(mix(config.seed, 0, epoch)))
+            order = torch.randperm(len(labels), generator=generator.manual_seed(derive_seed(config.seed, 0, epoch)))
             click.echo(f"  PEFT, epoch {epoch + 1}")
         batch = order[position * config.batch_size :][: config.batch_size]
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
-        with products(config.precision, backbone.device):
+        with autocast(config.precision, backbone.device):
             logits = peft(backbone.normalised(frames(backbone, task.train, batch)))
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), labels[batch]).backward()
@@ -81,7 +82,7 @@ def peft_features(backbone: Backbone, model: VisionTransformer, images: PixelSet
     """Final normalised features [n, d]."""
     found = []
     for rows in torch.arange(len(images)).split(BATCH):
-        with products(precision, backbone.device):
+        with autocast(precision, backbone.device):
             tokens = model.forward_features(backbone.normalised(frames(backbone, images, rows)))
             found.append(model.forward_head(tokens, pre_logits=True).float().cpu())
     return torch.cat(found)
@@ -89,7 +90,7 @@ def peft_features(backbone: Backbone, model: VisionTransformer, images: PixelSet
 
 def readings(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, head: Tensor, dim: int) -> dict[str, float]:
     """Accuracy by the trained head [K, d + 1] on f, and by discriminants on f and on [f ; phi]."""
-    found = {"head on f": linear(test[:, :dim], head)}
+    found = {"head on f": head_logits(test[:, :dim], head)}
     for name, part in (("discriminants of f", slice(0, dim)), ("discriminants of f and phi", slice(None))):
         gaussian = GaussianClassifier.fit([ClassStatistics.of(train[:, part], labels, len(head))], inflation=False)
         found[name] = test[:, part].double() @ gaussian.weight.T + gaussian.bias

@@ -37,8 +37,11 @@ from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import learn_task
 from duallora_edge.learner.methods.dual_lora import DualLora
-from duallora_edge.learner.methods.training import Before, Downs, Lesson, look, train_adapters
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone, products, spaced_blocks
+from duallora_edge.learner.methods.lesson import Lesson
+from duallora_edge.learner.methods.training import DownProjections, train_adapters
+from duallora_edge.learner.network.backbone import Backbone, autocast, load_backbone, spaced_blocks
+from duallora_edge.learner.network.backbone_info import BackboneInfo
+from duallora_edge.learner.network.features import suffix_features
 from duallora_edge.learner.network.prefix_cache import Encoded
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.timing import profiling
@@ -90,19 +93,20 @@ def ours(
     backbone = make_backbone(name, size, weights, config.prefix_blocks)
     task = make_task(size, images, len(past))
     train = Encoded(backbone, task.train, task.classes, precision=config.precision)
-    held = Encoded(backbone, task.validation, task.classes, precision=config.precision)
-    lesson = Lesson(backbone, past, task, train, held, config, NoCheckpoint(), lambda *_: None)
+    validation = Encoded(backbone, task.validation, task.classes, precision=config.precision)
+    lesson = Lesson(backbone, past, task, train, validation, config, NoCheckpoint(), lambda *_: None)
     method = DualLora()
     if past:  # the rank is what counts for the time, not the directions
-        before = Before([], torch.zeros(images, backbone.dim))
-        downs = [Downs(b.orthogonal.q_down, b.orthogonal.v_down, b.residual.q_down) for b in past[0].blocks]
+        features = torch.zeros(images, backbone.dim)
+        downs = [DownProjections(b.orthogonal.q_down, b.orthogonal.v_down, b.residual.q_down) for b in past[0].blocks]
     else:
-        before = look(lesson, method.training_blocks(lesson), "class")
-        downs = [method.downs(lesson, "isolated", i, q, v) for i, (q, v) in enumerate(before.moments)]
+        blocks = method.training_blocks(lesson)
+        features, moments = suffix_features(backbone, blocks, train, config.precision, "class")
+        downs = [method.down_projections(lesson, "isolated", i, q, v) for i, (q, v) in enumerate(moments)]
     if not cached:
         train.tokens = None
     blocks = method.training_blocks(lesson)
-    return partial(train_adapters, lesson, blocks, downs, before.features, distillation=config.distillation)
+    return partial(train_adapters, lesson, blocks, downs, features, method.loss(lesson))
 
 
 def peer(
@@ -133,7 +137,7 @@ def peer(
             pixels = (torch.from_numpy(task.train.pixels[batch.numpy()]).float() - backbone.pixel_mean) / (
                 backbone.pixel_std
             )
-            with products(config.precision, CPU):
+            with autocast(config.precision, CPU):
                 logits = model(pixels.permute(0, 3, 1, 2))
                 loss = F.cross_entropy(logits.float(), labels[batch])
             optimizer.zero_grad(set_to_none=True)

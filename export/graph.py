@@ -1,21 +1,23 @@
 """The deployable graph: an ONNX model of a `ComposedModel`, built node by node.
 
-Building it directly, instead of tracing, gives exact control of names, opset and form:
+Building it directly instead of tracing gives exact control over names, opset and form:
 
 * frames uint8 [N, S, S, 3] go in; normalisation is folded into the patch embedding;
-* initializers have the names and the layout of the PyTorch state dict, so that weights can be updated in place;
+* weights have the names and the layout of the PyTorch state dict, so that they can be updated in place; shapes, axes
+  and scalars are named after what they are for, never after their value;
 * orthogonal adapters are folded into the qkv weights; the residual adapters of all tasks are one pair of stacked
-  matrices a block, gated per image;
+  matrices in each block, gated for each image;
 * tokens are rows of a matrix [N * L, d], so that every linear layer is one Gemm with its bias;
 * the last block is computed for the class token alone where the backbone pools by it;
-* in fp16 the products of the blocks and what lies between them are half precision. The sums along the depth, every
-  normalisation, the patch embedding, the dynamic memory and the classifier stay fp32: there, values are large,
-  differences of large numbers are taken, or next to nothing would be saved.
+* in fp16 the matrix products of the blocks, and what lies between them, are half precision. The sums along the depth,
+  every normalisation, the patch embedding, the dynamic memory and the classifier stay fp32, because values there are
+  large, differences of large numbers are taken, or hardly anything would be saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from duallora_edge import __version__
 from duallora_edge.errors import ExportError
 from duallora_edge.learner.network.adapters import AdaptedBlock
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
 LAYER_NORM_OPSET = 17
@@ -64,14 +66,17 @@ class Builder:
         self.initializers[name] = np.asarray(array, order="C")
         return name
 
-    def ints(self, *values: int) -> str:
-        """A vector of int64, shared between its uses."""
-        return self.weight("ints." + "_".join(str(v) for v in values), np.array(values, np.int64))
+    def ints(self, name: str, *values: int) -> str:
+        """A vector of int64, shared between all uses of the same name."""
+        return self.weight(name, np.array(values, np.int64))
 
-    def number(self, value: float) -> str:
-        """A scalar, shared between its uses."""
-        kind = "half" if self._low else "number"
-        return self.weight(f"{kind}.{value!r}", np.array(value, np.float32))
+    def number(self, name: str, value: float) -> str:
+        """A scalar, shared between all uses of the same name."""
+        return self.weight(name, np.array(value, np.float32))
+
+    def axis(self, axis: int) -> str:
+        """An axis (0, 1 or -1) as an input, of operators that no longer take it as an attribute."""
+        return self.ints({0: "axis.first", 1: "axis.second", -1: "axis.last"}[axis], axis)
 
     def low(self, x: str) -> str:
         """x where half precision begins: what is made from here on is fp16, until `high`."""
@@ -94,18 +99,23 @@ class Builder:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
-    def split(self, x: str, sizes: Sequence[int]) -> list[str]:
-        """Split the last axis."""
+    def split(self, x: str, what: str, sizes: Sequence[int]) -> list[str]:
+        """Split the last axis; the sizes are named after ``what`` is split."""
         self._count += 1
         outputs = [f"split_{self._count}_{part}" for part in range(len(sizes))]
-        self.nodes.append(helper.make_node("Split", [x, self.ints(*sizes)], outputs, name=outputs[0], axis=-1))
+        self.nodes.append(
+            helper.make_node("Split", [x, self.ints(f"split.{what}", *sizes)], outputs, name=outputs[0], axis=-1)
+        )
         return outputs
 
-    def reshape(self, x: str, *shape: int) -> str:
-        return self.node("Reshape", x, self.ints(*shape))
+    def reshape(self, x: str, what: str, *shape: int, output: str = "") -> str:
+        """x in another shape, which is named after ``what`` it makes."""
+        return self.node("Reshape", x, self.ints(f"shape.{what}", *shape), name=output)
 
-    def slice(self, x: str, start: int, end: int, axis: int) -> str:
-        return self.node("Slice", x, self.ints(start), self.ints(end), self.ints(axis))
+    def slice(self, x: str, what: str, start: int, end: int, axis: int) -> str:
+        """A part of an axis; its bounds are named after ``what`` it is."""
+        bounds = self.ints(f"slice.{what}.start", start), self.ints(f"slice.{what}.end", end)
+        return self.node("Slice", x, *bounds, self.axis(axis))
 
     def gemm(self, x: str, weight: str, bias: str | None) -> str:
         """x weight^T + bias for a matrix x and a weight in the (out, in) layout."""
@@ -121,43 +131,54 @@ class Builder:
         added = None if bias is None else self.weight(f"{name}.bias", bias)
         if not self.half:
             return self.node("Gemm", x, stored, *([added] if added else []), name=output, transB=1)
-        terms = self.node("Mul", self.reshape(x, -1, 1, weight.shape[1]), stored)
-        sums = self.node("ReduceSum", terms, self.ints(-1), name="" if added else output, keepdims=0)
+        terms = self.node("Mul", self.reshape(x, name, -1, 1, weight.shape[1]), stored)
+        sums = self.node("ReduceSum", terms, self.axis(-1), name="" if added else output, keepdims=0)
         return self.node("Add", sums, added, name=output) if added else sums
 
-    def layer_norm(self, x: str, scale: str, bias: str | None, eps: float) -> str:
-        """Normalise the last axis; decomposed where the opset has no such operator."""
+    def layer_norm(self, x: str, name: str, scale: str, bias: str | None, eps: float) -> str:
+        """Normalise the last axis; decomposed where the opset has no such operator. ``name`` is that of the layer."""
         if self.opset >= LAYER_NORM_OPSET:
             return self.node("LayerNormalization", x, scale, *([bias] if bias else []), axis=-1, epsilon=eps)
         centred = self.node("Sub", x, self._mean(x))
         variance = self._mean(self.node("Mul", centred, centred))
-        deviation = self.node("Sqrt", self.node("Add", variance, self.number(eps)))
+        deviation = self.node("Sqrt", self.node("Add", variance, self.number(f"{name}.epsilon", eps)))
         y = self.node("Mul", self.node("Div", centred, deviation), scale)
         return self.node("Add", y, bias) if bias else y
 
     def _mean(self, x: str) -> str:
-        if self.opset >= 18:
-            return self.node("ReduceMean", x, self.ints(-1), keepdims=1)
-        return self.node("ReduceMean", x, axes=[-1], keepdims=1)
+        return self._reduced("ReduceMean", x, -1)
 
     def mean_over_tokens(self, x: str) -> str:
         """Mean over axis 1, kept with length 1."""
-        if self.opset >= 18:
-            return self.node("ReduceMean", x, self.ints(1), keepdims=1)
-        return self.node("ReduceMean", x, axes=[1], keepdims=1)
+        return self._reduced("ReduceMean", x, 1)
 
     def max_last(self, x: str) -> str:
         """Maximum over the last axis, kept with length 1."""
+        return self._reduced("ReduceMax", x, -1)
+
+    def _reduced(self, op: str, x: str, axis: int) -> str:
         if self.opset >= 18:
-            return self.node("ReduceMax", x, self.ints(-1), keepdims=1)
-        return self.node("ReduceMax", x, axes=[-1], keepdims=1)
+            return self.node(op, x, self.axis(axis), keepdims=1)
+        return self.node(op, x, axes=[axis], keepdims=1)
 
     def gelu(self, x: str) -> str:
         """The exact Gaussian error linear unit, x Phi(x)."""
         if self.opset >= GELU_OPSET:
             return self.node("Gelu", x)
-        erf = self.node("Erf", self.node("Div", x, self.number(float(np.float32(2.0**0.5)))))
-        return self.node("Mul", self.node("Mul", x, self.node("Add", erf, self.number(1.0))), self.number(0.5))
+        erf = self.node("Erf", self.node("Div", x, self.number("gelu.divisor", 2.0**0.5)))
+        shifted = self.node("Add", erf, self.number("gelu.summand", 1.0))
+        return self.node("Mul", self.node("Mul", x, shifted), self.number("gelu.factor", 0.5))
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual adapters of one block: down-projected rows ``hidden`` [N * L, R], opened for each image, and the
+    up-projection ``up`` [R, 3d] as names of tensors; ``name`` begins the names of their shapes, ``rank`` is R."""
+
+    name: str
+    rank: int
+    hidden: str
+    up: str
 
 
 class VitGraph:
@@ -186,22 +207,22 @@ class VitGraph:
             "tokens": [self.length, self.dim],
             "phi": [self.backbone.summary_dim],
         }
-        between, answers = (
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, *columns[name]]) for name in names]
-            for names in (BETWEEN, OUTPUTS)
-        )
+        floats = {
+            name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, *shape])
+            for name, shape in columns.items()
+        }
+        between, answers = [floats[name] for name in BETWEEN], [floats[name] for name in OUTPUTS]
         if part == "suffix":
-            x, phi = b.reshape("tokens", -1, self.dim), "phi"
+            x, phi = self._rows("tokens"), "phi"
         else:
             x, phi = self._prefix()
         if part == "prefix":
-            b.node("Reshape", x, b.ints(-1, self.length, self.dim), name="tokens")
+            self._tokens(x, "tokens")
         else:
             self._classify(self._feature(self._suffix(x, phi)), phi)
         initializers = [numpy_helper.from_array(value, name) for name, value in b.initializers.items()]
-        inputs, outputs = {
-            "whole": ([image], answers), "prefix": ([image], between), "suffix": (between, answers)
-        }[part]  # fmt: skip
+        inputs = between if part == "suffix" else [image]
+        outputs = between if part == "prefix" else answers
         return helper.make_graph(b.nodes, "duallora_edge", inputs, outputs, initializers)
 
     def _prefix(self) -> tuple[str, str]:
@@ -243,14 +264,21 @@ class VitGraph:
             strides=list(proj.stride),
             kernel_shape=list(proj.kernel_size),
         )
-        x = b.node("Transpose", b.reshape(x, 0, self.dim, -1), perm=[0, 2, 1])
+        x = b.node("Transpose", b.reshape(x, "patches", 0, self.dim, -1), perm=[0, 2, 1])
         if not isinstance(self.vit.patch_embed.norm, nn.Identity):
             x = self._norm("patch_embed.norm", self.vit.patch_embed.norm, x)
         # Class and register tokens are constants: padding makes room and one addition brings them and the positions.
-        x = b.node("Pad", x, b.ints(0, self.special, 0, 0, 0, 0)) if self.special else x
+        x = b.node("Pad", x, b.ints("padding.special_tokens", 0, self.special, 0, 0, 0, 0)) if self.special else x
         x = b.node("Add", x, b.weight("token_embed", self._token_embedding()))
-        x = b.reshape(x, -1, self.dim)
-        return self._norm("norm_pre", self.vit.norm_pre, x)
+        return self._norm("norm_pre", self.vit.norm_pre, self._rows(x))
+
+    def _rows(self, x: str) -> str:
+        """Tokens as rows [N * L, d]."""
+        return self.b.reshape(x, "rows", -1, self.dim)
+
+    def _tokens(self, rows: str, output: str = "") -> str:
+        """Rows as tokens [N, L, d]."""
+        return self.b.reshape(rows, "tokens", -1, self.length, self.dim, output=output)
 
     def _token_embedding(self) -> Array:
         """Class token, register tokens and positions as one constant [1, L, d], by the backbone's own code."""
@@ -270,7 +298,7 @@ class VitGraph:
             )
         scale = self.b.weight(f"{name}.weight", norm.weight)
         bias = None if norm.bias is None else self.b.weight(f"{name}.bias", norm.bias)
-        return self.b.layer_norm(x, scale, bias, norm.eps)
+        return self.b.layer_norm(x, name, scale, bias, norm.eps)
 
     # -- blocks -----------------------------------------------------------------------------------------------
 
@@ -297,24 +325,24 @@ class VitGraph:
 
     def _attention(self, name: str, adapted: AdaptedBlock, y: str, gates: str | None, class_token_only: bool) -> str:
         """Heads concatenated, rows [N * Lq, d], before the output projection."""
-        b, attn, d = self.b, adapted.block.attn, self.dim
-        queries = 1 if class_token_only else self.length
-        q, k, v = (
-            b.reshape(rows, -1, count, attn.num_heads, attn.head_dim)
-            for rows, count in zip(
-                self._qkv(name, adapted, y, gates, class_token_only),
-                (queries, self.length, self.length),
-                strict=True,
-            )
+        b, attn = self.b, adapted.block.attn
+        shape = (attn.num_heads, attn.head_dim)
+        q, k, v = self._qkv(name, adapted, y, gates, class_token_only)
+        q = (
+            b.reshape(q, "class_heads", -1, 1, *shape)
+            if class_token_only
+            else b.reshape(q, "heads", -1, self.length, *shape)
         )
+        k = b.reshape(k, "heads", -1, self.length, *shape)
+        v = b.reshape(v, "heads", -1, self.length, *shape)
         if not isinstance(attn.q_norm, nn.Identity):
             q, k = b.high(q), b.high(k)
             q, k = self._norm(f"{name}.attn.q_norm", attn.q_norm, q), self._norm(f"{name}.attn.k_norm", attn.k_norm, k)
             q, k = b.low(q), b.low(k)
-        q = b.node("Mul", b.node("Transpose", q, perm=[0, 2, 1, 3]), b.number(attn.scale))
+        q = b.node("Mul", b.node("Transpose", q, perm=[0, 2, 1, 3]), b.number("attention.scale", attn.scale))
         scores = b.node("MatMul", q, b.node("Transpose", k, perm=[0, 2, 3, 1]))
         heads = b.node("MatMul", b.node("Softmax", scores, axis=-1), b.node("Transpose", v, perm=[0, 2, 1, 3]))
-        return b.reshape(b.node("Transpose", heads, perm=[0, 2, 1, 3]), -1, d)
+        return self._rows(b.node("Transpose", heads, perm=[0, 2, 1, 3]))
 
     def _qkv(
         self, name: str, adapted: AdaptedBlock, y: str, gates: str | None, class_token_only: bool
@@ -325,37 +353,45 @@ class VitGraph:
         """
         b, d = self.b, self.dim
         weight, bias = self._linear(f"{name}.attn.qkv", adapted.block.attn.qkv, adapted.weight)
-        hidden, up = self._residual(name, adapted, y, gates)
+        residual = self._residual(name, adapted, y, gates)
         if not class_token_only:
-            q, k, v = b.split(self._updated(b.gemm(y, weight, bias), hidden, up), [d, d, d])
+            q, k, v = b.split(self._updated(b.gemm(y, weight, bias), residual), "query_key_value", [d, d, d])
             return q, k, v
-        rows = (self._class_rows(y), y)
-        hiddens = (hidden and self._class_rows(hidden, len(adapted.adapter.q_up)) if adapted.adapter else None, hidden)
-        q, kv = (
-            self._updated(
-                b.gemm(x, b.slice(weight, start, end, 0), bias and b.slice(bias, start, end, 0)),
-                part,
-                up and b.slice(up, start, end, 1),
-            )
-            for x, part, start, end in zip(rows, hiddens, (0, d), (d, 3 * d), strict=True)
-        )
-        k, v = b.split(kv, [d, d])
+        q = self._part(self._class_rows(y), "query", (0, d), weight, bias, residual and self._class_residual(residual))
+        k, v = b.split(self._part(y, "key_value", (d, 3 * d), weight, bias, residual), "key_value", [d, d])
         return q, k, v
 
-    def _updated(self, x: str, hidden: str | None, up: str | None) -> str:
-        """x + hidden up, as one Gemm."""
-        return self.b.node("Gemm", hidden, up, x) if hidden and up else x
+    def _part(
+        self, x: str, what: str, bounds: tuple[int, int], weight: str, bias: str | None, residual: Residual | None
+    ) -> str:
+        """Rows x through a part of the fused projection, its residual included."""
+        b = self.b
+        y = b.gemm(x, b.slice(weight, what, *bounds, 0), None if bias is None else b.slice(bias, what, *bounds, 0))
+        if residual is None:
+            return y
+        return self._updated(y, replace(residual, up=b.slice(residual.up, what, *bounds, 1)))
 
-    def _residual(self, name: str, adapted: AdaptedBlock, y: str, gates: str | None) -> tuple[str | None, str | None]:
-        """The residual adapters of all tasks: down-projected rows [N * L, R], opened per image, and up [R, 3d]."""
+    def _updated(self, x: str, residual: Residual | None) -> str:
+        """x + hidden up, as one Gemm."""
+        return x if residual is None else self.b.node("Gemm", residual.hidden, residual.up, x)
+
+    def _residual(self, name: str, adapted: AdaptedBlock, y: str, gates: str | None) -> Residual | None:
+        """The residual adapters of all tasks, for rows y [N * L, d] and gates [N, R]."""
         b, adapter = self.b, adapted.adapter
         if adapter is None or gates is None:
-            return None, None
-        rank = len(adapter.q_down)
-        hidden = b.gemm(y, b.weight(f"{name}.residual.down", adapter.q_down), None)
-        gated = b.node("Mul", b.reshape(hidden, -1, self.length, rank), b.low(b.reshape(gates, -1, 1, rank)))
+            return None
+        rank, name = len(adapter.q_down), f"{name}.residual"
+        hidden = b.gemm(y, b.weight(f"{name}.down", adapter.q_down), None)
+        opened = b.low(b.reshape(gates, f"{name}.gates", -1, 1, rank))
+        gated = b.node("Mul", b.reshape(hidden, f"{name}.tokens", -1, self.length, rank), opened)
         up = torch.cat([adapter.q_up, torch.zeros_like(adapter.q_up), adapter.v_up], dim=1)
-        return b.reshape(gated, -1, rank), b.weight(f"{name}.residual.up", up)
+        return Residual(name, rank, b.reshape(gated, f"{name}.rows", -1, rank), b.weight(f"{name}.up", up))
+
+    def _class_residual(self, residual: Residual) -> Residual:
+        """The residual of the class tokens alone."""
+        b, name, rank = self.b, residual.name, residual.rank
+        tokens = b.reshape(residual.hidden, f"{name}.tokens", -1, self.length, rank)
+        return replace(residual, hidden=b.reshape(b.slice(tokens, "class_token", 0, 1, 1), f"{name}.rows", -1, rank))
 
     def _linear(self, name: str, layer: nn.Linear, weight: Tensor | None = None) -> tuple[str, str | None]:
         """Names of weight and bias of a linear layer; ``weight`` replaces its own."""
@@ -380,50 +416,57 @@ class VitGraph:
         if kind in ("GELU", "Gelu") and getattr(act, "approximate", "none") == "none":
             return self.b.gelu(x)
         if kind in ("QuickGELU", "QuickGelu"):
-            return self.b.node("Mul", x, self.b.node("Sigmoid", self.b.node("Mul", x, self.b.number(1.702))))
+            return self.b.node(
+                "Mul", x, self.b.node("Sigmoid", self.b.node("Mul", x, self.b.number("quick_gelu.slope", 1.702)))
+            )
         if kind == "ReLU":
             return self.b.node("Relu", x)
         raise ExportError(f"The activation {kind} of {name} cannot be exported; use a ViT with GELU.")
 
-    def _class_rows(self, x: str, width: int | None = None) -> str:
-        """Rows [N, width] of the class tokens of rows [N * L, width]."""
-        width = width or self.dim
-        first = self.b.slice(self.b.reshape(x, -1, self.length, width), 0, 1, 1)
-        return self.b.reshape(first, -1, width)
+    def _class_rows(self, x: str) -> str:
+        """Rows [N, d] of the class tokens of rows [N * L, d]."""
+        return self._rows(self._class_token(self._tokens(x)))
+
+    def _class_token(self, tokens: str) -> str:
+        """The class token [N, 1, d] of tokens [N, L, d]."""
+        return self.b.slice(tokens, "class_token", 0, 1, 1)
+
+    def _patches(self, tokens: str) -> str:
+        """The patch tokens of tokens [N, L, d]."""
+        return self.b.slice(tokens, "patches", self.special, self.length, 1)
 
     # -- after the blocks -------------------------------------------------------------------------------------
 
     def _summary(self, x: str) -> list[str]:
         """Class token (if any), mean and standard deviation of the patches, [N, 1, d] each, of rows [N * L, d]."""
         b = self.b
-        tokens = b.reshape(x, -1, self.length, self.dim)
-        patches = b.slice(tokens, self.special, self.length, 1)
+        tokens = self._tokens(x)
+        patches = self._patches(tokens)
         mean = b.mean_over_tokens(patches)
         centred = b.node("Sub", patches, mean)
         deviation = b.node("Sqrt", b.mean_over_tokens(b.node("Mul", centred, centred)))
-        return [b.slice(tokens, 0, 1, 1), mean, deviation] if self.vit.has_class_token else [mean, deviation]
+        return [self._class_token(tokens), mean, deviation] if self.vit.has_class_token else [mean, deviation]
 
     def _normalised(self, parts: Sequence[str]) -> str:
         """The prefix summary phi [N, summary_dim]: every part normalised on its own."""
         b = self.b
         ones = b.weight("summary.scale", np.ones(self.dim, np.float32))
-        joined = b.layer_norm(b.node("Concat", *parts, axis=1), ones, None, 1e-6)
-        return b.node("Reshape", joined, b.ints(-1, self.backbone.summary_dim), name="phi")
+        joined = b.layer_norm(b.node("Concat", *parts, axis=1), "summary", ones, None, 1e-6)
+        return b.reshape(joined, "summary", -1, self.backbone.summary_dim, output="phi")
 
     def _posterior(self, phi: str) -> str:
         """The task posterior [N, T]; the temperature is folded into the weights."""
-        b, memory = self.b, self.model.network.memory
-        logits = b.project(phi, "memory", memory.weight / memory.temperature, memory.bias / memory.temperature)
-        return b.project(b.node("Softmax", logits, axis=-1), "memory.task_sums", memory.task_sums.T)
+        b, memory = self.b, self.model.network.dynamic_memory
+        logits = b.project(phi, "dynamic_memory", memory.weight / memory.temperature, memory.bias / memory.temperature)
+        return b.project(b.node("Softmax", logits, axis=-1), "dynamic_memory.task_sums", memory.task_sums.T)
 
     def _feature(self, x: str) -> str:
         """The final feature f [N, d]; x is [N, d] when the last block gave the class token alone."""
         if self.backbone.pools_class_token:
             pooled = self._norm("norm", self.vit.norm, x)
         else:
-            tokens = self.b.reshape(self._norm("norm", self.vit.norm, x), -1, self.length, self.dim)
-            pooled = self.b.mean_over_tokens(self.b.slice(tokens, self.special, self.length, 1))
-            pooled = self.b.reshape(pooled, -1, self.dim)
+            tokens = self._tokens(self._norm("norm", self.vit.norm, x))
+            pooled = self._rows(self.b.mean_over_tokens(self._patches(tokens)))
         return self._norm("fc_norm", self.vit.fc_norm, pooled)
 
     def _classify(self, f: str, phi: str) -> None:
@@ -437,33 +480,35 @@ class VitGraph:
         logits = b.project(read, "classifier", c.weight / mixture.temperature, c.bias / mixture.temperature)
         components = b.node("Softmax", logits, axis=-1)
         if mixture.share:
-            flat = b.node("Softmax", b.node("Mul", logits, b.number(1 / mixture.spread)), axis=-1)
+            flat = b.node(
+                "Softmax", b.node("Mul", logits, b.number("classifier.flat_scale", 1 / mixture.spread)), axis=-1
+            )
             components = b.node(
                 "Add",
-                b.node("Mul", components, b.number(1 - mixture.share)),
-                b.node("Mul", flat, b.number(mixture.share)),
+                b.node("Mul", components, b.number("classifier.sharp_share", 1 - mixture.share)),
+                b.node("Mul", flat, b.number("classifier.flat_share", mixture.share)),
             )
         b.project(components, "classifier.class_sums", c.class_sums.T, output="probabilities")
         b.project(components, "classifier.task_sums", c.task_sums.T, output="task_probabilities")
         if torch.equal(c.gaussian_weight, c.weight) and torch.equal(c.gaussian_bias, c.bias):
-            gaussian = b.node("Mul", logits, b.number(mixture.temperature))
+            gaussian = b.node("Mul", logits, b.number("classifier.temperature", mixture.temperature))
         else:
             gaussian = b.project(features, "novelty", c.gaussian_weight, c.gaussian_bias)
         self._novelty(gaussian)
 
     def _novelty(self, gaussian: str) -> None:
-        """Relative Mahalanobis distance from the Gaussian logits [N, K], on the scale of held-back images."""
+        """Relative Mahalanobis distance from the Gaussian logits [N, K], on the scale of validation images."""
         b, c = self.b, self.model.classifier
         white = b.project(gaussian, "novelty.background", c.background.T, c.background_bias)
-        squared = b.node("ReduceSum", b.node("Mul", white, white), b.ints(-1), keepdims=1)
-        raw = b.node("Sub", squared, b.node("Mul", b.max_last(gaussian), b.number(2.0)))
+        squared = b.node("ReduceSum", b.node("Mul", white, white), b.axis(-1), keepdims=1)
+        raw = b.node("Sub", squared, b.node("Mul", b.max_last(gaussian), b.number("novelty.factor", 2.0)))
         steps = b.node(
             "Mul",
             b.node("Sub", raw, b.weight("novelty.start", c.novelty_start)),
             b.weight("novelty.slope", 1 / c.novelty_width),
         )
-        clipped = b.node("Clip", steps, b.number(0.0), b.number(1.0))
-        b.node("Reshape", b.project(clipped, "novelty.height", c.novelty_height[None, :]), b.ints(-1), name="novelty")
+        clipped = b.node("Clip", steps, b.number("novelty.lowest", 0.0), b.number("novelty.highest", 1.0))
+        b.reshape(b.project(clipped, "novelty.height", c.novelty_height[None, :]), "novelty", -1, output="novelty")
 
 
 def build_model(

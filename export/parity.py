@@ -1,4 +1,4 @@
-"""Proof that the exported graph answers as the PyTorch model does, on generated and on real images."""
+"""Proof that the exported graph gives the answers of the PyTorch model, on generated and on real images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import onnxruntime
 import torch
 
 from duallora_edge.errors import ExportError
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.runtime.bundle import INPUT, MAX_DIFFERENCE, OUTPUTS
 from duallora_edge.runtime.preprocess import Pixels
 
 MIN_TOP1_AGREEMENT = {"fp32": 0.999, "fp16": 0.98}
 MIN_FEATURE_COSINE = {"fp32": 0.9999, "fp16": 0.999}
-MAX_NOVELTY_DIFFERENCE = 0.05  # wide: it is a small difference of large numbers for images seen in training
+MAX_NOVELTY_DIFFERENCE = 0.05  # wide: for images seen in training it is a small difference of large numbers
 BATCH = 32
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -55,7 +55,7 @@ class Parity:
         )
 
     def check(self, what: str, precision: str = "fp32") -> None:
-        """Raise `ExportError` when the agreement is not good enough for a precision. NaN never is."""
+        """Raise `ExportError` when the agreement is not good enough for a precision; NaN is never good enough."""
         good = (
             self.top1_agreement >= MIN_TOP1_AGREEMENT[precision]
             and self.max_probability_difference <= MAX_DIFFERENCE[precision]
@@ -66,7 +66,7 @@ class Parity:
         if not good:
             remedy = "please report this backbone" if precision == "fp32" else "export with --precision fp32"
             raise ExportError(
-                f"The exported {precision} graph does not answer as the trained model on {what} images (top-1 "
+                f"The exported {precision} graph differs from the trained model on {what} images (top-1 "
                 f"agreement {100 * self.top1_agreement:.2f} %, largest differences: probability "
                 f"{self.max_probability_difference:.2g}, task probability {self.max_task_probability_difference:.2g}, "
                 f"novelty {self.max_novelty_difference:.2g}; smallest cosine of features "
@@ -89,7 +89,10 @@ def torch_outputs(model: ComposedModel, images: Pixels) -> Arrays:
 
 
 def onnx_outputs(models: onnx.ModelProto | Sequence[onnx.ModelProto], images: Pixels) -> Arrays:
-    """Outputs of a graph in ONNX Runtime on the CPU, or of graphs of which each reads what the one before returns."""
+    """Outputs of a graph in ONNX Runtime on the CPU, or of a chain of graphs, on uint8 [N, S, S, 3].
+
+    In a chain each graph reads the outputs of the one before.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     sessions = [

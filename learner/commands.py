@@ -297,7 +297,8 @@ STORED = {
     "adapters.safetensors": "low-rank updates of the network",
     "bases.safetensors": "directions of features that later updates must not touch",
     "head.safetensors": "a linear classifier",
-    "memory.safetensors": "training images as pixels, or sums of random features (see the method)",
+    "kept_images.safetensors": "training images as pixels",
+    "ridge_sums.safetensors": "sums of random features over the images of a class, and their Gram matrix",
     "statistics.safetensors": "number of images and mean feature of each class, one covariance, calibration curves",
     "task.json": "names and counts of the classes",
 }

@@ -14,9 +14,9 @@ from duallora_edge.files import write_json
 from duallora_edge.learner import distributed
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.methods.training import collect_features
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.report.measured import measured_rows

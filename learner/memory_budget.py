@@ -1,6 +1,6 @@
-"""Training inside a memory budget: what a step and a pass need is measured, the rest counted, and a plan chosen.
+"""Training within a memory budget: the needs of a step and a pass are measured, the rest is counted, a plan is chosen.
 
-On a CPU the budget is of the process's resident memory, on CUDA of what torch allocates on the device.
+On a CPU the budget limits the resident memory of the process, on CUDA what torch allocates on the device.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedStream
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
-from duallora_edge.learner.network.backbone import Backbone, products
+from duallora_edge.learner.network.backbone import Backbone, autocast
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.prefix_cache import BATCH, token_bytes
 
 UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
-# Of what is predicted on top of the base: buffers inside operators, and holes in the heap.
+# Factor on what is predicted on top of the base, for buffers inside operators and holes in the heap.
 MARGIN = 1.15
 # Below this many images a step is slower than recomputing the blocks of a larger one.
 SMALL_BATCH = 4
-# Matrices float64 [D, D] that fitting, composing, storing or reading the statistics of one task holds at once.
+# Matrices float64 [D, D] in memory at once while the statistics of a task are fitted, composed, stored or read.
 STATISTICS_MATRICES = 5
-# What is loaded only on the way, such as the libraries of the report.
+# Bytes of what is loaded later, such as the libraries of the report.
 LATER = 96 << 20
 PASSES = (BATCH, 32, 16, 8, 4, 2, 1)
-FILE = "memory.json"
+FILE = "memory_budget.json"
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 CHOICES = ("micro_batch", "forward_batch", "recompute", "precision")
 
@@ -57,10 +57,13 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train inside a budget; sizes in images and bytes, all but the last named as in `TrainConfig`.
+    """How to train within a budget.
 
-    ``cache_bytes`` of the prefix cache lie in memory, what is beyond in a file; ``summaries`` is None where they stay
-    as they are; ``expected`` is the predicted peak.
+    Attributes:
+        memory_budget, micro_batch, forward_batch, recompute, precision: as in `TrainConfig`; batches in images.
+        cache_bytes: bytes of the prefix cache in memory, the rest is in a file; None for no limit.
+        summaries: as in `TrainConfig`; None where they stay as they are.
+        expected: predicted peak in bytes.
     """
 
     memory_budget: str
@@ -85,11 +88,11 @@ class Plan:
         parts = [f"batches of {batch_size} images"]
         if self.micro_batch < batch_size:
             parts[0] += f" in parts of {self.micro_batch}"
-        parts.append(f"{self.forward_batch} a pass without training")
+        parts.append(f"{self.forward_batch} in a pass without training")
         if self.recompute:
             parts.append("blocks are computed again for the gradient")
         if self.cache_bytes is not None:
-            parts.append(f"{_megabytes(self.cache_bytes)} of the prefix cache in memory, what is beyond in a file")
+            parts.append(f"{_megabytes(self.cache_bytes)} of the prefix cache in memory, the rest in a file")
         parts.append(self.precision)
         if self.summaries is not None:
             parts.append(f"--summaries {self.summaries}, the most that fit, which costs accuracy")
@@ -142,14 +145,14 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def live_peak(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that ``run`` makes and holds at one moment."""
+    """The most bytes of tensors made by ``run`` that are alive at one moment."""
     with _LiveBytes() as count:
         run()
     return count.peak
 
 
 def training_cost(backbone: Backbone, config: TrainConfig) -> Cost:
-    """What forward and backward through the adapted suffix hold, measured on a batch of one and of three images."""
+    """The cost of forward and backward passes through the adapted suffix."""
     rank, dim, device = max(config.rank_orthogonal + config.rank_residual, 1), backbone.dim, backbone.device
     blocks = [AdaptedBlock(block) for block in backbone.suffix]
     for block in blocks:
@@ -159,7 +162,7 @@ def training_cost(backbone: Backbone, config: TrainConfig) -> Cost:
     @torch.enable_grad()
     def step(batch: int) -> None:
         tokens = torch.zeros(batch, _length(backbone), dim, device=device)
-        with products(config.precision, device):
+        with autocast(config.precision, device):
             f = run_suffix(backbone, blocks, tokens, recompute=config.recompute)[0].float()
             loss = (1 - F.cosine_similarity(f, torch.ones_like(f))).mean()
         loss.backward()
@@ -168,7 +171,7 @@ def training_cost(backbone: Backbone, config: TrainConfig) -> Cost:
 
 
 def forward_cost(backbone: Backbone, config: TrainConfig) -> Cost:
-    """What a pass without gradients holds, through prefix and suffix together."""
+    """The cost of a pass without gradients through prefix and suffix."""
     size, device = backbone.info.size, backbone.device
     blocks = [AdaptedBlock(block) for block in backbone.suffix]
 
@@ -176,14 +179,14 @@ def forward_cost(backbone: Backbone, config: TrainConfig) -> Cost:
     def run(batch: int) -> None:
         images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
         tokens, _ = backbone.prefix(images, config.precision)
-        with products(config.precision, device):
+        with autocast(config.precision, device):
             run_suffix(backbone, blocks, tokens, collect="class")
 
     return Cost.measure(run)
 
 
 def held_bytes(backbone: Backbone, stream: PreparedStream, learned: int) -> int:
-    """Bytes of what stays while the last task of the stream is learned: records, summaries phi, features."""
+    """Bytes that stay occupied while the last task of the stream is learned: records, summaries phi, features."""
     dim, summary = backbone.dim, backbone.summary_dim
     images = max(len(task.train) + len(task.validation) for task in stream.tasks)
     tests = sum(len(task.test) for task in stream.tasks)
@@ -192,7 +195,7 @@ def held_bytes(backbone: Backbone, stream: PreparedStream, learned: int) -> int:
 
 
 def statistics_bytes(backbone: Backbone, stream: PreparedStream) -> int:
-    """Bytes that summing up the features of a task takes for a while: three times float64, and some matrices."""
+    """Bytes that are needed to sum up the features of a task: three times float64, and some matrices."""
     width = backbone.dim + backbone.summary_dim
     images = max(len(task.train) + len(task.validation) for task in stream.tasks)
     return STATISTICS_MATRICES * width**2 * 8 + images * 3 * 8 * width
@@ -207,12 +210,15 @@ def make_plan(
     free_precision: bool = False,
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The fastest plan for ``config.memory_budget`` that lets the tasks of ``stream`` follow ``learned`` others.
+    """The fastest plan for ``config.memory_budget`` with which the tasks of ``stream`` can follow ``learned`` others.
 
-    The prefix cache gives way first, to a file, which changes no result; then parts of a batch become smaller (the same
-    up to rounding), blocks are computed twice, and with ``free_precision`` products are in bf16. ``before``, the plan
-    of an earlier call as JSON, is kept while it fits, so that a training that was stopped ends in the same bytes.
-    Raises `ConfigError` for a budget that no plan meets, with the least that one would.
+    First the prefix cache moves to a file, which changes no result. Then parts of a batch become smaller (the same up
+    to rounding), blocks are computed twice, and with ``free_precision`` matrix multiplications are in bf16.
+    ``before``, the plan of an earlier call as JSON, is kept while it fits, so that an interrupted training ends in the
+    same bytes.
+
+    Raises:
+        ConfigError: when no plan meets the budget, with the smallest budget that one would.
     """
     budget, device = parse_bytes(config.memory_budget or ""), backbone.device
     on_cpu = device.type == "cpu"
@@ -228,7 +234,7 @@ def make_plan(
         if key not in costs:
             costs[key] = training_cost(backbone, chosen), forward_cost(backbone, chosen)
         training, forward = costs[key]
-        # Only now: what was measured has loaded kernels and started threads, which stay.
+        # Only now, since measuring has loaded kernels and started threads, which stay.
         base = LATER + resident_bytes() if on_cpu else torch.cuda.memory_allocated(device)
         for passes in [option["forward_batch"]] if option is before else PASSES:
             most = held + max(batch + training.of(option["micro_batch"]), forward.of(passes), statistics)
@@ -251,7 +257,7 @@ def make_plan(
 
 
 def _options(config: TrainConfig, free_precision: bool) -> Iterator[dict[str, Any]]:
-    """The plans to try, the fastest first, without the batch of a pass and the cache."""
+    """The plans to try, the fastest first; the batch of a pass and the cache are chosen later."""
     for precision in dict.fromkeys([config.precision, *(["bf16"] if free_precision else [])]):
         for recompute in (False, True):
             batch = config.batch_size
@@ -260,13 +266,13 @@ def _options(config: TrainConfig, free_precision: bool) -> Iterator[dict[str, An
                 batch = math.ceil(batch / 2) if batch > 1 else 0
 
 
-def fit(
+def fit_budget(
     config: TrainConfig, backbone: Backbone, stream: PreparedStream, run: Path, learned: int, *, free: Collection[str]
 ) -> Plan | None:
-    """The plan of a call of `train` for its budget, None without one; `remember` keeps it for the next call.
+    """The plan of a call of `train` for its budget, None without a budget; `remember` keeps it for the next call.
 
-    ``free`` are the settings, of ``precision`` and ``summaries``, that nobody chose and no run depends on yet. Fewer
-    summaries, whose covariance is the largest thing a task leaves, are the last resort: ``backbone`` then has them.
+    ``free`` names those of the settings ``precision`` and ``summaries`` that nobody chose and no run depends on yet.
+    The last resort are fewer summaries, whose covariance is the largest part of a record: ``backbone`` then has fewer.
     """
     if config.memory_budget is None:
         return None
@@ -277,7 +283,7 @@ def fit(
         give_back_early()
     path = run / FILE
     before = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a plan that cannot be read is made again
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # an unreadable plan is made again
         known = read_json(path)
         if (known["memory_budget"], known["batch_size"]) == (config.memory_budget, config.batch_size):
             before = {key: known[key] for key in CHOICES}
@@ -292,13 +298,13 @@ def fit(
         backbone.summarise(fewer)
         with contextlib.suppress(ConfigError):
             return replace(plan(backbone), summaries=fewer)
-    return plan(backbone)  # raises, and names the least of all
+    return plan(backbone)  # raises, naming the smallest budget of all
 
 
 def give_back_early() -> None:
     """Let glibc return every larger block to the system as soon as it is freed, instead of keeping it for later.
 
-    Otherwise the heap grows to far more than tensors ever hold at once. The price is a few page faults a step.
+    Otherwise the heap grows far beyond what tensors ever occupy at once. The price is a few page faults in each step.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
@@ -310,12 +316,12 @@ def remember(plan: Plan, batch_size: int, run: Path) -> None:
 
 
 def resident_bytes(line: str = "VmRSS") -> int:
-    """Resident memory of this process in bytes, or its peak (``VmHWM``). Raises `ConfigError` where Linux is not."""
+    """Resident memory of this process in bytes, or its peak (``VmHWM``). Raises `ConfigError` without Linux."""
     try:
         with Path("/proc/self/status").open(encoding="ascii") as file:
             return next(int(entry.split()[1]) * 1024 for entry in file if entry.startswith(line + ":"))
     except (OSError, StopIteration) as error:
-        raise ConfigError("A memory budget needs Linux, whose /proc says what is used; leave it out.") from error
+        raise ConfigError("A memory budget needs Linux, whose /proc tells how much is used; leave it out.") from error
 
 
 def _megabytes(size: int) -> str:
@@ -323,5 +329,5 @@ def _megabytes(size: int) -> str:
 
 
 def _length(backbone: Backbone) -> int:
-    """Tokens of an image."""
+    """Number of tokens of an image."""
     return token_bytes(backbone) // (2 * backbone.dim)

@@ -216,7 +216,7 @@ def train_run(
     if config.memory_budget is not None and distributed.world_size() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
     learned = len(distributed.on_main(run.head)) if run else 0
-    plan = memory_budget.fit(config, backbone.to(device), stream, path, learned, free=free)
+    plan = memory_budget.fit_budget(config, backbone.to(device), stream, path, learned, free=free)
     if plan:
         config = plan.apply(config)
         listener.say(plan.describe(config.batch_size))

@@ -22,7 +22,8 @@ from duallora_edge.cli import main
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import learn_task
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo
+from duallora_edge.learner.network.backbone import Backbone
+from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.task_record import TaskRecord
 
 Pixels = npt.NDArray[np.uint8]

@@ -1,9 +1,9 @@
-"""The interface of a method, and what most of them share."""
+"""The interface of a method, and what most methods share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,31 +11,24 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import RunError
-from duallora_edge.learner.methods.scoring import CLASSIFIERS, overconfidence, ridge_fits, ridge_memory, ridge_right
-from duallora_edge.learner.methods.training import (
-    Downs,
-    Lesson,
-    Moments,
-    collect_features,
-    look,
-    past_bases,
-    summaries,
-    train_adapters,
-    untrained,
+from duallora_edge.learner.methods.lesson import Lesson, summary_statistics
+from duallora_edge.learner.methods.losses import Loss, cross_entropy
+from duallora_edge.learner.methods.scoring import (
+    CLASSIFIERS,
+    ClassifierData,
+    fit_ridge_sums,
+    known_ridge_sums,
+    overconfidence,
 )
+from duallora_edge.learner.methods.training import DownProjections, past_bases, train_adapters, unadapted_blocks
 from duallora_edge.learner.network.adapters import AdaptedBlock, Collect
+from duallora_edge.learner.network.answers import Catalogue, Classifier, ComposedModel, Scores
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import (
-    Catalogue,
-    Classifier,
-    ComposedModel,
-    DynamicMemory,
-    Network,
-    Scores,
-    fold_all,
-)
+from duallora_edge.learner.network.dynamic_memory import DynamicMemory
+from duallora_edge.learner.network.features import Moments, collect_features, suffix_features
+from duallora_edge.learner.network.network import Network, fold_all
 from duallora_edge.learner.network.task_info import TaskInfo
-from duallora_edge.learner.network.task_record import BlockRecord, TaskRecord
+from duallora_edge.learner.network.task_record import BlockRecord, KeptImages, TaskRecord
 from duallora_edge.learner.statistics.calibration import (
     CalibrationCurve,
     Mixture,
@@ -45,21 +38,41 @@ from duallora_edge.learner.statistics.calibration import (
     quantiles,
 )
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.ridge import RidgeSums
 from duallora_edge.learner.statistics.subspace import new_directions
 from duallora_edge.learner.timing import phase, timed
 
 
 class Method(ABC):
-    """How a task is learned, and how the tasks of a run answer together. Methods hold no state.
+    """How a task is learned, and how the tasks of a run answer together.
+
+    A method holds no state: what it knows of earlier tasks is in their records. To make one of your own, derive from
+    `Method` and write `learn`, or derive from one of the methods and change a part of it, then register it. This one
+    is DualLoRA with a pull towards the old features that grows with every task::
+
+        from functools import partial
+        from duallora_edge.learner.methods import METHODS
+        from duallora_edge.learner.methods.dual_lora import DualLora
+        from duallora_edge.learner.methods.losses import distilled_cross_entropy
+
+        class Cautious(DualLora):
+            name = "cautious"
+            summary = "DualLoRA with a growing pull towards the old features"
+
+            def loss(self, lesson):
+                return partial(distilled_cross_entropy, weight=lesson.config.distillation * (1 + lesson.number))
+
+        METHODS["cautious"] = Cautious()
 
     Attributes:
-        name: as in ``--method``.
+        name: the key in ``METHODS`` and the value of ``--method``; records name their method by it, so a run can be
+            used only where a method of this name is registered.
         summary: one line for users.
-        classifier: how classes are scored unless the configuration says otherwise (`classifiers`).
-        keeps_images: whether it stores training images, which ``status --privacy`` then lists.
-        single_task: whether it learns everything at once and refuses a second task.
-        removable: whether a task may be taken out from under later ones.
-        trains: whether a task of one class, which has no gradient, is a special case.
+        classifier: how classes are scored unless the configuration says otherwise, a key of `scoring.CLASSIFIERS`.
+        keeps_images: whether it stores training images; ``status --privacy`` then says so.
+        single_task: whether it learns all tasks at once and refuses a second one.
+        removable: whether a task may be removed while later ones stay.
+        trains: whether it trains by gradient, so that a task of one class, which has none, is a special case.
     """
 
     name: ClassVar[str]
@@ -72,45 +85,50 @@ class Method(ABC):
 
     @abstractmethod
     def learn(self, lesson: Lesson) -> TaskRecord:
-        """Learn one task. Nothing of the past is changed; the same lesson gives the same record."""
+        """Learn one task.
+
+        Most methods call `adapt`, which trains, and return the result of `finish`, which collects the statistics.
+        Nothing in ``lesson`` may be changed, and the same lesson must give the same record.
+        """
 
     def updates(self, blocks: Sequence[Sequence[BlockRecord]]) -> Sequence[Sequence[BlockRecord]]:
-        """What the network applies of the blocks of some tasks: all of it, unless a method says otherwise."""
+        """What the network applies of the blocks of each task: everything, unless a method decides otherwise."""
         return blocks
 
-    def scores(self, tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
-        """How the components of the tasks are scored."""
-        return CLASSIFIERS[tasks[-1].info.classifier](tasks, gaussian)
+    def scores(self, classifier: str, data: ClassifierData) -> Scores:
+        """The logits of all components, by a key of `scoring.CLASSIFIERS`."""
+        return CLASSIFIERS[classifier](data)
 
-    def memory_fits(self, task: TaskRecord, backbone: Backbone) -> bool:
-        """Whether a task that was read has what this method keeps beside the statistics."""
-        return task.info.classifier != "ridge" or ridge_fits(task.memory, len(task.info.classes))
+    def is_complete(self, task: TaskRecord, backbone: Backbone) -> bool:
+        """Whether a task that was read has what this method and its classifier need, and nothing else."""
+        return (task.ridge_sums is not None) == (task.info.classifier == "ridge") and task.kept_images is None
 
     def compose(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
-        """The model of some tasks (at least one): evaluated, exported and served."""
+        """The model of some tasks (at least one), to be evaluated, exported and served."""
         infos = [task.info for task in tasks]
         memory = DynamicMemory(
-            GaussianClassifier.fit(summaries(tasks, backbone), inflation=False),
+            GaussianClassifier.fit(summary_statistics(tasks, backbone), inflation=False),
             [len(info.classes) for info in infos],
-            best_temperature([task.task_nll for task in tasks]),
+            best_temperature([task.gate_nll for task in tasks]),
             backbone.device,
         )
         network = Network(backbone, infos, self.updates([task.blocks for task in tasks]), memory)
         images = [float(sum(info.counts.values())) for info in infos]
         scale = NoveltyScale.pooled([task.novelty for task in tasks], images)
         catalogue = Catalogue.of(infos)
-        gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
-        scores = self.scores(tasks, gaussian)
+        data = ClassifierData.of(tasks, backbone.dim)
+        scores = self.scores(infos[-1].classifier, data)
         if len(scores.weight) != len(catalogue.class_of):
-            raise RunError("The run is damaged (its heads are not of its classes); restore it from a copy.")
+            raise RunError("The run is damaged (its heads are not those of its classes); restore it from a copy.")
         mixture = best_mixture(_curves(tasks, catalogue, scores), infos[-1].calibration)
-        classifier = Classifier(catalogue, gaussian, scores, mixture, scale, backbone.device)
+        classifier = Classifier(catalogue, data.gaussian, scores, mixture, scale, backbone.device)
         return ComposedModel(catalogue, network, classifier)
 
     def training_blocks(self, lesson: Lesson) -> list[AdaptedBlock]:
-        """The suffix in which a new task is trained: every folded update, and the residuals that will be open.
+        """The suffix in which a new task is trained: all folded updates, and the residuals that will be open.
 
-        Residuals of mode ``previous`` have gate P(task >= s) = 1 for images of a newer task; isolated ones have 0.
+        For images of a newer task, residuals of mode ``previous`` have the gate P(task >= s) = 1 and isolated ones
+        have the gate 0.
         """
         blocks = [AdaptedBlock(block) for block in lesson.backbone.suffix]
         for index, block in enumerate(blocks):
@@ -123,98 +141,131 @@ class Method(ABC):
         self,
         lesson: Lesson,
         collect: Collect,
-        downs: Callable[[int, Tensor, Tensor], Downs],
-        *,
-        distillation: float = 0.0,
+        downs: Callable[[int, Tensor, Tensor], DownProjections],
+        loss: Loss = cross_entropy,
     ) -> tuple[tuple[BlockRecord, ...], Tensor]:
         """Train adapters and a head on top of everything before.
 
-        ``downs(index, q, v)`` chooses the down-projections of a block from its second moments (``collect``). A task of
-        one class has no gradient: it gets neither, and its statistics alone are learned.
+        Args:
+            lesson: the task.
+            collect: which tokens count in the second moments (see `run_suffix`).
+            downs: called with the index of a block and the second moments, float64 [d, d], of what its query and value
+                projections read; returns its down-projections.
+            loss: what is minimised (see `losses`).
+
+        Returns:
+            What the task adds to each block, without bases, and the head [K, d + 1]. A task of one class has no
+            gradient: it gets no adapters and a head of zeros, so that only its statistics are learned.
         """
         if len(lesson.task.classes) == 1:
-            return untrained(lesson.backbone), torch.zeros(1, lesson.backbone.dim + 1)
+            return unadapted_blocks(lesson.backbone), torch.zeros(1, lesson.backbone.dim + 1)
         suffix = self.training_blocks(lesson)
-        before = look(lesson, suffix, collect)
+        features, moments = suffix_features(lesson.backbone, suffix, lesson.train, lesson.config.precision, collect)
         with phase("bases"):
-            chosen = [downs(index, q, v) for index, (q, v) in enumerate(before.moments)]
-        return train_adapters(lesson, suffix, chosen, before.features, distillation=distillation)
+            chosen = [downs(index, q, v) for index, (q, v) in enumerate(moments)]
+        return train_adapters(lesson, suffix, chosen, features, loss)
 
     @timed("statistics")
     @torch.no_grad()
     def finish(
         self,
         lesson: Lesson,
-        info: TaskInfo,
         blocks: tuple[BlockRecord, ...],
         head: Tensor,
         *,
+        residual: str = "none",
         collect: Collect = "none",
-        memory: Mapping[str, Tensor] | None = None,
+        kept_images: KeptImages | None = None,
     ) -> TaskRecord:
-        """Statistics and calibration, collected in the finished network under the gates of inference.
+        """The record of a trained task: statistics and calibration in the finished network, under its gates.
 
-        With ``collect`` the bases are extended by what the projections read. Held-back images calibrate first and
-        join the statistics afterwards.
+        Validation images are used for calibration first and join the statistics afterwards.
+
+        Args:
+            lesson: the task.
+            blocks: what it adds to each block, without bases.
+            head: the trained head.
+            residual: how its residual adapters are gated.
+            collect: whether, and with which tokens, what the projections read extends the bases (see `run_suffix`).
+            kept_images: training images to keep.
         """
-        config, train, held, classes = lesson.config, lesson.train, lesson.held, len(info.classes)
-        chosen = self.classifier if config.classifier == "auto" else config.classifier
-        info = replace(info, classifier=chosen, gate=config.gate, calibration=config.calibration)
-        task_nll = lesson.identity.nll if lesson.identity else torch.zeros(len(CalibrationCurve.empty().nll[0]))
-        nll = [*(task.task_nll for task in lesson.past), task_nll]
+        config, train, validation, past = lesson.config, lesson.train, lesson.validation, lesson.past
+        classes, gate = len(lesson.task.classes), lesson.gate_validation
+        info = self._describe(lesson, residual)
+        infos = [*(task.info for task in past), info]
         network = Network(
             lesson.backbone,
-            [*(task.info for task in lesson.past), info],
-            self.updates([*(task.blocks for task in lesson.past), blocks]),
-            lesson.memory(best_temperature(nll), lesson.backbone.device),
+            infos,
+            self.updates([*(task.blocks for task in past), blocks]),
+            lesson.dynamic_memory(
+                best_temperature([*(task.gate_nll for task in past), gate.nll]), lesson.backbone.device
+            ),
         )
         features, moments = collect_features(network, train, config.precision, collect)
-        held_features, _ = collect_features(network, held, config.precision)
-        record = TaskRecord(
-            info=info,
-            blocks=_with_bases(blocks, lesson.past, moments, config.energy),
-            head=head,
-            statistics=ClassStatistics.of(features, train.labels, classes),
-            curve=CalibrationCurve.empty(),
-            task_nll=task_nll,
-            novelty=quantiles(torch.zeros(0)),
-            memory={**(memory or {})},
+        validation_features, _ = collect_features(network, validation, config.precision)
+        known = ClassifierData.of(past, lesson.backbone.dim)
+        statistics = ClassStatistics.of(features, train.labels, classes)
+        ridge_sums = None
+        if info.classifier == "ridge":
+            ridge_sums = fit_ridge_sums(
+                known_ridge_sums(known.ridge_sums),
+                (features, train.labels),
+                (validation_features, validation.labels),
+                classes,
+            )
+        data = known.followed_by(head, statistics, ridge_sums)
+        scores, catalogue = self.scores(info.classifier, data), Catalogue.of(infos)
+        uncalibrated = Classifier(
+            catalogue, data.gaussian, scores, Mixture(1.0), NoveltyScale.unknown(), torch.device("cpu")
         )
-        if info.classifier == "ridge":
-            record = replace(record, memory={**record.memory, **ridge_memory(features, train.labels, classes)})
-        scored = held_features if len(held) else features
-        offset = sum(len(task.info.classes) for task in lesson.past)
-        if info.classifier == "ridge" and len(held):
-            right = ridge_right([*lesson.past, record], held_features, held.labels + offset)
-            record = replace(record, memory={**record.memory, "ridge.right": right})
-        tasks = [*lesson.past, record]
-        catalogue = Catalogue.of([task.info for task in tasks])
-        gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
-        scores = self.scores(tasks, gaussian)
-        scale = NoveltyScale.pooled([record.novelty], [1.0])
-        classifier = Classifier(catalogue, gaussian, scores, Mixture(1.0), scale, torch.device("cpu"))
-        record = replace(record, novelty=quantiles(classifier.raw_novelty(scored)))
-        if not len(held):
-            return record
-        truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])[held.labels]
-        curve = CalibrationCurve.of(classifier.logits(held_features), classifier.class_sums, truth)
-        if info.classifier == "ridge":
-            more = ridge_memory(held_features, held.labels, classes)
-            sums = {key: record.memory[key] + more[key] for key in ("ridge.gram", "ridge.sums")}
-            record = replace(record, memory={**record.memory, **sums})
-        return replace(
-            record,
-            info=replace(info, held_back={**info.held_back, "accuracy": curve.accuracy}),
+        novelty = quantiles(uncalibrated.raw_novelty(validation_features if len(validation) else features))
+        curve, factor = CalibrationCurve.empty(), None
+        if len(validation):
+            truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])[validation.labels]
+            curve = CalibrationCurve.of(uncalibrated.logits(validation_features), uncalibrated.class_sums, truth)
+            factor = overconfidence(scores, catalogue, statistics, lesson.number)
+            statistics = statistics + ClassStatistics.of(validation_features, validation.labels, classes)
+            if ridge_sums:
+                ridge_sums = ridge_sums + RidgeSums.of(validation_features, validation.labels, classes)
+        return TaskRecord(
+            info=replace(info, validation={**info.validation, "accuracy": curve.accuracy}),
+            blocks=_with_bases(blocks, past, moments, config.energy),
+            head=head,
+            statistics=statistics,
             curve=curve,
-            overconfidence=overconfidence(scores, catalogue, record.statistics, lesson.number) or 0.0,
-            statistics=record.statistics + ClassStatistics.of(held_features, held.labels, classes),
+            gate_nll=gate.nll,
+            novelty=novelty,
+            overconfidence=factor or 0.0,
+            ridge_sums=ridge_sums,
+            kept_images=kept_images,
+        )
+
+    def _describe(self, lesson: Lesson, residual: str) -> TaskInfo:
+        """The description of a task; the accuracy of the classifier is not known yet."""
+        config, labels = lesson.config, lesson.train.labels
+        return TaskInfo(
+            name=lesson.task.name,
+            classes=lesson.task.classes,
+            method=self.name,
+            residual=residual,
+            seed=config.seed,
+            data_digest=lesson.task.digest,
+            counts={name: int((labels == k).sum()) for k, name in enumerate(lesson.task.classes)},
+            validation={
+                "images": len(lesson.validation),
+                "gate_task_accuracy": lesson.gate_validation.task_accuracy,
+            },
+            classifier=self.classifier if config.classifier == "auto" else config.classifier,
+            gate=config.gate,
+            calibration=config.calibration,
         )
 
 
 def _curves(tasks: Sequence[TaskRecord], catalogue: Catalogue, scores: Scores) -> list[CalibrationCurve]:
     """The curves of the tasks for the classifier of today.
 
-    Each was measured with the classifier of its day, fitted to fewer images: its logits were more too large.
+    Each curve was measured with the classifier of its day. That one was fitted to fewer images, so its logits were
+    overconfident by a larger factor.
     """
     curves = []
     for index, task in enumerate(tasks):
@@ -228,7 +279,6 @@ def _with_bases(
     blocks: tuple[BlockRecord, ...], past: Sequence[TaskRecord], moments: Moments, energy: float
 ) -> tuple[BlockRecord, ...]:
     """The blocks with the directions that their moments add to the bases of the past; as they are without moments."""
-
     if not moments:
         return blocks
     extended = []

@@ -1,4 +1,4 @@
-"""DualLoRA: an orthogonal and a residual adapter a task, opened per image by the dynamic memory."""
+"""DualLoRA: an orthogonal and a residual adapter for each task, opened for each image by the dynamic memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from functools import partial
 from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.methods.training import Downs, Lesson, past_bases
+from duallora_edge.learner.methods.lesson import Lesson
+from duallora_edge.learner.methods.losses import Loss, distilled_cross_entropy
+from duallora_edge.learner.methods.training import DownProjections, past_bases
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.subspace import (
     constrained_directions,
@@ -17,57 +19,74 @@ from duallora_edge.learner.statistics.subspace import (
     union,
 )
 
-RELIABLE_IDENTITY = 0.9
+RELIABLE_GATE = 0.9
 
 
 class DualLora(Method):
-    """The abstract of arXiv 2411.00623, with formulas of our own (see the documentation of the method)."""
+    """The method of the abstract of arXiv 2411.00623; the formulas are our own (see the documentation).
+
+    With C the second moment of what a projection reads for the new task, Theta the bases of all earlier tasks, Psi
+    those that the newest of them added, and P = I - Theta^T Theta:
+
+    * orthogonal adapter: down-projection = leading eigenvectors of P C P (`constrained_directions`);
+    * residual adapter, ``isolated``: leading eigenvectors of C, opened by p(task = s | image);
+    * residual adapter, ``previous``: leading directions of C inside Psi, opened by p(task >= s | image);
+    * loss: cross-entropy + distillation (1 - cosine to the features before the task);
+    * afterwards Theta grows by the directions that keep the share ``energy`` of C (`new_directions`).
+    """
 
     name = "dual_lora"
     summary = "orthogonal and residual adapters, dynamic memory, task identity"
 
     def learn(self, lesson: Lesson) -> TaskRecord:
-        """Encode, decide how the residual is gated, choose the down-projections, train, collect."""
-        residual = residual_mode(lesson) if len(lesson.task.classes) > 1 else "none"
-        choose = partial(self.downs, lesson, residual)
-        blocks, head = self.adapt(lesson, "class", choose, distillation=lesson.config.distillation)
-        return self.finish(lesson, lesson.info(self.name, residual), blocks, head, collect="class")
+        """Choose the gate of the residual, choose the down-projections, train, collect the statistics."""
+        residual = self.residual_mode(lesson)
+        downs = partial(self.down_projections, lesson, residual)
+        blocks, head = self.adapt(lesson, "class", downs, self.loss(lesson))
+        return self.finish(lesson, blocks, head, residual=residual, collect="class")
 
-    def downs(self, lesson: Lesson, residual: str, index: int, q: Tensor, v: Tensor) -> Downs:
-        """The fixed down-projections of one block: orthogonal for query and value, residual shared by both.
+    def residual_mode(self, lesson: Lesson) -> str:
+        """``isolated`` while the gate finds the task of validation images reliably, else ``previous``.
 
-        Fixing them keeps the constraint exact under any optimiser: an update (x A^T) B cannot reach what A is
-        orthogonal to.
+        The accuracy is averaged over the validation images of all tasks so far; where there are none, the gate counts
+        as reliable.
         """
-        past = [task.blocks[index] for task in lesson.past]
-        config, dim = lesson.config, lesson.backbone.dim
-        q_basis, v_basis = past_bases(lesson.past, index, dim)
+        config = lesson.config
+        if config.rank_residual == 0 or len(lesson.task.classes) == 1:
+            return "none"
+        if config.residual != "auto":
+            return config.residual
+        measured = [
+            (task.info.validation.get("images"), task.info.validation.get("gate_task_accuracy")) for task in lesson.past
+        ]
+        measured.append((len(lesson.validation), lesson.gate_validation.task_accuracy))
+        known = [(images, accuracy) for images, accuracy in measured if images and accuracy is not None]
+        if not known:
+            return "isolated"
+        mean = sum(images * accuracy for images, accuracy in known) / sum(images for images, _ in known)
+        return "isolated" if mean >= RELIABLE_GATE else "previous"
+
+    def down_projections(self, lesson: Lesson, residual: str, index: int, q: Tensor, v: Tensor) -> DownProjections:
+        """Down-projections of block ``index`` from its second moments, float64 [d, d], of query and value.
+
+        They stay fixed, which keeps the constraint exact under any optimiser: an update (x A^T) B cannot act on what
+        A is orthogonal to.
+        """
+        config, past = lesson.config, [task.blocks[index] for task in lesson.past]
+        q_basis, v_basis = past_bases(lesson.past, index, lesson.backbone.dim)
         both = q / q.trace() + v / v.trace()
-        own = empty_basis(dim)
+        shared = empty_basis(lesson.backbone.dim)
         if residual == "isolated":
-            own = top_directions(both, config.rank_residual)
+            shared = top_directions(both, config.rank_residual)
         elif residual == "previous" and past:
             newest = union(past[-1].q_basis.double(), past[-1].v_basis.double())
-            own = inside_directions(both, newest, config.rank_residual)
-        return Downs(
-            constrained_directions(q, q_basis, config.rank_orthogonal),
-            constrained_directions(v, v_basis, config.rank_orthogonal),
-            own,
+            shared = inside_directions(both, newest, config.rank_residual)
+        return DownProjections(
+            q=constrained_directions(q, q_basis, config.rank_orthogonal),
+            v=constrained_directions(v, v_basis, config.rank_orthogonal),
+            residual=shared,
         )
 
-
-def residual_mode(lesson: Lesson) -> str:
-    """``isolated`` while the task identity is reliable on held-back images of the tasks so far, else ``previous``."""
-    config = lesson.config
-    if config.rank_residual == 0:
-        return "none"
-    if config.residual != "auto":
-        return config.residual
-    known_before = (task.info.held_back for task in lesson.past)
-    measured = [(held.get("images"), held.get("task_accuracy")) for held in known_before]
-    measured.append((len(lesson.held), lesson.identity.accuracy if lesson.identity else None))
-    known = [(n, accuracy) for n, accuracy in measured if n and accuracy is not None]
-    if not known:
-        return "isolated"
-    reliable = sum(n * accuracy for n, accuracy in known) / sum(n for n, _ in known) >= RELIABLE_IDENTITY
-    return "isolated" if reliable else "previous"
+    def loss(self, lesson: Lesson) -> Loss:
+        """What training minimises."""
+        return partial(distilled_cross_entropy, weight=lesson.config.distillation)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.methods.training import Lesson, untrained
+from duallora_edge.learner.methods.lesson import Lesson
+from duallora_edge.learner.methods.training import unadapted_blocks
 from duallora_edge.learner.network.task_record import TaskRecord
 
 
 class Frozen(Method):
-    """What a pretrained network gives away without training. How strong it is depends on the classifier."""
+    """What a pretrained network offers without training. How strong it is depends on the classifier."""
 
     name = "frozen"
     summary = "no training: a closed-form classifier on the untouched network"
@@ -19,4 +20,4 @@ class Frozen(Method):
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Collect statistics."""
         head = torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
-        return self.finish(lesson, lesson.info(self.name), untrained(lesson.backbone), head)
+        return self.finish(lesson, unadapted_blocks(lesson.backbone), head)

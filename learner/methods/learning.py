@@ -12,9 +12,9 @@ from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS
-from duallora_edge.learner.methods.training import Checkpoint, Lesson, Progress
+from duallora_edge.learner.methods.lesson import Checkpoint, Lesson, Progress
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 
@@ -45,12 +45,14 @@ def learn_task(
     _check_fit(backbone, past)
     encode = partial(Encoded, backbone, precision=config.precision, batch_size=config.forward_batch)
     train = encode(task.train, task.classes, partial(progress, "encode"), cache, cache_bytes=config.cache_bytes)
-    # Held-back images are read once or twice: memory is kept for those that are read in every epoch.
-    held = encode(task.validation, task.classes, cache=cache, cache_bytes=None if config.cache_bytes is None else 0)
+    # Validation images are read only once or twice, so memory is left to those that are read in every epoch.
+    validation = encode(
+        task.validation, task.classes, cache=cache, cache_bytes=None if config.cache_bytes is None else 0
+    )
     try:
-        record = method.learn(Lesson(backbone, past, task, train, held, config, checkpoint, progress))
+        record = method.learn(Lesson(backbone, past, task, train, validation, config, checkpoint, progress))
         useful = record.is_finite
-    except LinAlgError:  # of numbers that are none, or of what is no covariance
+    except LinAlgError:  # numbers that are not finite, or a matrix that is not a covariance
         useful = False
     if not useful:
         raise RunError(
@@ -82,7 +84,9 @@ def _check_fit(backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
     for task in tasks:
         info, last = task.info, tasks[-1]
         problem = ""
-        if (len(task.blocks), task.head.shape[1] - 1, task.statistics.means.shape[1]) != sizes:
+        if info.method not in METHODS:
+            problem = f"its method {info.method!r} is not known here"
+        elif (len(task.blocks), task.head.shape[1] - 1, task.statistics.means.shape[1]) != sizes:
             problem = "it was learned on another backbone"
         elif (info.method, info.classifier) != (last.info.method, last.info.classifier):
             problem = "it was learned with another method than the last one"
@@ -92,7 +96,7 @@ def _check_fit(backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
             problem = "one gate cannot open adapters of different ranks"
         elif names[info.name] > 1:
             problem = "another task has the same name"
-        elif bool(task.memory) != bool(last.memory) or not METHODS[info.method].memory_fits(task, backbone):
-            problem = "what its method remembers does not fit"
+        elif bool(task.kept_images) != bool(last.kept_images) or not METHODS[info.method].is_complete(task, backbone):
+            problem = "it lacks something that its method needs, or has something else"
         if problem:
             raise RunError(f"{_DAMAGED} (task {info.name!r}: {problem}); {_REMEDY}")

@@ -1,114 +1,150 @@
-"""How the classes are scored: affine functions of the features, fitted in closed form from what tasks left behind."""
+"""How classes are scored: affine functions of the features, fitted in closed form to what the tasks left behind."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duallora_edge.learner.network.network import Catalogue, Scores
+from duallora_edge.learner.network.answers import Catalogue, Scores
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.ridge import (
+    RidgeSums,
+    best_strength,
+    random_projection,
+    ridge_weights,
+    right_answers,
+)
 
-RANDOM_FEATURES = 2000
 RIDGE_SCALE = 64.0  # regression to 0 and 1 gives scores far below the range of the temperatures
-RIDGES = tuple(10.0**power for power in range(-3, 4))
 
 
-def lda(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
-    """Linear discriminants of all features [f ; phi]."""
-    return Scores(gaussian.weight, gaussian.bias, inflation=gaussian.inflation)
+@dataclass(frozen=True)
+class ClassifierData:
+    """What classifiers are fitted to: one entry for each task, oldest first.
 
-
-def lda_f(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
-    """Linear discriminants of the final feature f alone."""
-    dim = tasks[-1].head.shape[1] - 1
-    alone = GaussianClassifier.fit([task.statistics.part(slice(0, dim)) for task in tasks])
-    weight = F.pad(alone.weight, (0, gaussian.weight.shape[1] - dim))
-    return Scores(weight, alone.bias, inflation=alone.inflation)
-
-
-def mean_f(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
-    """The nearest class mean of the final feature f: -|f - m|^2 / 2 up to a common term."""
-    dim = tasks[-1].head.shape[1] - 1
-    means = torch.cat([task.statistics.means[:, :dim] for task in tasks])
-    return Scores(F.pad(means, (0, gaussian.weight.shape[1] - dim)), -means.square().sum(dim=1) / 2)
-
-
-def heads(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
-    """The linear heads on f that the adapters were trained with, one a task."""
-    weights = torch.cat([task.head for task in tasks]).double()
-    return Scores(F.pad(weights[:, :-1], (0, gaussian.weight.shape[1] - weights.shape[1] + 1)), weights[:, -1])
-
-
-def ridge(tasks: Sequence[TaskRecord], gaussian: GaussianClassifier) -> Scores:
-    """Ridge regression to one-hot labels on random features relu(x R), x = [f ; phi].
-
-    The head of RanPAC (McDonnell et al. 2023). The strength of the ridge is the one with the most right held-back
-    answers over the tasks.
+    Attributes:
+        dim: width d of the final feature f; the features [f ; phi] are D wide.
+        heads: linear heads [K, d + 1], bias last.
+        statistics: class statistics of the features.
+        ridge_sums: sums for `ridge`, None for tasks learned with another classifier.
     """
-    right = torch.stack([task.memory["ridge.right"] for task in tasks]).sum(dim=0)
-    scores = _ridge(tasks, RIDGES[int(right.argmax())], gaussian.weight.shape[1])
-    return Scores(RIDGE_SCALE * scores.weight, scores.bias, scores.expansion)
+
+    dim: int
+    heads: Sequence[Tensor]
+    statistics: Sequence[ClassStatistics]
+    ridge_sums: Sequence[RidgeSums | None]
+
+    @classmethod
+    def of(cls, tasks: Sequence[TaskRecord], dim: int) -> ClassifierData:
+        """The data of tasks."""
+        return cls(
+            dim, [task.head for task in tasks], [task.statistics for task in tasks], [task.ridge_sums for task in tasks]
+        )
+
+    def followed_by(self, head: Tensor, statistics: ClassStatistics, ridge_sums: RidgeSums | None) -> ClassifierData:
+        """The data with one more task."""
+        return ClassifierData(
+            self.dim, [*self.heads, head], [*self.statistics, statistics], [*self.ridge_sums, ridge_sums]
+        )
+
+    @cached_property
+    def gaussian(self) -> GaussianClassifier:
+        """The classes of all tasks as Gaussians of [f ; phi]."""
+        return GaussianClassifier.fit(self.statistics)
+
+    @property
+    def features(self) -> int:
+        """Width D of the features."""
+        return self.statistics[-1].means.shape[1]
 
 
-def _ridge(tasks: Sequence[TaskRecord], strength: float, features: int) -> Scores:
-    gram = torch.stack([task.memory["ridge.gram"].double() for task in tasks]).sum(dim=0)
-    sums = torch.cat([task.memory["ridge.sums"].double() for task in tasks])
-    gram = gram + strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    weight = torch.cholesky_solve(sums.T, torch.linalg.cholesky(gram)).T
-    return Scores(weight, torch.zeros(len(weight), dtype=torch.float64), random_projection(features))
+def lda(data: ClassifierData) -> Scores:
+    """Linear discriminants of all features [f ; phi]."""
+    return Scores(data.gaussian.weight, data.gaussian.bias, inflation=data.gaussian.inflation)
 
 
-def random_projection(features: int) -> Tensor:
-    """The fixed projection R^T [RANDOM_FEATURES, D], the same for every run."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(RANDOM_FEATURES, features, generator=generator) / features**0.5
+def lda_f(data: ClassifierData) -> Scores:
+    """Linear discriminants of the final feature f alone."""
+    alone = GaussianClassifier.fit([statistics.part(slice(0, data.dim)) for statistics in data.statistics])
+    return Scores(_with_phi(alone.weight, data), alone.bias, inflation=alone.inflation)
 
 
-def ridge_memory(features: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
-    """What `ridge` needs of features [n, D] with labels [n]: Gram matrix and class sums of the random features."""
-    hidden = (features @ random_projection(features.shape[1]).T).relu()
-    statistics = ClassStatistics.of(hidden, labels, classes)
-    sums = statistics.counts[:, None] * statistics.means
-    gram = statistics.scatter + statistics.means.T @ sums
-    return {"ridge.gram": gram.float(), "ridge.sums": sums.float(), "ridge.right": torch.zeros(len(RIDGES))}
+def mean_f(data: ClassifierData) -> Scores:
+    """The nearest class mean m of the final feature f: -|f - m|^2 / 2 up to a common term."""
+    means = torch.cat([statistics.means[:, : data.dim] for statistics in data.statistics])
+    return Scores(_with_phi(means, data), -means.square().sum(dim=1) / 2)
 
 
-def ridge_fits(memory: Mapping[str, Tensor], classes: int) -> bool:
-    """Whether a memory holds what `ridge_memory` made of so many classes."""
-    shapes = {
-        "ridge.gram": (RANDOM_FEATURES, RANDOM_FEATURES),
-        "ridge.sums": (classes, RANDOM_FEATURES),
-        "ridge.right": (len(RIDGES),),
-    }
-    return all(
-        key in memory and memory[key].shape == shape and memory[key].dtype == torch.float32
-        for key, shape in shapes.items()
-    )
+def heads(data: ClassifierData) -> Scores:
+    """The linear heads on f that the adapters were trained with."""
+    weights = torch.cat([*data.heads]).double()
+    return Scores(_with_phi(weights[:, :-1], data), weights[:, -1])
 
 
-def ridge_right(tasks: Sequence[TaskRecord], features: Tensor, truth: Tensor) -> Tensor:
-    """Right answers [len(RIDGES)] on held-back features [n, D] with true components [n], at each strength."""
-    right = []
-    hidden = (features @ random_projection(features.shape[1]).T).relu().double()
-    for strength in RIDGES:
-        scores = _ridge(tasks, strength, features.shape[1])
-        right.append(float(((hidden @ scores.weight.T).argmax(dim=1) == truth).sum()))
-    return torch.tensor(right)
+def _with_phi(weight: Tensor, data: ClassifierData) -> Tensor:
+    """Weights [K, d] on f as weights [K, D] on [f ; phi], zero for phi."""
+    return F.pad(weight, (0, data.features - data.dim))
+
+
+def ridge(data: ClassifierData) -> Scores:
+    """Ridge regression to one-hot labels on random features of [f ; phi] (see `statistics.ridge`).
+
+    The strength of the ridge is the one with the most right answers on the validation images of all tasks.
+    """
+    sums = known_ridge_sums(data.ridge_sums)
+    weight = ridge_weights(sums, best_strength(sums))
+    bias = torch.zeros(len(weight), dtype=torch.float64)
+    return Scores(RIDGE_SCALE * weight, bias, random_projection(data.features))
+
+
+def known_ridge_sums(sums: Sequence[RidgeSums | None]) -> list[RidgeSums]:
+    """The sums of tasks that all have them; that a run has them is checked when it is read."""
+    return [each for each in sums if each is not None]
+
+
+def fit_ridge_sums(
+    past: Sequence[RidgeSums],
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
+    classes: int,
+) -> RidgeSums:
+    """The sums of the training images of a new task, with the right answers on its validation images.
+
+    ``train`` and ``validation`` are features [n, D] and labels int64 [n] in 0..classes-1; there may be no validation
+    images.
+    """
+    new = RidgeSums.of(*train, classes)
+    features, labels = validation
+    if not len(labels):
+        return new
+    offset = sum(len(task.sums) for task in past)
+    return RidgeSums(new.gram, new.sums, right_answers([*past, new], features, labels + offset))
+
+
+CLASSIFIERS: dict[str, Callable[[ClassifierData], Scores]] = {
+    "lda": lda,
+    "lda_f": lda_f,
+    "mean_f": mean_f,
+    "ridge": ridge,
+    "heads": heads,
+}
 
 
 def overconfidence(scores: Scores, catalogue: Catalogue, statistics: ClassStatistics, task: int) -> float | None:
-    """How many times too large the logits of a task's new images are, as its class ``statistics`` predict it.
+    """By which factor the logits of new images of a task are too large, predicted from its class ``statistics``.
 
-    A class and its nearest rival are apart by a gap of mean m and variance v in the logits of images of the class. Of
-    two Gaussians with one variance the log-odds are 2 m / v times the gap, so the logits are v / 2m times too large;
-    this is the geometric mean over the classes of the task. Features are no Gaussians: only how it changes with the
-    classifier is used. That few images also pull the estimated means apart is left out. None where it is not known
-    or the task has no rival.
+    In the logits of images of one class, the gap to the nearest rival class has mean m and variance v. For two
+    Gaussians with one variance the log-odds are 2 m / v times the gap, so the logits are v / 2m times too large; the
+    result is the geometric mean over the classes of the task. Features are not Gaussian, so only the change of this
+    number from one classifier to the next is used. It leaves out that few images also pull the estimated means apart.
+    None where the scores have no ``inflation`` or the task has no rival.
     """
     if scores.inflation is None:
         return None
@@ -127,12 +163,3 @@ def overconfidence(scores: Scores, catalogue: Catalogue, statistics: ClassStatis
         if variance > 0:
             logarithms.append(float((scores.inflation * variance / (2 * gaps[nearest])).log()))
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
-
-
-CLASSIFIERS: dict[str, Callable[[Sequence[TaskRecord], GaussianClassifier], Scores]] = {
-    "lda": lda,
-    "lda_f": lda_f,
-    "mean_f": mean_f,
-    "ridge": ridge,
-    "heads": heads,
-}

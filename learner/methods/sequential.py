@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from duallora_edge.learner.methods.base import Method
-from duallora_edge.learner.methods.training import Downs, Lesson
+from duallora_edge.learner.methods.lesson import Lesson
+from duallora_edge.learner.methods.training import DownProjections
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.subspace import empty_basis, top_directions
 
@@ -14,16 +15,16 @@ class Sequential(Method):
     """LoRA in the leading directions of each task's features, folded into the weights after the task."""
 
     name = "sequential"
-    summary = "unconstrained adapters of the same size, one linear head per task"
+    summary = "unconstrained adapters of the same size, one linear head for each task"
     classifier = "heads"
 
     def learn(self, lesson: Lesson) -> TaskRecord:
-        """Train on top of everything before, with nothing held fixed but the frozen weights."""
+        """Train on top of everything before; only the frozen weights stay as they are."""
         rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
         none = empty_basis(lesson.backbone.dim)
 
-        def downs(index: int, q: Tensor, v: Tensor) -> Downs:
-            return Downs(top_directions(q, rank), top_directions(v, rank), none)
+        def downs(index: int, q: Tensor, v: Tensor) -> DownProjections:
+            return DownProjections(top_directions(q, rank), top_directions(v, rank), none)
 
         blocks, head = self.adapt(lesson, "class", downs)
-        return self.finish(lesson, lesson.info(self.name), blocks, head)
+        return self.finish(lesson, blocks, head)

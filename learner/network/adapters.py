@@ -20,7 +20,7 @@ Collect = Literal["none", "class", "all"]
 class Adapter(NamedTuple):
     """Low-rank update of the query and the value projection of one block: down [r, d], up [r, d] each.
 
-    The ranks of query and value may differ; rank 0 is a normal case.
+    The ranks of query and value may differ, and may be 0.
     """
 
     q_down: Tensor
@@ -45,7 +45,7 @@ def fold(weight: Tensor, adapter: Adapter) -> Tensor:
 
 @dataclass
 class Rows:
-    """What one block's projections read, for the second moments: rows [n, d] for query and value."""
+    """What the query and the value projection of one block read, as rows [n, d] each, for the second moments."""
 
     q: Tensor
     v: Tensor
@@ -54,8 +54,8 @@ class Rows:
 class AdaptedBlock(nn.Module):
     """A frozen block with its own qkv weight and an optional adapter beside it.
 
-    ``gate_map`` [T, r] opens the ranks of the adapter per image: its gates are ``posterior @ gate_map``. Without
-    it the adapter is always on.
+    ``gate_map`` [T, r] opens the ranks of the adapter for each image: its gates are ``posterior @ gate_map``. Without
+    one the adapter is always on.
     """
 
     weight: Tensor
@@ -77,9 +77,10 @@ class AdaptedBlock(nn.Module):
     ) -> tuple[Tensor, Rows | None]:
         """Tokens [B, L, d] to tokens [B, L, d] (or [B, 1, d] with ``class_token_only``, exact for that token).
 
-        ``posterior`` [B, T] is the task identity of each image; a block with a gate map needs it. With ``collect``
-        the inputs that the query and value projections must keep are returned too: for ``class`` the class-token
-        rows and the class-attention-weighted rows [B, d], for ``all`` the rows of all tokens [B*L, d] for both.
+        ``posterior`` [B, T] is the task posterior of each image; a block with a gate map needs it. With ``collect``
+        the inputs that later tasks must not disturb are returned too: for ``class`` the class token [B, d] for the
+        query and the mean of all tokens, weighted by the attention of the class token, [B, d] for the value; for
+        ``all`` every token [B * L, d] for both.
         """
         block = self.block
         y = block.norm1(x)
@@ -98,8 +99,8 @@ class AdaptedBlock(nn.Module):
     def _attention(self, y: Tensor, gates: Tensor | None, class_token_only: bool) -> tuple[Tensor, Tensor]:
         """Multi-head attention of y [B, L, d]; returns the projected output and the attention [B, h, Lq, L].
 
-        Written out instead of fused: the constraint needs the attention of the class token, and the backward
-        pass of the fused kernel is slow on CPUs in bf16.
+        It is written out instead of fused because the constraint needs the attention of the class token, and because
+        the backward pass of the fused kernel is slow on CPUs in bf16.
         """
         attn = self.block.attn
         B, _, d = y.shape

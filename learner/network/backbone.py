@@ -72,14 +72,14 @@ class Backbone(nn.Module):
         """Tokens at the end of the prefix, float32 [B, L, d], and the prefix summary phi, float32 [B, summary_dim].
 
         ``images`` are RGB frames uint8 [B, S, S, 3]. phi joins the `summary` of several blocks of the prefix:
-        early blocks see colour and texture, which the last one has mixed already. The matrix products of the blocks
-        run in ``precision`` (`products`).
+        early blocks see colour and texture, which the last one has mixed already. The matrix multiplications of the
+        blocks run in ``precision`` (`autocast`).
         """
         x = self.model.patch_embed(self.normalised(images))
         x = self.model.norm_pre(self.model._pos_embed(x))
         summaries = []
         for index, block in enumerate(self.model.blocks[: self.info.prefix_blocks]):
-            with products(precision, self.device):
+            with autocast(precision, self.device):
                 x = block(x)
             if index in self.info.summary_blocks:
                 summaries.append(self.summary(x))
@@ -112,8 +112,8 @@ class Backbone(nn.Module):
         return self.model.fc_norm(pooled)
 
 
-def products(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which matrix products run in ``precision``: bf16, or as they are for fp32."""
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which matrix multiplications run in ``precision``: bf16, or unchanged for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -12,9 +12,14 @@ from duallora_edge.device_profiles.reader import Section
 class BackboneInfo:
     """What identifies a backbone: two backbones with equal info compute the same function.
 
-    ``mean`` and ``std`` are of RGB in 0..1; ``size`` is the input side in pixels; ``prefix_blocks`` blocks stay
-    frozen for ever, the others are adapted; ``summary_blocks`` are the blocks of the prefix (from 0, ascending)
-    whose tokens the prefix summary describes.
+    Attributes:
+        name: name in timm, or ``embedded``.
+        sha256: of its weights.
+        size: side of the input in pixels.
+        mean, std: of the RGB values in 0..1.
+        interpolation: how images are resized, ``bicubic`` or ``bilinear``.
+        prefix_blocks: number of blocks that stay frozen for ever; the others are adapted.
+        summary_blocks: blocks of the prefix (from 0, ascending) whose tokens the prefix summary describes.
     """
 
     name: str
@@ -31,7 +36,7 @@ class BackboneInfo:
 
     @classmethod
     def from_json(cls, value: object) -> BackboneInfo:
-        """The inverse of `to_json`. Raises ValueError with all that is wrong."""
+        """The inverse of `to_json`. Raises ValueError listing everything that is wrong."""
         problems: list[str] = []
         read = Section(value, "", problems)
         info = cls(

@@ -1,4 +1,4 @@
-"""Images behind the frozen prefix: the expensive part, done once an image and kept where memory allows."""
+"""Images behind the frozen prefix: the expensive part, computed once for each image and kept where memory allows."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ MAX_CACHE_SHARE = 0.4
 class PrefixCache:
     """Outputs of the untouched network by the content of the image, for several runs over the same images.
 
-    All runs must share backbone, prefix and precision. ``seconds`` is what the prefix took for the ``images`` it was
-    run on.
+    All runs must share backbone, prefix and precision. ``seconds`` is how long the prefix took for ``images`` images.
     """
 
     def __init__(self) -> None:
@@ -55,7 +54,7 @@ class PrefixCache:
     def features(self, pixels: npt.NDArray[np.uint8], compute: Callable[[], tuple[Tensor, object]]) -> Tensor:
         """Features [B, D] of the untouched network for frames uint8 [B, S, S, 3].
 
-        The first of what ``compute`` gives is taken where they are unknown.
+        Where they are not known yet, they are the first thing that ``compute`` returns.
         """
         keys = _keys(pixels)
         if any(key not in self._features for key in keys):
@@ -70,13 +69,14 @@ def _keys(pixels: npt.NDArray[np.uint8]) -> list[bytes]:
 class Encoded:
     """Labelled images behind the frozen prefix.
 
-    ``labels`` int64 [N] are indices into ``classes``; summaries ``phi`` float32 [N, summary_dim] are kept; tokens are
-    kept as float16 while they fit into a share of the free memory, else recomputed for every batch. With
+    ``labels`` int64 [N] are indices into ``classes``. Summaries ``phi`` float32 [N, summary_dim] are always kept.
+    Tokens are kept as float16 while they fit into a share of the free memory, else recomputed for every batch. With
     ``cache_bytes`` that many bytes of them are kept in memory, the others in a file that vanishes with the process.
-    ``batch_size`` images go through the network at once, with products in ``precision``.
+    ``batch_size`` images go through the network at once, with matrix multiplications in ``precision``.
 
-    With several ranks each encodes a run of whole batches, so that every image is in the batch that it is in with one;
-    ``counts`` are the images of each. The summaries are known to all, the tokens when `share_tokens` was called.
+    Of several processes each encodes neighbouring batches as a whole, so that every image is in the same batch as with
+    one process; ``counts`` are their numbers of images. All processes know all summaries, and all tokens once
+    `share_tokens` was called.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Encoded:
         parts = distributed.shards(self._batches())
         self._own = parts[distributed.rank()]
         self.counts = [sum(map(len, part)) for part in parts]
-        self._first = sum(self.counts[: distributed.rank()])  # the image that the first row of the tokens is of
+        self._first = sum(self.counts[: distributed.rank()])  # number of the image in the first row of the tokens
         self._shared = distributed.world_size() == 1
         own = self.counts[distributed.rank()]
         fits = distributed.all_agree(
@@ -127,7 +127,7 @@ class Encoded:
         return len(self.labels)
 
     def share_tokens(self) -> None:
-        """Give every rank the tokens of all images, for batches from anywhere, where they are kept."""
+        """Give every process the tokens of all images, where tokens are kept, for batches of any images."""
         if self.tokens is not None and not self._shared:
             self.tokens, self._first, self._shared = distributed.all_gather(self.tokens, self.counts), 0, True
 
@@ -140,7 +140,7 @@ class Encoded:
             self._file.write(tokens[room:].numpy().data)
 
     def _kept(self, indices: Tensor, memory: Tensor) -> Tensor:
-        """Stored tokens float16 [B, L, d]. Rows of the file are read, not mapped: mapped they would count as memory."""
+        """Stored tokens float16 [B, L, d]. Rows of the file are read, since mapped ones would count as memory."""
         if self._file is None:
             return memory[indices]
         tokens = torch.empty(len(indices), *memory.shape[1:], dtype=torch.float16)
@@ -153,7 +153,7 @@ class Encoded:
         return tokens
 
     def _pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
-        """Copies of frames uint8 [B, S, S, 3]; the file that they are mapped from does not stay in memory."""
+        """Copies of frames uint8 [B, S, S, 3]; the file from which they are mapped does not stay in memory."""
         pixels = self.pixels[indices.numpy()]
         release(self.pixels)
         return pixels
@@ -172,7 +172,7 @@ class Encoded:
     def batch(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Prefix tokens float32 [B, L, d] of some images; ``transform`` augments their pixels first.
 
-        They are rounded to float16 also where they are recomputed, so that free memory does not change results.
+        They are rounded to float16 even where they are recomputed, so that results do not depend on free memory.
         """
         if transform is not None:
             with phase("frozen prefix"):
@@ -189,12 +189,12 @@ class Encoded:
         return tokens.to(self.backbone.device).float()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(indices, tokens, phi) of all images in order; of this rank's where there are several."""
+        """(indices, tokens, phi) of all images in order, or of those of this process where there are several."""
         for indices in self._own:
             yield indices, self.batch(indices), self.phi[indices].to(self.backbone.device)
 
     def _batches(self) -> Sequence[Tensor]:
-        """The numbers of all images in batches; none without images, where `Tensor.split` would give an empty one."""
+        """The numbers of all images in batches; no batch without images, where `Tensor.split` gives an empty one."""
         return torch.arange(len(self)).split(self.batch_size) if len(self) else ()
 
 
@@ -205,7 +205,7 @@ def token_bytes(backbone: Backbone) -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that can be taken without swapping (MemAvailable), or 4 GiB where the system does not say."""
+    """Bytes that can be used without swapping (MemAvailable), or 4 GiB where the system does not tell."""
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -7,15 +7,30 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from duallora_edge.device_profiles.reader import Section
-from duallora_edge.learner.config import CHOICES
+
+RESIDUALS = ("isolated", "previous", "none")
+CLASSIFIERS = ("lda", "lda_f", "mean_f", "ridge", "heads")
+GATES = ("posterior", "open")
+CALIBRATIONS = ("mixture", "temperature", "none")
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """The part of a task that is not tensors.
+    """Everything about a learned task that is not a tensor.
 
-    ``residual`` is ``isolated``, ``previous`` or ``none``; ``classifier``, ``gate`` and ``calibration`` are those of
-    the configuration, and decide how a state that ends with this task answers.
+    Attributes:
+        name: name of the task.
+        classes: its classes, in the order of the rows of its tensors.
+        method: the method that learned it, a key of `methods.METHODS`.
+        residual: how its residual adapters are gated, one of `RESIDUALS`.
+        seed: seed of the training.
+        data_digest: identifies the images it was learned from.
+        counts: number of training images by class.
+        validation: what the validation images gave: ``images``, how many there were; ``gate_task_accuracy``, the
+            share whose task the prefix posterior found; ``accuracy``, the share whose class the classifier found.
+            None where it could not be measured.
+        classifier, gate, calibration: those of the configuration; they decide how a run that ends with this task
+            answers. One of `CLASSIFIERS`, `GATES` and `CALIBRATIONS`.
     """
 
     name: str
@@ -25,7 +40,7 @@ class TaskInfo:
     seed: int
     data_digest: str
     counts: Mapping[str, int]
-    held_back: Mapping[str, float | None] = field(default_factory=dict)
+    validation: Mapping[str, float | None] = field(default_factory=dict)
     classifier: str = "lda"
     gate: str = "posterior"
     calibration: str = "mixture"
@@ -35,18 +50,24 @@ class TaskInfo:
 
     @classmethod
     def from_json(cls, value: object) -> TaskInfo:
-        """The inverse of `to_json`; other keys are ignored. Raises ValueError with all that is wrong."""
+        """The inverse of `to_json`; unknown keys are ignored.
+
+        Any name of a method is accepted here: only composing and learning need the method itself.
+
+        Raises:
+            ValueError: listing everything that is wrong.
+        """
         problems: list[str] = []
         read = Section(value, "", problems)
         classes = read.texts("classes")
         if len(set(classes)) < max(len(classes), 1):
             read.problem("classes", "must be different names, at least one")
-        counts, held_back = read.section("counts"), read.section("held_back")
+        counts, validation = read.section("counts"), read.section("validation")
         for name in counts.values:
             counts.integer(name, 0, 2**53)
-        for key, number in held_back.values.items():
+        for key, number in validation.values.items():
             if number is not None:
-                held_back.number(key, 0, 2**53)
+                validation.number(key, 0, 2**53)
         digest = read.values.get("data_digest")
         if not isinstance(digest, str):
             read.problem("data_digest", "must be a text")
@@ -54,14 +75,14 @@ class TaskInfo:
             name=read.text("name"),
             classes=classes,
             method=read.text("method"),
-            residual=read.choice("residual", ("isolated", "previous", "none")),
+            residual=read.choice("residual", RESIDUALS),
             seed=read.integer("seed", 0, 2**63 - 1),
             data_digest=str(digest),
             counts=counts.values,
-            held_back=held_back.values,
-            classifier=read.choice("classifier", (name for name in CHOICES["classifier"] if name != "auto")),
-            gate=read.choice("gate", CHOICES["gate"]),
-            calibration=read.choice("calibration", CHOICES["calibration"]),
+            validation=validation.values,
+            classifier=read.choice("classifier", CLASSIFIERS),
+            gate=read.choice("gate", GATES),
+            calibration=read.choice("calibration", CALIBRATIONS),
         )
         if problems:
             raise ValueError("; ".join(problems[:5]))

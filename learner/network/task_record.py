@@ -1,9 +1,9 @@
-"""What the learner remembers of one task: adapters, bases, head, statistics. Written once, never changed."""
+"""What the learner keeps of a task: adapters, bases, head and statistics. Written once, never changed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.statistics.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
 from duallora_edge.learner.statistics.gaussian import ClassStatistics
+from duallora_edge.learner.statistics.ridge import RANDOM_FEATURES, STRENGTHS, RidgeSums
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,31 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
-class TaskRecord:
-    """One learned task.
+class KeptImages:
+    """Training images that a method keeps: frames uint8 [n, S, S, 3] and labels int64 [n] in 0..K-1."""
 
-    ``statistics`` are of the features [f ; phi] of the task's classes in the order of ``info.classes``; ``head``
-    [K, d + 1] is the linear head (bias last) that the adapters were trained with, of the task's classes or, where
-    the method says so, of all classes so far; ``curve`` calibrates the classes; ``task_nll`` [len(TEMPERATURES)] is
-    the held-back negative log-likelihood of the task; ``novelty`` [QUANTILES] holds quantiles of the raw held-back
-    novelty; ``memory`` is what only some methods keep, such as images; ``overconfidence`` is what the statistics
-    predicted of the logits that ``curve`` was measured on, 0 where they cannot.
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """Everything that is kept of one learned task of K classes.
+
+    Attributes:
+        info: its description.
+        blocks: what it adds to each adapted block.
+        head: the linear head [K, d + 1] that the adapters were trained with, bias last; where the method says so it
+            has the classes of all tasks so far.
+        statistics: of the features [f ; phi], classes in the order of ``info.classes``.
+        curve: calibrates the classes.
+        gate_nll: negative log-likelihood of the task under the prefix posterior, summed over its validation images,
+            at each temperature [len(TEMPERATURES)]; zeros where there was nothing to measure.
+        novelty: quantiles [QUANTILES] of the raw novelty of the validation images.
+        overconfidence: how overconfident the statistics predicted the logits to be on which ``curve`` was measured;
+            0 where that is not known.
+        ridge_sums: what the classifier ``ridge`` needs; None with other classifiers.
+        kept_images: training images, of methods that keep any.
     """
 
     info: TaskInfo
@@ -41,15 +58,17 @@ class TaskRecord:
     head: Tensor
     statistics: ClassStatistics
     curve: CalibrationCurve
-    task_nll: Tensor
+    gate_nll: Tensor
     novelty: Tensor
-    memory: Mapping[str, Tensor] = field(default_factory=dict)
     overconfidence: float = 0.0
+    ridge_sums: RidgeSums | None = None
+    kept_images: KeptImages | None = None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by file name (without suffix), for storage as safetensors: float32, ``memory`` as it is.
+        """Tensors by the name of their file (without suffix), for storage as safetensors.
 
-        Of the symmetric scatter only the upper triangle is kept. A task without memory has no such file.
+        All are float32 except kept images and their labels. Of the symmetric scatter only the upper triangle is
+        stored. What a task does not have has no file.
         """
         adapters, bases = {}, {}
         for index, block in enumerate(self.blocks):
@@ -65,13 +84,19 @@ class TaskRecord:
             "curve.nll": self.curve.nll,
             "curve.confidence": self.curve.confidence,
             "curve.counts": self.curve.counts,
-            "task_nll": self.task_nll,
+            "gate_nll": self.gate_nll,
             "novelty": self.novelty,
             "overconfidence": torch.tensor([self.overconfidence]),
         }
         files = {"adapters": adapters, "bases": bases, "head": {"head": self.head}, "statistics": statistics}
+        if self.ridge_sums:
+            ridge = self.ridge_sums
+            files["ridge_sums"] = {"gram": ridge.gram, "sums": ridge.sums, "right": ridge.right}
         stored = {name: {k: v.float().contiguous() for k, v in part.items()} for name, part in files.items()}
-        return stored | ({"memory": {k: v.contiguous() for k, v in self.memory.items()}} if self.memory else {})
+        if self.kept_images:
+            kept = self.kept_images
+            stored["kept_images"] = {"images": kept.images.contiguous(), "labels": kept.labels.contiguous()}
+        return stored
 
     @property
     def is_finite(self) -> bool:
@@ -82,8 +107,10 @@ class TaskRecord:
     def from_tensors(cls, info: TaskInfo, files: Mapping[str, Mapping[str, Tensor]]) -> TaskRecord:
         """The inverse of `tensors`.
 
-        Raises KeyError when a tensor is missing, and ValueError when one is of another type or shape than the others
-        ask for, or holds anything but finite numbers. What is in ``memory`` only its method knows.
+        Raises:
+            KeyError: when a tensor is missing.
+            ValueError: when a tensor has another dtype or shape than the others require, or numbers that are not
+                finite.
         """
         read = _Tensors({f"{name}/{key}": value for name, part in files.items() for key, value in part.items()})
         width = read("head/head", None, None).shape[1]
@@ -92,7 +119,7 @@ class TaskRecord:
         counts, curve_counts = read("statistics/counts", classes), read("statistics/curve.counts", 2)
         overconfidence = read("statistics/overconfidence", 1)
         if bool((counts < 0).any()) or not 0 <= curve_counts[1] <= curve_counts[0] or overconfidence < 0:
-            raise ValueError("the statistics hold counts that cannot be")
+            raise ValueError("the statistics hold impossible counts")
 
         def adapter(index: int, kind: str) -> Adapter:
             name = f"adapters/blocks.{index}.{kind}"
@@ -119,14 +146,29 @@ class TaskRecord:
             head=read("head/head", None, width),
             statistics=ClassStatistics(counts.double(), read("statistics/means", classes, None).double(), triangle),
             curve=CalibrationCurve(nll.double(), confidence.double(), curve_counts.double()),
-            task_nll=read("statistics/task_nll", len(TEMPERATURES)),
+            gate_nll=read("statistics/gate_nll", len(TEMPERATURES)),
             novelty=read("statistics/novelty", QUANTILES),
             overconfidence=float(overconfidence),
-            memory={
-                key: read.finite(f"memory/{key}", torch.float32, torch.uint8, torch.int64)
-                for key in files.get("memory", {})
-            },
+            ridge_sums=_ridge_sums(read, classes) if "ridge_sums" in files else None,
+            kept_images=_kept_images(read, classes) if "kept_images" in files else None,
         )
+
+
+def _ridge_sums(read: _Tensors, classes: int) -> RidgeSums:
+    return RidgeSums(
+        gram=read("ridge_sums/gram", RANDOM_FEATURES, RANDOM_FEATURES),
+        sums=read("ridge_sums/sums", classes, RANDOM_FEATURES),
+        right=read("ridge_sums/right", len(STRENGTHS)),
+    )
+
+
+def _kept_images(read: _Tensors, classes: int) -> KeptImages:
+    """Images of every class; that they have the size of the backbone's input is checked with the backbone."""
+    images = read("kept_images/images", None, None, None, 3, dtype=torch.uint8)
+    labels = read("kept_images/labels", len(images), dtype=torch.int64)
+    if labels.unique().tolist() != list(range(classes)):
+        raise ValueError("the labels of the kept images are not those of the classes")
+    return KeptImages(images, labels)
 
 
 class _Tensors:
@@ -135,23 +177,18 @@ class _Tensors:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
 
-    def __call__(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor of a name: float32 of this shape, where None is any number."""
-        value = self.finite(name, torch.float32)
+    def __call__(self, name: str, *shape: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor called ``name``: finite numbers of this dtype and shape, where None stands for any number."""
+        value = self.tensors[name]
+        if value.dtype != dtype:
+            raise ValueError(f"the tensor {name} must hold {dtype}, not {value.dtype}")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"the tensor {name} holds numbers that are not finite")
         if value.dim() != len(shape) or any(
             want is not None and size != want for size, want in zip(value.shape, shape, strict=True)
         ):
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise ValueError(f"the tensor {name} must be of shape [{expected}], not {list(value.shape)}")
-        return value
-
-    def finite(self, name: str, *types: torch.dtype) -> Tensor:
-        """The tensor of a name, which is of one of some types."""
-        value = self.tensors[name]
-        if value.dtype not in types:
-            raise ValueError(f"the tensor {name} must hold {types[0]}, not {value.dtype}")
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"the tensor {name} holds numbers that are not finite")
         return value
 
 

@@ -1,7 +1,7 @@
-"""Calibration on held-back images: temperatures of the class and task probabilities, and the scale of the novelty.
+"""Calibration on validation images: temperatures of the class and task probabilities, and the scale of the novelty.
 
-What a task leaves behind are sums over its held-back images, so that the tasks of a run can be pooled without any
-image: a sum of likelihoods and confidences at each setting, and quantiles of the novelty.
+A task leaves behind sums over its validation images, so that the tasks of a run can be pooled without any image: sums
+of likelihoods and confidences at each setting, and quantiles of the novelty.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Temperatures at which held-back likelihoods are recorded, each STEP times the one before.
+# Temperatures at which likelihoods of validation images are recorded, each STEP times the one before.
 STEP = 2.0**0.25
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 33))
 # Shapes of the mixture: how many times the second temperature is the first, and the weight of the second.
 SHAPES = ((1.0, 0.0), *((spread, share) for spread in (2.0, 4.0, 8.0) for share in (0.05, 0.1, 0.2, 0.3, 0.5)))
 DEFAULT_TASK_TEMPERATURE = 4.0
 DEFAULT_CLASS_TEMPERATURE = 8.0
-# Shares of held-back images between which the novelty is interpolated.
+# Shares of validation images between which the novelty is interpolated.
 LEVELS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.999)
 QUANTILES = 65
 
@@ -47,10 +47,12 @@ class Mixture:
 
 @dataclass(frozen=True)
 class CalibrationCurve:
-    """Sums over held-back images. ``nll`` and ``confidence`` [len(SHAPES), len(TEMPERATURES)], float64.
+    """Sums over validation images, float64.
 
-    ``nll`` is the negative log-likelihood of the true class, ``confidence`` the probability of the answer,
-    ``counts`` [2] the images and the right answers.
+    Attributes:
+        nll: negative log-likelihood of the true class, [len(SHAPES), len(TEMPERATURES)].
+        confidence: probability of the answer, [len(SHAPES), len(TEMPERATURES)].
+        counts: images and right answers, [2].
     """
 
     nll: Tensor
@@ -59,6 +61,7 @@ class CalibrationCurve:
 
     @classmethod
     def empty(cls) -> CalibrationCurve:
+        """The curve of no images."""
         shape = (len(SHAPES), len(TEMPERATURES))
         return cls(
             torch.zeros(shape, dtype=torch.float64),
@@ -105,11 +108,12 @@ class CalibrationCurve:
 
 
 def best_mixture(curves: Sequence[CalibrationCurve], kind: str = "mixture") -> Mixture:
-    """The mixture whose mean confidence is the accuracy, and among those the likeliest, over all held-back images.
+    """The mixture whose mean confidence equals the accuracy, and among those the likeliest, over all validation images.
 
-    Matching the confidence first keeps a few confident mistakes, which dominate the likelihood, from making all
-    other answers too cautious. One right and one wrong image are added, so that a handful of right answers is not
-    taken for certainty. The default where nothing was held back.
+    A few confident mistakes dominate the likelihood; matching the confidence first keeps them from making all other
+    answers too cautious. One right and one wrong image are added, so that a handful of right answers does not count as
+    certainty. Without validation images it is the default. ``kind`` ``temperature`` chooses one temperature by the
+    likelihood alone, and ``none`` leaves the logits as they are.
     """
     curve = sum(curves, CalibrationCurve.empty())
     if kind == "none":
@@ -129,7 +133,10 @@ def best_mixture(curves: Sequence[CalibrationCurve], kind: str = "mixture") -> M
 
 
 def best_temperature(curves: Sequence[Tensor]) -> float:
-    """The temperature of the task posterior with the least held-back NLL summed over tasks [len(TEMPERATURES)]."""
+    """The temperature of the task posterior with the lowest NLL on validation images; a default without any.
+
+    ``curves`` holds the NLL of each task, [len(TEMPERATURES)].
+    """
     total = torch.stack([curve.double() for curve in curves]).sum(dim=0)
     if float(total.abs().sum()) == 0:
         return DEFAULT_TASK_TEMPERATURE
@@ -156,7 +163,7 @@ def _temperature(position: float) -> float:
 
 @dataclass(frozen=True)
 class NoveltyScale:
-    """Maps a raw novelty to the share of held-back images of known classes that look less novel, 0..1.
+    """Maps a raw novelty to the share of validation images of known classes that look less novel, 0..1.
 
     Piecewise linear between ``knots`` [len(LEVELS) + 1]; an image beyond all known ones approaches 1.
     """
@@ -176,11 +183,16 @@ class NoveltyScale:
         indices = [min(int(torch.searchsorted(shares, level)), len(values) - 1) for level in LEVELS]
         knots = [float(values[index]) for index in indices]
         reach = max(knots[-1] - knots[LEVELS.index(0.5)], 1e-6 * max(1.0, abs(knots[0]), abs(knots[-1])))
-        # Equal neighbours (few held-back images) would make steps of infinite slope.
+        # Equal neighbours (few validation images) would make steps of infinite slope.
         spaced = [knots[0]]
         for knot in [*knots[1:], knots[-1] + reach]:
             spaced.append(max(knot, spaced[-1] + 1e-6 * reach))
         return cls(tuple(spaced))
+
+    @classmethod
+    def unknown(cls) -> NoveltyScale:
+        """The scale of a classifier whose raw novelty was not measured: of images whose novelty was 0."""
+        return cls.pooled([quantiles(torch.zeros(0))], [1.0])
 
     @property
     def levels(self) -> tuple[float, ...]:

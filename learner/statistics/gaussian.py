@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 PRIOR_IMAGES_PER_FEATURE = 0.25
-# Shares of the mean square of the means: a mean variance below the first is rounding, and what is added to the
-# variances is at least the second, so that distances between classes stay within what float32 can tell apart.
+# Both are shares of the mean square of the means. A mean variance below the first is rounding. At least the second is
+# added to the variances, so that float32 can tell the distances between classes apart.
 ROUNDING = 1e-10
 LEAST_FLOOR = 1e-6
 
@@ -23,8 +23,11 @@ LEAST_FLOOR = 1e-6
 class ClassStatistics:
     """Sufficient statistics of features [n, D] of K classes.
 
-    ``counts`` float64 [K], ``means`` float64 [K, D] and ``triangle`` [D (D + 1) / 2], float32 or float64: the upper
-    triangle of the scatter, row by row. Those of many tasks are held at once, so the scatter is whole only in use.
+    Attributes:
+        counts: images of each class, float64 [K].
+        means: their mean features, float64 [K, D].
+        triangle: upper triangle of the scatter, row by row, float32 or float64 [D (D + 1) / 2]. The statistics of many
+            tasks are in memory at once, so the whole scatter is made only when it is used.
     """
 
     counts: Tensor
@@ -81,10 +84,10 @@ class GaussianClassifier:
     and ``gram`` [K, K] = M Sigma^-1 M^T. ``shares`` [K] are the shares of the images. Centring keeps the terms small,
     which float32 needs.
 
-    ``inflation`` is by how much more the logits vary among new images than among those of the statistics: with n
-    images (less K) and df = tr(S (S + R)^-1) degrees of freedom, S the pooled covariance and R what shrinkage adds
-    to it, 1 / (1 - df / n)^2, the correction of generalised cross-validation (Golub, Heath and Wahba 1979). None where
-    it was not asked for.
+    ``inflation`` is the factor by which the logits vary more among new images than among those of the statistics. It
+    is the correction of generalised cross-validation (Golub, Heath and Wahba 1979), 1 / (1 - df / n)^2 with n images
+    (minus K) and df = tr(S (S + R)^-1) degrees of freedom, where S is the pooled covariance and R what shrinkage adds
+    to it. None where it was not asked for.
     """
 
     weight: Tensor
@@ -97,16 +100,16 @@ class GaussianClassifier:
     def fit(cls, statistics: Sequence[ClassStatistics], *, inflation: bool = True) -> GaussianClassifier:
         """Pool the statistics; Sigma = (1 - a) S + a diag(S) with the pooled within-class covariance S.
 
-        a = m / (n + m) with n images and a prior worth m = D / 4 images: a lot of shrinkage for a first small
-        task, next to none after many. Shrinking towards the diagonal keeps the different scales of the features.
-        A small multiple of the mean variance, or at least of the mean square of the means, is added so that constant
-        features, or as many classes as images, stay invertible. The ``inflation`` takes an inverse [D, D], longer than
-        all the rest.
+        a = m / (n + m) with n images and a prior worth m = D / 4 images: strong shrinkage for a first small task,
+        hardly any after many. Shrinking towards the diagonal keeps the different scales of the features. A small
+        multiple of the mean variance, or at least of the mean square of the means, is added, so that Sigma stays
+        invertible with constant features or with as many classes as images. The ``inflation`` needs an inverse [D, D],
+        which takes longer than everything else together.
         """
         counts = torch.cat([s.counts for s in statistics])
         means = torch.cat([s.means for s in statistics])
         sums = torch.zeros(len(statistics[0].triangle), dtype=torch.float64)
-        for s in statistics:  # one after the other: stacked, they would take the memory of all once more
+        for s in statistics:  # one by one, since a stack would take the memory of all of them once more
             sums += s.triangle
         pooled = symmetric(sums)
         images = (counts.sum() - len(counts)).clamp(min=1)
@@ -116,7 +119,7 @@ class GaussianClassifier:
         shrinkage = prior / (float(counts.sum()) + prior)
         spread, size = variance.mean(), means.square().mean()
         floor = torch.maximum(1e-4 * spread, LEAST_FLOOR * size)
-        if spread <= ROUNDING * size:  # one image a class, or copies: distances are all there is, unit variance
+        if spread <= ROUNDING * size:  # one image per class, or copies: only distances are left
             floor = torch.ones_like(spread)
         added = shrinkage * variance + floor
         root = torch.linalg.cholesky((1 - shrinkage) * pooled + torch.diag(added))
@@ -152,12 +155,12 @@ def upper_triangle(matrix: Tensor) -> Tensor:
 
 
 def symmetric(triangle: Tensor) -> Tensor:
-    """The symmetric matrix [D, D] of an upper triangle, made in place: index tensors would be larger than it."""
+    """The symmetric matrix [D, D] of an upper triangle, made in place, since index tensors would be larger than it."""
     size = round(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
     matrix = triangle.new_zeros(size, size)
     for number, part in enumerate(triangle.split(list(range(size, 0, -1)))):
         matrix[number, number:] = part
-    for start in range(0, size, 256):  # tiles, since whole columns miss the cache
+    for start in range(0, size, 256):  # in tiles, since whole columns miss the cache
         stop = min(start + 256, size)
         tile = matrix[start:stop, start:stop]
         tile += tile.triu(1).T

@@ -1,7 +1,7 @@
 """Feature subspaces: second moments, orthonormal bases, and the directions adapters may use.
 
-A basis is a matrix [k, d] with orthonormal rows; k = 0 is a normal case. Everything is computed from the d x d
-second-moment matrix by a symmetric eigendecomposition in float64, never from the features themselves.
+A basis is a matrix [k, d] with orthonormal rows, where k may be 0. Everything is computed from the d x d matrix of
+second moments by a symmetric eigendecomposition in float64, never from the features themselves.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def project_out(moment: Tensor, basis: Tensor) -> Tensor:
 def top_directions(moment: Tensor, rank: int, total: Tensor | None = None) -> Tensor:
     """The (at most) ``rank`` leading eigenvectors of a moment as rows, float64 [r, d].
 
-    Null directions are left out: those with less than 1e-10 of the energy ``total`` (by default of the moment
-    itself), which is rounding.
+    Directions with less than 1e-10 of the energy ``total`` (by default that of the moment itself) are rounding and are
+    left out.
     """
     values, vectors = torch.linalg.eigh(moment)
     significant = int((values > 1e-10 * (moment.trace() if total is None else total)).sum())
@@ -45,8 +45,8 @@ def top_directions(moment: Tensor, rank: int, total: Tensor | None = None) -> Te
 def constrained_directions(moment: Tensor, basis: Tensor, rank: int) -> Tensor:
     """Leading directions of a moment orthogonal to ``basis``, float64 [r, d], r <= rank.
 
-    Rounding leaves eigenvectors of the projected moment about 1e-15 outside the complement; they are projected
-    once more so that the constraint of the orthogonal adapter holds to machine precision.
+    Rounding leaves eigenvectors of the projected moment about 1e-15 outside of the complement. They are projected once
+    more, so that the constraint of the orthogonal adapter holds to machine precision.
     """
     rows = top_directions(project_out(moment, basis), rank, moment.trace())
     rows = rows - (rows @ basis.T) @ basis

@@ -13,8 +13,8 @@ import torch
 from duallora_edge.learner import methods
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
@@ -26,7 +26,7 @@ def soften(record: TaskRecord) -> TaskRecord:
     """The record with the highest temperature and a wide scale: probabilities, gates and novelty far from 0 and 1."""
     confidence = torch.linspace(100, 50, len(TEMPERATURES)).double().expand(len(SHAPES), -1)
     curve = CalibrationCurve(torch.zeros_like(confidence), confidence, torch.tensor([100.0, 50.0]).double())
-    return replace(record, curve=curve, task_nll=SOFT.clone(), novelty=torch.linspace(0, 4000, QUANTILES))
+    return replace(record, curve=curve, gate_nll=SOFT.clone(), novelty=torch.linspace(0, 4000, QUANTILES))
 
 
 @pytest.fixture(scope="session")

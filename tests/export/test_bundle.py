@@ -23,8 +23,8 @@ from duallora_edge.export.parity import generated_images, torch_outputs
 from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import compose
+from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.backends.ladder import open_backend
@@ -290,7 +290,7 @@ def test_a_graph_that_answers_otherwise_leaves_the_old_bundle(
 ) -> None:
     before = content(bundle.parent)
     monkeypatch.setattr("duallora_edge.export.bundle.build_model", damaged)
-    with pytest.raises(ExportError, match="does not answer as the trained model on generated images"):
+    with pytest.raises(ExportError, match="graph differs from the trained model on generated images"):
         export_run(run, model, TARGET, bundle, None)
     assert content(bundle.parent) == before
     with pytest.raises(ExportError, match="nothing was written"):

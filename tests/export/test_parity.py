@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from duallora_edge.errors import ExportError
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import Arrays, Parity, generated_images, onnx_outputs, torch_outputs
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.runtime.bundle import OUTPUTS
 
 
@@ -88,7 +88,7 @@ def test_one_value_that_is_no_number_is_refused(name: str, side: str, value: flo
     arrays[side][name].flat[-1] = value
     with np.errstate(invalid="ignore"):
         parity = Parity.between(arrays["reference"], arrays["other"])
-    with pytest.raises(ExportError, match="does not answer as the trained model on real images"):
+    with pytest.raises(ExportError, match="graph differs from the trained model on real images"):
         parity.check("real")
 
 

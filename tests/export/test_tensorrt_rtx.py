@@ -8,7 +8,7 @@ import pytest
 
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import export_run
-from duallora_edge.learner.network.network import ComposedModel
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.bundle import Bundle

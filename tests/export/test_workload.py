@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.statistics.calibration import LEVELS
 
 Compose = Callable[..., ComposedModel]

@@ -12,8 +12,8 @@ import torch
 
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import compose
+from duallora_edge.learner.network.answers import Outputs
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import Outputs
 from duallora_edge.learner.network.task_record import TaskRecord
 
 MakeTask = Callable[..., PreparedTask]
@@ -81,11 +81,11 @@ def test_few_images_a_class(
     records = learn(tasks, method=method)
     assert_finite(records)
     for record in records:
-        assert record.info.held_back["images"] == 2 * held
+        assert record.info.validation["images"] == 2 * held
         assert (record.curve.accuracy is None) == (held == 0)
         if not held:
-            assert record.info.held_back["task_accuracy"] is None and record.info.residual != "previous"
-            assert float(record.curve.nll.abs().sum()) == float(record.task_nll.abs().sum()) == 0
+            assert record.info.validation["gate_task_accuracy"] is None and record.info.residual != "previous"
+            assert float(record.curve.nll.abs().sum()) == float(record.gate_nll.abs().sum()) == 0
     for task in tasks:
         answers(tiny_backbone, records, task)
     if method in CLOSED_FORM and train >= 4:

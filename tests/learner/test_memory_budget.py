@@ -128,8 +128,8 @@ def test_fewer_summaries_are_the_last_resort(
     backbone, config = make_backbone(), TrainConfig(precision="fp32", memory_budget=f"{budget}MB")
     if chosen:
         with pytest.raises(ConfigError, match="cannot be met"):
-            memory_budget.fit(config, backbone, stream, tmp_path, 0, free={"precision"})
-    plan = memory_budget.fit(config, backbone, stream, tmp_path, 0, free={"summaries"})
+            memory_budget.fit_budget(config, backbone, stream, tmp_path, 0, free={"precision"})
+    plan = memory_budget.fit_budget(config, backbone, stream, tmp_path, 0, free={"summaries"})
     assert plan is not None and plan.summaries == plan.apply(config).summaries == chosen
     assert len(backbone.info.summary_blocks) == (chosen or 2)
     assert ("--summaries 1, the most that fit" in plan.describe(32)) == (chosen is not None)

@@ -21,12 +21,12 @@ from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.config import SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.network.task_record import KeptImages, TaskRecord
 from duallora_edge.learner.run_directory import MARKER, SCHEMA, SPARE, FileCheckpoint, RunDirectory, StoredTask
 
 CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
 
-MEMORY = {"images": torch.arange(48, dtype=torch.uint8).reshape(1, 4, 4, 3), "labels": torch.tensor([1])}
+KEPT = KeptImages(torch.arange(96, dtype=torch.uint8).reshape(2, 4, 4, 3), torch.tensor([1, 0]))
 
 
 @pytest.fixture
@@ -66,16 +66,18 @@ def test_a_committed_task_reads_back(run: RunDirectory, two_tasks: list[TaskReco
         opened.find("third")
 
 
-@pytest.mark.parametrize("memory", [{}, MEMORY], ids=["none", "images"])
-def test_a_memory_is_a_file_of_its_own(
-    run: RunDirectory, two_tasks: list[TaskRecord], memory: dict[str, torch.Tensor]
+@pytest.mark.parametrize("kept", [None, KEPT], ids=["none", "images"])
+def test_kept_images_are_a_file_of_their_own(
+    run: RunDirectory, two_tasks: list[TaskRecord], kept: KeptImages | None
 ) -> None:
-    """Stored images keep their type, and a task without any has no such file."""
-    task = run.commit(replace(two_tasks[0], memory=memory))
-    assert (run.path / "tasks" / task.folder / "memory.safetensors").exists() == bool(memory)
-    found = run.read(task).memory
-    assert found.keys() == memory.keys()
-    assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in memory.items())
+    """They keep their dtype, and a task without any has no such file."""
+    task = run.commit(replace(two_tasks[0], kept_images=kept))
+    assert (run.path / "tasks" / task.folder / "kept_images.safetensors").exists() == bool(kept)
+    found = run.read(task).kept_images
+    assert bool(found) == bool(kept)
+    if kept and found:
+        assert found.images.dtype == torch.uint8 and torch.equal(found.images, kept.images)
+        assert found.labels.dtype == torch.int64 and torch.equal(found.labels, kept.labels)
 
 
 def test_rollback_is_the_identity(run: RunDirectory, two_tasks: list[TaskRecord], third: TaskRecord) -> None:
@@ -101,10 +103,10 @@ def test_remove_leaves_the_other_tasks_alone(run: RunDirectory, two_tasks: list[
     assert run.commit(two_tasks[1]).folder == "0004-second"  # a number is never given twice to living tasks
 
 
-@pytest.mark.parametrize("file", ["adapters", "bases", "head", "statistics", "memory"])
+@pytest.mark.parametrize("file", ["adapters", "bases", "head", "statistics", "kept_images"])
 @pytest.mark.parametrize("where", [0, 0.5, -1], ids=["first", "middle", "last"])
 def test_one_changed_byte_is_noticed(run: RunDirectory, two_tasks: list[TaskRecord], file: str, where: float) -> None:
-    task = run.commit(replace(two_tasks[0], memory=MEMORY))
+    task = run.commit(replace(two_tasks[0], kept_images=KEPT))
     path = run.path / "tasks" / task.folder / f"{file}.safetensors"
     content = bytearray(path.read_bytes())
     content[int(where * len(content)) if where >= 0 else -1] ^= 1
@@ -155,7 +157,7 @@ def put_hashes_right(run: RunDirectory) -> StoredTask:
         ({"classes": ["a", 1]}, "classes: "),
         ({"classes": ["a", "a"]}, "classes: must be different names"),
         ({"classes": []}, "classes: must be different names"),
-        ({"method": "magic"}, "method: 'magic' is unknown"),
+        ({"method": ""}, "method: "),
         ({"method": ["dual_lora"]}, "method: "),
         ({"classifier": "auto"}, "classifier: 'auto' is unknown"),
         ({"residual": 1, "gate": 1, "calibration": 1}, "residual: .*gate: .*calibration: "),
@@ -164,8 +166,8 @@ def put_hashes_right(run: RunDirectory) -> StoredTask:
         ({"data_digest": 7}, "data_digest: "),
         ({"counts": []}, "counts: must be a mapping"),
         ({"counts": {"a": "many"}}, "counts.a: "),
-        ({"held_back": {"images": [1]}}, "held_back.images: "),
-        ({"held_back": 5}, "held_back: must be a mapping"),
+        ({"validation": {"images": [1]}}, "validation.images: "),
+        ({"validation": 5}, "validation: must be a mapping"),
         ({"files": []}, "files: must be a mapping"),
         ({"files": {}}, "lacks the tensor"),
     ],
@@ -203,16 +205,21 @@ def test_a_description_without_a_key(run: RunDirectory, two_tasks: list[TaskReco
         ("adapters", "blocks.0.residual.q_down", lambda t: t * float("inf"), "not finite"),
         ("bases", "blocks.0.q", lambda t: t.T, "must be of shape"),
         ("bases", "blocks.1.v", lambda t: None, "lacks the tensor"),
-        ("statistics", "counts", lambda t: -t, "counts that cannot be"),
+        ("statistics", "counts", lambda t: -t, "impossible counts"),
         ("statistics", "counts", lambda t: t[:1], "must be of shape"),
         ("statistics", "means", lambda t: t[:, 1:], "must be of shape"),
         ("statistics", "scatter", lambda t: t[1:], "must be of shape"),
         ("statistics", "scatter", lambda t: t.bool(), "must hold torch.float32, not torch.bool"),
         ("statistics", "curve.nll", lambda t: t.T, "must be of shape"),
-        ("statistics", "curve.counts", lambda t: t.flip(0) + torch.tensor([0, 9]), "counts that cannot be"),
+        ("statistics", "curve.counts", lambda t: t.flip(0) + torch.tensor([0, 9]), "impossible counts"),
         ("statistics", "novelty", lambda t: t[None], "must be of shape"),
-        ("statistics", "overconfidence", lambda t: -t - 1, "counts that cannot be"),
-        ("memory", "images", lambda t: t.double(), "must hold torch.float32, not torch.float64"),
+        ("statistics", "overconfidence", lambda t: -t - 1, "impossible counts"),
+        ("kept_images", "images", lambda t: t.double(), "must hold torch.uint8, not torch.float64"),
+        ("kept_images", "images", lambda t: t[:1], "must be of shape"),
+        ("kept_images", "images", lambda t: t[..., 0], "must be of shape"),
+        ("kept_images", "labels", lambda t: t.float(), "must hold torch.int64, not torch.float32"),
+        ("kept_images", "labels", lambda t: t + 1, "not those of the classes"),
+        ("kept_images", "labels", lambda t: None, "lacks the tensor"),
     ],
 )
 def test_tensors_that_do_not_fit(
@@ -223,7 +230,7 @@ def test_tensors_that_do_not_fit(
     change: Callable[[torch.Tensor], torch.Tensor | None],
     reason: str,
 ) -> None:
-    path = run.path / "tasks" / run.commit(replace(two_tasks[0], memory=MEMORY)).folder / f"{file}.safetensors"
+    path = run.path / "tasks" / run.commit(replace(two_tasks[0], kept_images=KEPT)).folder / f"{file}.safetensors"
     tensors = load_file(path)
     changed = change(tensors.pop(name))
     path.write_bytes(save(tensors if changed is None else {**tensors, name: changed.contiguous()}))

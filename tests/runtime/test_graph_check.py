@@ -25,8 +25,8 @@ from duallora_edge.export import graph as exporter
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.learner import methods
 from duallora_edge.learner.data import PixelSet, PreparedTask
+from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone, load_backbone
-from duallora_edge.learner.network.network import ComposedModel
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.calibration import Mixture
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, MAX_BATCH, OUTPUTS

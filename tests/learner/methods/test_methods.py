@@ -13,13 +13,14 @@ from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS, compose, learn_task
-from duallora_edge.learner.methods.scoring import lda, overconfidence
+from duallora_edge.learner.methods.scoring import ClassifierData, lda, overconfidence
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
+from duallora_edge.learner.network.answers import Catalogue
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.network import Catalogue, gate_matrix, run_suffix
-from duallora_edge.learner.network.task_record import BlockRecord, TaskRecord
+from duallora_edge.learner.network.dynamic_memory import gate_matrix
+from duallora_edge.learner.network.network import run_suffix
+from duallora_edge.learner.network.task_record import BlockRecord, KeptImages, TaskRecord
 from duallora_edge.learner.statistics.calibration import CalibrationCurve, best_mixture
-from duallora_edge.learner.statistics.gaussian import GaussianClassifier
 
 MakeTask = Callable[..., PreparedTask]
 Learn = Callable[..., list[TaskRecord]]
@@ -78,7 +79,7 @@ def test_records_survive_their_tensors(
         assert again.info == record.info and again.tensors().keys() == files.keys()
         for file, tensors in files.items():
             assert all(torch.equal(value, again.tensors()[file][name]) for name, value in tensors.items()), file
-            assert file == "memory" or all(value.dtype == torch.float32 for value in tensors.values())
+            assert file == "kept_images" or all(value.dtype == torch.float32 for value in tensors.values())
     frames = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     with torch.no_grad():
         one, two = (
@@ -166,7 +167,7 @@ def test_merged_equals_side_branch(
         gated = [gate_matrix(infos, [len(adapter.q_down) for adapter in beside])] if beside else []
         block.gate_map = torch.cat([always, *gated], dim=1)
         assert float(torch.cat([block.adapter.q_up, block.adapter.v_up]).abs().max()) > 1e-3
-    expected, _ = run_suffix(tiny_backbone, blocks, tokens, model.network.memory(phi))
+    expected, _ = run_suffix(tiny_backbone, blocks, tokens, model.network.dynamic_memory(phi))
     found = model.network.from_prefix(tokens, phi)[0][:, : tiny_backbone.dim]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -189,7 +190,7 @@ def test_task_arithmetic_adds_scaled_updates_of_tasks_learned_alone(
             expected = base[part] + scale * sum(update[of] for update in updates)
             torch.testing.assert_close(block.weight[part], expected, rtol=0, atol=1e-6)
         assert torch.equal(block.weight[48:96], base[48:96])
-    assert not any("images" in record.memory for record in records)
+    assert not any(record.kept_images for record in records)
     assert [len(record.head) for record in records] == [2, 5]
 
 
@@ -198,7 +199,8 @@ def test_task_arithmetic_stores_some_images_of_each_class(
     learn: Learn, tasks: list[PreparedTask], per_class: int, stored: int
 ) -> None:
     for task, record in zip(tasks, learn(tasks, method="task_arithmetic", memory_per_class=per_class), strict=True):
-        images, labels = record.memory["images"], record.memory["labels"]
+        assert record.kept_images
+        images, labels = record.kept_images.images, record.kept_images.labels
         assert images.dtype == torch.uint8 and images.shape == (stored * len(task.classes), 32, 32, 3)
         assert torch.bincount(labels).tolist() == [stored] * len(task.classes)
         for pixels, label in zip(images, labels.tolist(), strict=True):
@@ -257,8 +259,8 @@ def test_a_curve_follows_what_the_statistics_predict_of_the_logits(
     logits = torch.randn(200, 2, generator=torch.manual_seed(0)) * 9
     truth = (logits / 4).softmax(dim=1).multinomial(1, generator=torch.manual_seed(1))[:, 0]
     record = replace(learned("dual_lora")[0], curve=CalibrationCurve.of(logits, torch.eye(2), truth))
-    gaussian = GaussianClassifier.fit([record.statistics])
-    today = overconfidence(lda([record], gaussian), Catalogue.of([record.info]), record.statistics, 0)
+    data = ClassifierData.of([record], tiny_backbone.dim)
+    today = overconfidence(lda(data), Catalogue.of([record.info]), record.statistics, 0)
     assert today
     asked = compose(tiny_backbone, [replace(record, overconfidence=factor * today)]).classifier.mixture
     expected = best_mixture([record.curve]).temperature * (0.5 if halved else 1)
@@ -271,7 +273,7 @@ def test_the_classifier_of_the_configuration_wins(
 ) -> None:
     records = learn(tasks, method="dual_lora", classifier=classifier)
     assert [record.info.classifier for record in records] == [classifier] * 2
-    assert any(name.startswith("ridge.") for name in records[0].memory) == (classifier == "ridge")
+    assert (records[0].ridge_sums is not None) == (classifier == "ridge")
     with torch.no_grad():
         outputs = compose(tiny_backbone, records)(torch.from_numpy(tasks[0].test.pixels.copy()))
     torch.testing.assert_close(outputs.probabilities.sum(dim=1), torch.ones(8))
@@ -281,6 +283,10 @@ def lopsided(block: BlockRecord) -> BlockRecord:
     """The block with a rank less in the value projection of its residual."""
     r = block.residual
     return replace(block, residual=r._replace(v_down=r.v_down[1:], v_up=r.v_up[1:]))
+
+
+def kept(size: int) -> KeptImages:
+    return KeptImages(torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.tensor([0, 1]))
 
 
 def changed(record: TaskRecord, **info: object) -> TaskRecord:
@@ -297,13 +303,13 @@ def changed(record: TaskRecord, **info: object) -> TaskRecord:
         (lambda a, b: [changed(a, classifier="ridge"), b], "with another method"),
         (lambda a, b: [a, replace(b, blocks=tuple(map(lopsided, b.blocks)))], "adapters of different ranks"),
         (lambda a, b: [a, a], "'first': another task has the same name"),
-        (lambda a, b: [changed(a, classifier="ridge"), changed(b, classifier="ridge")], "remembers does not fit"),
-        (lambda a, b: [replace(a, memory={"images": torch.zeros(1)}), b], "remembers does not fit"),
+        (lambda a, b: [changed(a, classifier="ridge"), changed(b, classifier="ridge")], "it lacks something"),
+        (lambda a, b: [replace(a, kept_images=kept(32)), b], "it lacks something"),
         (
             lambda a, b: [
                 changed(replace(t, head=t.head[:1]), classifier="heads", method="sequential") for t in (a, b)
             ],
-            "heads are not of its classes",
+            "heads are not those of its classes",
         ),
         (lambda a, b: [replace(a, statistics=replace(a.statistics, triangle=-a.statistics.triangle)), b], "statistics"),
         (lambda a, b: [a, replace(b, statistics=replace(b.statistics, means=b.statistics.means * 1e38))], ""),
@@ -319,21 +325,9 @@ def test_tasks_that_do_not_fit_each_other(
         compose(tiny_backbone, damage(*two_tasks))
 
 
-@pytest.mark.parametrize(
-    "memory",
-    [
-        {"images": torch.zeros(2, 32, 32, 3)},
-        {"images": torch.zeros(2, 32, 32, 3), "labels": torch.tensor([0, 1])},
-        {"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8), "labels": torch.tensor([0, 1])},
-        {"images": torch.zeros(2, 32, 32, 3, dtype=torch.uint8), "labels": torch.tensor([0, 5])},
-        {"images": torch.zeros(2, 32, 32, 3, dtype=torch.uint8), "labels": torch.tensor([0.0, 1.0])},
-    ],
-)
-def test_stored_images_that_do_not_fit(
-    tiny_backbone: Backbone, two_tasks: list[TaskRecord], memory: dict[str, torch.Tensor]
-) -> None:
-    record = changed(replace(two_tasks[0], memory=memory), method="task_arithmetic", classifier="heads")
-    with pytest.raises(RunError, match="what its method remembers does not fit"):
+def test_kept_images_of_another_size_do_not_fit(tiny_backbone: Backbone, two_tasks: list[TaskRecord]) -> None:
+    record = changed(replace(two_tasks[0], kept_images=kept(16)), method="task_arithmetic", classifier="heads")
+    with pytest.raises(RunError, match="it lacks something that its method needs, or has something else"):
         compose(tiny_backbone, [record])
 
 

@@ -10,21 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from duallora_edge.learner.methods import scoring as classifiers
 from duallora_edge.learner.methods.scoring import (
     CLASSIFIERS,
     RIDGE_SCALE,
-    RIDGES,
+    ClassifierData,
+    fit_ridge_sums,
     lda,
     overconfidence,
-    random_projection,
-    ridge_memory,
-    ridge_right,
 )
-from duallora_edge.learner.network.network import Catalogue, Scores
-from duallora_edge.learner.network.task_record import TaskInfo, TaskRecord
-from duallora_edge.learner.statistics.calibration import CalibrationCurve
-from duallora_edge.learner.statistics.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics, GaussianClassifier
+from duallora_edge.learner.network.answers import Catalogue, Scores
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.statistics import ridge
+from duallora_edge.learner.statistics.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics
+from duallora_edge.learner.statistics.ridge import STRENGTHS, RidgeSums, random_projection
 
 F, D, SIZES = 4, 7, ((30, 2), (40, 3))  # f is the first part of the features; images and classes of two tasks
 RIGHT = (torch.tensor([9.0, 8, 0, 0, 0, 0, 0]), torch.tensor([0.0, 8, 9, 0, 0, 0, 0]))  # together 10^-2 is best
@@ -38,19 +36,16 @@ def draw(seed: int, images: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def tasks(monkeypatch: pytest.MonkeyPatch) -> list[TaskRecord]:
+def data(monkeypatch: pytest.MonkeyPatch) -> ClassifierData:
     """Two tasks of random features, with fewer random features than in use."""
-    monkeypatch.setattr(classifiers, "RANDOM_FEATURES", 50)
-    records = []
+    monkeypatch.setattr(ridge, "RANDOM_FEATURES", 50)
+    data = ClassifierData(F, [], [], [])
     for seed, (images, classes) in enumerate(SIZES):
         features, labels = draw(seed, images, classes)
-        info = TaskInfo(str(seed), tuple("abc"[:classes]), "frozen", "none", 0, "", {})
         head = torch.randn(classes, F + 1, generator=torch.Generator().manual_seed(seed))
-        memory = {**ridge_memory(features, labels, classes), "ridge.right": RIGHT[seed]}
-        statistics = ClassStatistics.of(features, labels, classes)
-        empty = CalibrationCurve.empty()
-        records.append(TaskRecord(info, (), head, statistics, empty, torch.zeros(1), torch.zeros(1), memory))
-    return records
+        sums = replace(RidgeSums.of(features, labels, classes), right=RIGHT[seed])
+        data = data.followed_by(head, ClassStatistics.of(features, labels, classes), sums)
+    return data
 
 
 def everything() -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +72,7 @@ def nearest_means(x: np.ndarray, train: np.ndarray, labels: np.ndarray) -> np.nd
     return np.array([[-np.square(row[:F] - mean).sum() / 2 for mean in means] for row in x])
 
 
-def least_squares(x: np.ndarray, train: np.ndarray, labels: np.ndarray, strength: float = RIDGES[1]) -> np.ndarray:
+def least_squares(x: np.ndarray, train: np.ndarray, labels: np.ndarray, strength: float = STRENGTHS[1]) -> np.ndarray:
     projection = random_projection(D).double().numpy()
     hidden, asked = (np.maximum(rows @ projection.T, 0) for rows in (train, x))
     gram = hidden.T @ hidden
@@ -94,9 +89,8 @@ SLOW: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_scores_equal_the_formula(tasks: list[TaskRecord], name: str) -> None:
-    gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
-    scores = CLASSIFIERS[name](tasks, gaussian)
+def test_scores_equal_the_formula(data: ClassifierData, name: str) -> None:
+    scores = CLASSIFIERS[name](data)
     x = draw(9, 12, 4)[0].double()
     read = x if scores.expansion is None else (x @ scores.expansion.double().T).relu()
     found = (read @ scores.weight.T + scores.bias).numpy()
@@ -107,36 +101,34 @@ def test_scores_equal_the_formula(tasks: list[TaskRecord], name: str) -> None:
     assert found.shape == (12, 5) and len(set(expected.argmax(axis=1))) > 1
 
 
-def test_heads_are_one_linear_layer_a_task(tasks: list[TaskRecord]) -> None:
-    gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
-    scores, x = CLASSIFIERS["heads"](tasks, gaussian), draw(9, 12, 4)[0].double()
-    slow = torch.cat([x[:, :F] @ t.head[:, :F].double().T + t.head[:, F].double() for t in tasks], dim=1)
+def test_heads_are_one_linear_layer_for_each_task(data: ClassifierData) -> None:
+    scores, x = CLASSIFIERS["heads"](data), draw(9, 12, 4)[0].double()
+    slow = torch.cat([x[:, :F] @ head[:, :F].double().T + head[:, F].double() for head in data.heads], dim=1)
     torch.testing.assert_close(x @ scores.weight.T + scores.bias, slow)
 
 
-def test_right_answers_at_each_strength_of_the_ridge(tasks: list[TaskRecord]) -> None:
+def test_right_answers_at_each_strength_of_the_ridge(data: ClassifierData) -> None:
     x, labels = draw(1, *SIZES[1])
-    truth = labels + SIZES[0][1]
-    slow = [(least_squares(x.double().numpy(), *everything(), s).argmax(axis=1) == truth.numpy()).sum() for s in RIDGES]
-    assert ridge_right(tasks, x, truth).tolist() == slow
+    truth = (labels + SIZES[0][1]).numpy()
+    slow = [(least_squares(x.double().numpy(), *everything(), s).argmax(axis=1) == truth).sum() for s in STRENGTHS]
+    first = data.ridge_sums[0]
+    assert first
+    found = fit_ridge_sums([first], draw(1, *SIZES[1]), (x, labels), SIZES[1][1])
+    assert found.right.tolist() == slow
     assert max(slow) > 30 > min(slow)
 
 
-def test_the_strength_is_chosen_over_all_tasks(tasks: list[TaskRecord]) -> None:
-    gaussian = GaussianClassifier.fit([task.statistics for task in tasks])
+def test_without_validation_images_there_are_no_right_answers(data: ClassifierData) -> None:
+    x, labels = draw(1, *SIZES[1])
+    assert fit_ridge_sums([], (x, labels), (x[:0], labels[:0]), SIZES[1][1]).right.tolist() == [0] * len(STRENGTHS)
 
+
+def test_the_strength_is_chosen_over_all_tasks(data: ClassifierData) -> None:
     def norm(*right: Tensor) -> float:
-        counted = [replace(t, memory={**t.memory, "ridge.right": r}) for t, r in zip(tasks, right, strict=True)]
-        return float(CLASSIFIERS["ridge"](counted, gaussian).weight.norm())
+        sums = [replace(t, right=r) for t, r in zip(data.ridge_sums, right, strict=True) if t]
+        return float(CLASSIFIERS["ridge"](replace(data, ridge_sums=sums)).weight.norm())
 
     assert norm(RIGHT[1], RIGHT[1]) < norm(*RIGHT) < norm(RIGHT[0], RIGHT[0])  # a stronger ridge is shorter
-
-
-def test_the_ridge_of_two_sets_of_images_is_their_sum(tasks: list[TaskRecord]) -> None:
-    x, labels = draw(5, 20, 2)
-    whole, parts = ridge_memory(x, labels, 2), [ridge_memory(x[s], labels[s], 2) for s in (slice(7), slice(7, None))]
-    for key in ("ridge.gram", "ridge.sums"):
-        torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], rtol=1e-4, atol=1e-4)
 
 
 def calibrated_temperature(scores: Scores, features: Tensor, labels: Tensor) -> float:
@@ -158,7 +150,7 @@ def test_overconfidence_is_the_temperature_of_gaussian_classes(images: int, dim:
         centre = rng.normal(size=dim)
         means = np.stack([centre, -centre]) / np.linalg.norm(centre)
         statistics = ClassStatistics.of(torch.from_numpy(rng.normal(size=(images, dim)) + means[labels]), labels, 2)
-        fitted = lda([], GaussianClassifier.fit([statistics]))
+        fitted = lda(ClassifierData(dim, [], [statistics], []))
         scores = replace(fitted, weight=factor * fitted.weight, bias=factor * fitted.bias)
         asked = torch.arange(20000) % 2
         new = torch.from_numpy(rng.normal(size=(20000, dim)) + means[asked])
@@ -170,6 +162,6 @@ def test_overconfidence_is_the_temperature_of_gaussian_classes(images: int, dim:
 def test_overconfidence_is_unknown_without_a_rival() -> None:
     catalogue = Catalogue.of([TaskInfo(name, ("a",), "frozen", "none", 0, "", {}) for name in "xy"])  # one class, twice
     statistics = [ClassStatistics.of(*draw(seed, 9, 1), 1) for seed in range(2)]
-    scores = lda([], GaussianClassifier.fit(statistics))
+    scores = lda(ClassifierData(F, [], statistics, []))
     assert overconfidence(scores, catalogue, statistics[1], 1) is None
     assert overconfidence(replace(scores, inflation=None), catalogue, statistics[1], 1) is None

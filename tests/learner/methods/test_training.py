@@ -97,9 +97,9 @@ def test_the_record_of_the_task_is_complete(make_task: MakeTask, learn: Learn) -
     info = records[0].info
     assert dict(info.counts) == {"k0": 7, "k1": 7, "k2": 7}  # held-back images are no training images
     assert float(records[0].statistics.counts.sum()) == 27  # but count in the statistics
-    assert info.held_back["images"] == 6 and 0 <= (info.held_back["accuracy"] or 0) <= 1
-    assert info.held_back["task_accuracy"] is None  # nothing to be told from
-    assert 0 <= (records[1].info.held_back["task_accuracy"] or 0) <= 1
+    assert info.validation["images"] == 6 and 0 <= (info.validation["accuracy"] or 0) <= 1
+    assert info.validation["gate_task_accuracy"] is None  # nothing to be told from
+    assert 0 <= (records[1].info.validation["gate_task_accuracy"] or 0) <= 1
     assert bool((records[0].novelty.diff() >= 0).all())
 
 

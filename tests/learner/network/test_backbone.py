@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from duallora_edge.errors import BackboneError
 from duallora_edge.learner import embedded
-from duallora_edge.learner.network.backbone import Backbone, BackboneInfo, load_backbone, spaced_blocks
+from duallora_edge.learner.network.backbone import Backbone, load_backbone, spaced_blocks
+from duallora_edge.learner.network.backbone_info import BackboneInfo
 
 SMALL = "test_vit"  # timm's own model for tests: 160 px, 6 blocks of width 64
 
