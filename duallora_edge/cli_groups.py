@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import click
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class GroupedOption(click.Option):
@@ -17,9 +18,17 @@ class GroupedOption(click.Option):
         self.group = group
 
 
-def option_group(title: str) -> Callable[..., Any]:
+class _OptionDecorator(Protocol):
+    def __call__(self, *names: str, **attributes: Any) -> Callable[[_Function], _Function]: ...
+
+
+def option_group(title: str) -> _OptionDecorator:
     """``click.option`` for the options of one group: ``data = option_group("Data")``, then ``@data("--data")``."""
-    return partial(click.option, cls=GroupedOption, group=title)
+
+    def option(*names: str, **attributes: Any) -> Callable[[_Function], _Function]:
+        return click.option(*names, cls=GroupedOption, group=title, **attributes)
+
+    return option
 
 
 class GroupedCommand(click.Command):
