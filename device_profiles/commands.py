@@ -74,7 +74,7 @@ def overview(profiles: Sequence[DeviceProfile], here: Detected) -> str:
     lines += [
         "",
         "In parentheses: values with the Super clocks. TFLOPS are dense peaks.",
-        f"ViT-S/16 ms: {YARDSTICK_NAME} in fp16, an estimate (±30 %), not measured; below 1 ms a lower bound.",
+        f"ViT-S/16 ms: {YARDSTICK_NAME} in fp16: estimate, not measured (±30 %); below 1 ms a lower bound.",
         "",
         f"This machine: {describe(here)}",
     ]

@@ -218,8 +218,9 @@ class TrainConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if isinstance(self.task_order, list):
-            object.__setattr__(self, "task_order", tuple(self.task_order))  # type: ignore[unreachable]
+        order: object = self.task_order
+        if isinstance(order, list):  # as YAML has it
+            object.__setattr__(self, "task_order", tuple(order))
         problems = [text for key, one in SETTINGS.items() if (text := one.problem(getattr(self, key)))]
         if problems:
             raise ConfigError(f"The configuration has problems: {'; '.join(problems)}.")

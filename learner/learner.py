@@ -1,4 +1,7 @@
-"""The Python interface of learning: one object for one run."""
+"""The Python interface of learning: one object for one run.
+
+PyTorch is imported by the methods that need it, so that undoing a task does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,14 @@ from duallora_edge.errors import RunError
 from duallora_edge.learner.callbacks import Callback, Callbacks
 from duallora_edge.learner.config import TrainConfig, load_config, read_yaml
 from duallora_edge.learner.distributed import main_only
-from duallora_edge.learner.evaluate import measure_run, report
 from duallora_edge.learner.measurements import stored_metrics
-from duallora_edge.learner.methods import METHODS, compose
-from duallora_edge.learner.network.answers import ComposedModel
+from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import train_run
 
 if TYPE_CHECKING:
+    from duallora_edge.learner.network.answers import ComposedModel
     from duallora_edge.learner.network.prefix_cache import PrefixCache
     from duallora_edge.runtime.bundle import Bundle
 
@@ -83,6 +84,8 @@ class Learner:
             DataError: The images cannot be used, or a known task has other images.
             RunError: The run is damaged, or another process writes to it.
         """
+        from duallora_edge.learner.train import train_run
+
         given = {"data": None if data is None else str(data), "task_name": task_name}
         named = [key for key, value in given.items() if value is not None]
         config = load_config(None, given, self._config)
@@ -103,6 +106,8 @@ class Learner:
                 not measured.
             DataError: ``data`` was given and cannot be read.
         """
+        from duallora_edge.learner.evaluate import measure_run, report
+
         others = [(other.path.name, other.metrics) for other in comparisons]
         run = RunDirectory.open(self.path)
         metrics = measure_run(
@@ -183,6 +188,8 @@ class Learner:
         Raises:
             RunError: The run is missing, empty or damaged, or the backbone's weights are not those it was made with.
         """
+        from duallora_edge.learner.methods import compose
+
         run = RunDirectory.open(self.path)
         records = run.records()
         if not records:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from duallora_edge.cli_groups import GroupedCommand, GroupedOption
+from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.settings import Setting
@@ -17,24 +17,16 @@ FLAGS = tuple(key for key, one in SETTINGS.items() if one.flag)
 METAVARS = {int: "N", float: "X"}
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """Names separated by commas."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+    return None if value is None else tuple(name.strip() for name in value.split(","))
 
 
-class MethodName(click.ParamType):  # type: ignore[type-arg]
-    """The name of a method, one of the user's own included."""
-
-    name = "method"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if problem := SETTINGS["method"].problem(value):
-            self.fail(problem, param, ctx)
-        return str(value)
+def _method(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The name of a method, which may be registered by a file of the user's own."""
+    if value is not None and (problem := SETTINGS["method"].problem(value)):
+        raise click.BadParameter(problem)
+    return value
 
 
 class MethodsCommand(GroupedCommand):
@@ -67,14 +59,13 @@ def setting_options(*keys: str) -> Callable[[Any], Any]:
 def _option(setting: Setting) -> Callable[[Any], Any]:
     attributes: dict[str, Any] = {"type": setting.kind, "metavar": setting.metavar or METAVARS.get(setting.kind)}
     if setting.key == "method":
-        attributes["type"] = MethodName()
+        attributes["callback"] = _method
     elif setting.choices:
         attributes = {"type": click.Choice(list(setting.choices))}
     elif setting.kind is tuple:
-        attributes["type"] = Names()
+        attributes |= {"type": str, "callback": _names}
     elif setting.kind is bool:
         attributes = {}
     text = f"{setting.help} [default: {setting.default_text}]"
-    return click.option(
-        flag_of(setting), setting.key, default=None, help=text, cls=GroupedOption, group=setting.group, **attributes
-    )
+    add = option_group(setting.group)
+    return add(flag_of(setting), setting.key, default=None, help=text, **attributes)

@@ -144,26 +144,23 @@ class RunDirectory:
             raise RunError(f"{path} is not a run (no run.yaml); 'duallora-edge train' makes one.")
         try:
             settings = read_yaml(path / "run.yaml")
-            if settings.pop("schema", None) != SCHEMA:
-                raise RunError(
-                    f"{path}/run.yaml is not of schema {SCHEMA}; train again, or use the version that wrote it."
-                )
-            if isinstance(method := settings.get("method"), str) and method not in METHODS:
-                raise RunError(
-                    f"The run {path} was trained with the method {quoted(method)}, which is not known here; "
-                    f"set {VARIABLE} to the file that registers it."
-                )
+        except (OSError, ConfigError) as error:
+            raise _damaged(path, error) from error
+        if settings.pop("schema", None) != SCHEMA:
+            raise RunError(f"{path}/run.yaml is not of schema {SCHEMA}; train again, or use the version that wrote it.")
+        if isinstance(method := settings.get("method"), str) and method not in METHODS:
+            raise RunError(
+                f"The run {path} was trained with the method {quoted(method)}, which is not known here; "
+                f"set {VARIABLE} to the file that registers it."
+            )
+        try:
             good, problems = sort_out(settings)
             if problems:
                 raise ConfigError("; ".join(problems))
-            if isinstance(good.get("task_order"), list):
-                good["task_order"] = tuple(good["task_order"])
             config = TrainConfig(**good)
             info = BackboneInfo.from_json(read_json(path / "backbone.json"))
         except (OSError, ValueError, ConfigError) as error:
-            raise RunError(
-                f"The run {path} is damaged ({str(error).splitlines()[0]}); restore it from a copy."
-            ) from error
+            raise _damaged(path, error) from error
         return cls(path, config, info)
 
     def backbone(self, weights: str | None = None) -> Backbone:
@@ -444,6 +441,10 @@ def _locked(path: Path) -> Iterator[None]:
             ) from error
         note_holder(file)
         yield
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(f"The run {path} is damaged ({str(error).splitlines()[0]}); restore it from a copy.")
 
 
 def _source(settings: object) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def _bands(height: int, width: int) -> Iterator[slice]:
     return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
 
-def read_image(image: Path | BinaryIO) -> Pixels:
+def read_image(image: str | Path | BinaryIO) -> Pixels:
     """Read an image file.
 
     The result is upright (EXIF orientation applied), with alpha laid over white, and the first of several frames.
@@ -190,6 +190,7 @@ def read_image(image: Path | BinaryIO) -> Pixels:
     Raises:
         DataError: The file is missing, damaged or truncated, or needs more memory than that.
     """
+    image = Path(image) if isinstance(image, str) else image
     name = escaped(str(image)) if isinstance(image, Path) else "The image"
     try:
         if not isinstance(image, Path):

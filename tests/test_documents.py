@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.export.bundle import write_bundle
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.methods import compose
+from duallora_edge.learner.methods import METHODS, compose
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import Listener, train_run
+from duallora_edge.learner.train import train_run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -95,7 +96,7 @@ def run_and_bundle(image_stream: Path, tmp_path_factory: pytest.TempPathFactory)
     """A run of two small tasks with every report, and the bundle of it."""
     folder = tmp_path_factory.mktemp("formats")
     config = TrainConfig(data=str(image_stream), device="cpu", precision="fp32", epochs=1, min_steps=2)
-    train_run(folder / "run", config, ["data"], Listener())
+    train_run(folder / "run", config, ["data"], Callback())
     run = RunDirectory.open(folder / "run")
     model = compose(run.backbone(), run.records()).eval()
     write_bundle(run, model, resolve_target("jetson"), folder / "bundle", None, precision="fp16", split=True)
@@ -173,3 +174,22 @@ def test_the_code_of_the_readme_runs(
             assert exit_code == 0, f"{line}: {err}"
             run.append(arguments[0])
     assert run == ["train", "train", "status", "export", "predict", "python"]
+
+
+def test_the_code_of_the_python_page_runs(
+    image_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one program, on generated photos."""
+    image_task(tmp_path / "photos", {"disc": 0, "square": 1}, train=6, test=2)
+    image_task(tmp_path / "new-products", {"cross": 2, "ring": 3}, train=6, test=2)
+    shutil.copy(tmp_path / "photos" / "test" / "disc" / "00.png", tmp_path / "some-photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    blocks = list(BLOCK.finditer((ROOT / "docs" / "python.md").read_text(encoding="utf-8")))
+    assert {block["language"] for block in blocks} == {"python"}
+    try:
+        exec(compile("\n".join(block["code"] for block in blocks), "python.md", "exec"), {})
+    finally:
+        METHODS.pop("free", None)
+    said = capfd.readouterr().out
+    assert "['photos', 'new-products']" in said and "learned new-products in" in said and "loss " in said
+    assert RunDirectory.open(tmp_path / "runs" / "site-b").config.method == "free"

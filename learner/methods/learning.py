@@ -87,7 +87,9 @@ def _check_fit(backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
     for task in tasks:
         info, last = task.info, tasks[-1]
         problem = ""
-        if (len(task.blocks), task.head.shape[1] - 1, task.statistics.means.shape[1]) != sizes:
+        if info.method not in METHODS:
+            problem = f"its method {info.method!r} is not known here"
+        elif (len(task.blocks), task.head.shape[1] - 1, task.statistics.means.shape[1]) != sizes:
             problem = "it was learned on another backbone"
         elif (info.method, info.classifier) != (last.info.method, last.info.classifier):
             problem = "it was learned with another method than the last one"

@@ -15,7 +15,7 @@ class Sequential(Method):
     """LoRA in the leading directions of each task's features, folded into the weights after the task."""
 
     name = "sequential"
-    summary = "unconstrained adapters of the same size, one linear head per task"
+    summary = "unconstrained adapters of the same size, one linear head for each task"
     classifier = "heads"
 
     def learn(self, lesson: Lesson) -> TaskRecord:

@@ -324,7 +324,7 @@ def edit_json(path: Path, **changes: object) -> None:
         (lambda path: edit_json(path / "backbone.json", summary_blocks=[]), "damaged .*summary_blocks: "),
         (
             lambda path: edit_yaml(path / "run.yaml", epochs=1.5, weights=5),
-            "epochs must be .*weights must be a",
+            "epochs must be .*weights must be text",
         ),
         (lambda path: (path / "run.yaml").write_text(f"schema: {SCHEMA}\nseed: 0x{'f' * 5000}"), "not a huge number"),
         (lambda path: (path / "run.yaml").write_text("a: &a {x: 1}\n<<: [*a, *a]"), "uses a YAML alias"),

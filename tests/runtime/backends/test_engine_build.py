@@ -676,7 +676,7 @@ def test_finding_an_engine_counts_as_use(shared_bundle: Path) -> None:
     record = engine.plan.parent / "engine.json"
     os.utime(record, (1, 1))
     find_engine(engine.key)
-    assert time.time() - record.stat().st_mtime < 60
+    assert record.stat().st_mtime > 10**9
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "nan"])

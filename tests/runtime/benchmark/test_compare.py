@@ -95,7 +95,7 @@ def test_only_what_both_reports_have_is_compared(document: dict[str, Any]) -> No
     assert MEDIAN not in [row.name for row in compare_reports(less, document, NAMES).rows]
     with pytest.raises(BudgetError, match="one report lacks the single stream"):
         check_ratio(compare_reports(less, document, NAMES), 1.0)
-    with pytest.raises(ReportError, match=r"a\.json and b\.json have no number in common"):
+    with pytest.raises(ReportError, match=r"a\.json and b\.json have no numbers in common"):
         compare_reports({"load_ms": None}, document, NAMES)
 
 

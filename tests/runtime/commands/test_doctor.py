@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,7 @@ def test_a_question_always_comes_back(write: Write, body: str, state: str, reaso
             {body}
         """
     )
-    start = time.monotonic()
     answer = ask(f"{name}:question", "two words", "ü", timeout_s=2.0)
-    assert time.monotonic() - start < 10
     expected = {"words": ["two words", "ü"]} if state == "ok" else {}
     assert (answer.state, answer.values, answer.reason) == (state, expected, reason)
 
@@ -394,7 +391,7 @@ def test_a_tensorrt_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pyt
         (
             {"tensorrt": Answer("no", reason="AttributeError: module 'numpy' has no attribute 'bool'.")},
             None,
-            "This tensorrt is older than NumPy allows: pip install 'numpy<1.24'",
+            "This tensorrt is too old for the installed NumPy: pip install 'numpy<1.24'",
         ),
         (
             {"onnxruntime": Answer("no", reason="ImportError: numpy.core.multiarray failed to import")},

@@ -125,7 +125,7 @@ def test_raw_frames(shared_bundle: Path) -> None:
     done = subprocess.run(command, input=frames + b"odd", capture_output=True, timeout=60)
     assert done.returncode == 0
     assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == list(COLORS)
-    assert b"the last frame was left out: 3 of its 2,304 bytes came" in done.stderr
+    assert b"the last frame was incomplete and left out (3 of 2,304 bytes)" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

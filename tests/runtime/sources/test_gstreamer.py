@@ -61,7 +61,7 @@ def test_the_arguments_of_the_program(pipeline: str, words: list[str]) -> None:
 
 
 def test_quotes_that_do_not_match() -> None:
-    with pytest.raises(SourceError, match=r"cannot be read \(No closing quotation\)"):
+    with pytest.raises(SourceError, match=r"cannot be parsed \(No closing quotation\)"):
         open_source("gst://filesrc location='a?width=4&height=4")
 
 
