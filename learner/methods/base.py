@@ -62,7 +62,7 @@ class Method(ABC):
             def loss(self, lesson):
                 return partial(distilled_cross_entropy, weight=lesson.config.distillation * (1 + lesson.number))
 
-        METHODS["cautious"] = Cautious()
+        METHODS["cautious"] = Cautious
 
     Attributes:
         name: the key in ``METHODS`` and the value of ``--method``; records name their method by it, so a run can be

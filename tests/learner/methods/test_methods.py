@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS, compose, learn_task
+from duallora_edge.learner.methods.dual_lora import DualLora
+from duallora_edge.learner.methods.lesson import Lesson
+from duallora_edge.learner.methods.losses import Loss, distilled_cross_entropy
 from duallora_edge.learner.methods.scoring import ClassifierData, lda, overconfidence
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.network.answers import Catalogue
@@ -338,3 +342,33 @@ def test_a_training_that_diverges_is_not_kept(make_task: MakeTask, learn: Learn,
     )
     with pytest.raises(RunError, match="Task 'third' cannot be learned: its training diverged"):
         learn([make_task("third", ["x", "y"], [0, 1])], [replace(two_tasks[0], blocks=blocks)])
+
+
+class Cautious(DualLora):
+    """The example of the documentation of `Method`."""
+
+    name = "cautious"
+    summary = "DualLoRA with a growing pull towards the old features"
+
+    def loss(self, lesson: Lesson) -> Loss:
+        return partial(distilled_cross_entropy, weight=lesson.config.distillation * (1 + lesson.number))
+
+
+def test_the_loss_of_a_method_of_ones_own_is_used(
+    learned: Callable[[str], list[TaskRecord]],
+    tasks: list[PreparedTask],
+    learn: Learn,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the first task its weight is that of DualLoRA, for the second one it is twice as large."""
+    monkeypatch.setattr(DualLora, "loss", Cautious.loss)
+    expected, found = learned("dual_lora"), learn(tasks, **QUICK)
+    assert torch.equal(found[0].head, expected[0].head) and not torch.equal(found[1].head, expected[1].head)
+
+
+def test_a_method_of_ones_own_answers_for_its_records(
+    tiny_backbone: Backbone, two_tasks: list[TaskRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "cautious", Cautious())
+    records = [changed(record, method="cautious") for record in two_tasks]
+    assert compose(tiny_backbone, records).catalogue.tasks == ("first", "second")
