@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint lock sbom audit clean
+.PHONY: demo test test-slow lint docs lock sbom audit clean
 
 # Learn five tasks of handwritten digits, export, verify and measure: about two minutes on two CPU cores.
 demo: $(READY)
@@ -17,14 +17,20 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# mypy does not follow the package mapping of an editable install, so it gets a tree of links.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf .build/types && mkdir -p .build/types
-	cp -rs $(CURDIR)/duallora_edge .build/types/duallora_edge
-	for part in learner export runtime device_profiles; do ln -s $(CURDIR)/$$part .build/types/duallora_edge/$$part; done
-	cd .build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p duallora_edge
+	$(BIN)/mypy -p duallora_edge
+	$(BIN)/lint-imports
+
+# The site, in out/site. Its sources are the documents where they lie, as a tree of links.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs benchmarks examples \
+	learner/embedded/MODEL_CARD.md scripts/check-install.py
+docs: $(READY)
+	rm -rf .build/site && mkdir -p $(addprefix .build/site/,$(sort $(dir $(PAGES))))
+	for page in $(PAGES); do ln -s $(CURDIR)/$$page .build/site/$$page; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in out/site."
 
 # requirements-dev.lock has the exact versions and the hashes of everything for one platform. Nothing is built from
 # source there but what has no wheel (LOCKED_SOURCES, small Python packages), by the setuptools of the lock.

@@ -23,9 +23,10 @@ import onnxruntime
 from onnxruntime.quantization import quantize_dynamic
 
 from duallora_edge.export.parity import Arrays, Parity, onnx_outputs, torch_outputs
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.methods import compose
+from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import Listener, read_images, source_groups
 from duallora_edge.runtime.bundle import INPUT, Bundle
 from duallora_edge.runtime.preprocess import Pixels
 
@@ -40,7 +41,7 @@ def main(run_path: Path, bundle_path: Path, images: int) -> None:
     names = {run.read_info(task).name for task in run.head()}
     pixels, labels = [], []
     for settings in source_groups(run, names):
-        for task in read_images(replace(run.config, **settings), run.info, Listener()).tasks:
+        for task in read_images(replace(run.config, **settings), run.info, Callback()).tasks:
             if task.name in names:
                 pixels.append(task.test.pixels)
                 labels += task.test.labels

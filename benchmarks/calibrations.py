@@ -24,11 +24,11 @@ from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.report.metrics import Cell, Predictions, pool
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.calibration import Mixture
-from duallora_edge.learner.terminal import TerminalListener
-from duallora_edge.learner.train import read_images, source_groups
+from duallora_edge.learner.terminal import TerminalCallback
 
 
 def within_tasks(logits: Tensor, task_of: Tensor, posterior: Tensor, temperature: float) -> Tensor:
@@ -71,7 +71,7 @@ def main(path: Path, weights: str | None, json_path: Path | None) -> None:
     cells: dict[str, list[Cell]] = {}
     cache = PrefixCache()
     for settings in source_groups(run, [info.name for info in infos]):
-        stream = read_images(replace(run.config, **settings), run.info, TerminalListener())
+        stream = read_images(replace(run.config, **settings), run.info, TerminalCallback())
         for task in stream.tasks:
             index = [info.name for info in infos].index(task.name)
             columns = [model.catalogue.classes.index(name) for name in infos[index].classes]

@@ -17,7 +17,7 @@ from statistics import median
 import click
 
 from duallora_edge.device_profiles import resolve_target
-from duallora_edge.export.bundle import export_run
+from duallora_edge.export.bundle import write_bundle
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
@@ -37,7 +37,7 @@ def main(run_path: Path, rounds: int) -> None:
         bundles = []
         for name, known in (("before", records[:-1]), ("after", records)):
             model = compose(run.backbone(), known).eval()
-            export_run(run, model, target, Path(folder) / name, None, precision="fp16", batch=1, split=True)
+            write_bundle(run, model, target, Path(folder) / name, None, precision="fp16", batch=1, split=True)
             bundles.append(Bundle.open(Path(folder) / name))
         before, after = bundles
         prefix, suffix = after.gpu_graphs

@@ -293,7 +293,7 @@ class Swapping:
     def work(self, folder: Path) -> None:
         os.environ["DUALLORA_EDGE_CACHE"] = str(folder / "cache")
         classifier = Classifier.load(self.bundle, "cpu", 1, trial=False)
-        classifier._tried = Trial(Opening("cpu", 1))
+        classifier._trial = Trial(Opening("cpu", 1))
         try:
             classifier.swap(folder / "new")
         except SwapError as error:

@@ -22,10 +22,12 @@ from PIL import Image
 
 from duallora_edge.errors import ConfigError
 from duallora_edge.files import read_json, write_json
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.memory_budget import FILE, UNITS, parse_bytes, resident_bytes
+from duallora_edge.learner.reading import read_images
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import Listener, new_backbone, read_images, train_run
+from duallora_edge.learner.train import new_backbone, train_run
 
 CLASSES = 4
 CHOSEN = ("micro_batch", "forward_batch", "recompute", "cache_bytes", "summaries")
@@ -49,7 +51,7 @@ def learn(run: Path, config: TrainConfig, threads: int, results: Any) -> None:
     torch.set_num_threads(threads)
     started = time.monotonic()
     try:
-        train_run(run, config, [], Listener())
+        train_run(run, config, [], Callback())
     except ConfigError as error:
         results.put((str(error), resident_bytes("VmHWM"), 0.0))
     else:
@@ -58,7 +60,7 @@ def learn(run: Path, config: TrainConfig, threads: int, results: Any) -> None:
 
 def decode(config: TrainConfig, results: Any) -> None:
     """Fill the cache of decoded images."""
-    read_images(config, new_backbone(config, Listener()).info, Listener())
+    read_images(config, new_backbone(config, Callback()).info, Callback())
     results.put(None)
 
 

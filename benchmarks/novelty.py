@@ -27,9 +27,9 @@ from duallora_edge.learner.methods import compose
 from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel
 from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
+from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.terminal import TerminalListener
-from duallora_edge.learner.train import read_images, source_groups
+from duallora_edge.learner.terminal import TerminalCallback
 
 Scores = npt.NDArray[np.float64]
 
@@ -52,7 +52,7 @@ def main(path: Path, weights: str | None, json_path: Path | None) -> None:
     names = [record.info.name for record in records]
     tests: dict[str, PixelSet] = {}
     for settings in source_groups(run, names):
-        stream = read_images(replace(run.config, **settings), run.info, TerminalListener())
+        stream = read_images(replace(run.config, **settings), run.info, TerminalCallback())
         tests.update({task.name: task.test for task in stream.tasks})
     cache = PrefixCache()
     encode = partial(Encoded, backbone, cache=cache, precision=run.config.precision)

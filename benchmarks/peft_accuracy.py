@@ -34,10 +34,10 @@ from duallora_edge.learner.methods.training import derive_seed, head_logits
 from duallora_edge.learner.network.backbone import Backbone, autocast
 from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded
+from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
-from duallora_edge.learner.terminal import TerminalListener
-from duallora_edge.learner.train import read_images, source_groups
+from duallora_edge.learner.terminal import TerminalCallback
 
 
 def train_peft(backbone: Backbone, task: PreparedTask, config: TrainConfig, labels: Tensor) -> VisionTransformer:
@@ -111,7 +111,7 @@ def main(path: Path, weights: str | None, learning_rate: float | None, threads: 
         raise click.UsageError(f"{path} was trained with {config.method}; it must be a run of --method joint.")
     backbone = run.backbone(weights)
     (settings,) = source_groups(run, [record.info.name for record in records])
-    task = read_images(replace(config, **settings), run.info, TerminalListener()).merged().tasks[0]
+    task = read_images(replace(config, **settings), run.info, TerminalCallback()).merged().tasks[0]
     if task.classes != records[0].info.classes:
         raise click.UsageError(f"The images of {path} have changed since it was trained.")
     labels, truth = (

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora_edge.files import write_json
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import learn_task
@@ -94,7 +95,7 @@ def ours(
     task = make_task(size, images, len(past))
     train = Encoded(backbone, task.train, task.classes, precision=config.precision)
     validation = Encoded(backbone, task.validation, task.classes, precision=config.precision)
-    lesson = Lesson(backbone, past, task, train, validation, config, NoCheckpoint(), lambda *_: None)
+    lesson = Lesson(backbone, past, task, train, validation, config, NoCheckpoint(), Callback())
     method = DualLora()
     if past:  # the rank is what counts for the time, not the directions
         features = torch.zeros(images, backbone.dim)
@@ -211,7 +212,7 @@ def learned(backbone: Backbone, config: TrainConfig, images: int, count: int) ->
     if not count:
         return []
     size = backbone.info.size
-    record = learn_task(backbone, [], make_task(size, images), config, NoCheckpoint(), lambda *_: None)
+    record = learn_task(backbone, [], make_task(size, images), config, NoCheckpoint(), Callback())
     tasks = [make_task(8, CLASSES, number) for number in range(count)]
     return [replace(record, info=replace(record.info, name=t.name, classes=t.classes)) for t in tasks]
 

@@ -1,10 +1,16 @@
-"""What is known about edge devices, which one this is, and what to expect from a model on it."""
+"""Edge devices: what is known about them, which one this machine is, and how fast a model may run there."""
 
-from duallora_edge.device_profiles.catalog import list_profiles
-from duallora_edge.device_profiles.detection import Detected, detect
-from duallora_edge.device_profiles.estimation import Estimate, Workload, estimate
-from duallora_edge.device_profiles.profile import DeviceProfile, JetPack, Mode, jetpacks
-from duallora_edge.device_profiles.targets import Target, load_profile, resolve_target
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from duallora_edge.device_profiles.catalog import list_profiles
+    from duallora_edge.device_profiles.detection import Detected, detect
+    from duallora_edge.device_profiles.estimation import Estimate, Workload, estimate
+    from duallora_edge.device_profiles.profile import DeviceProfile, JetPack, Mode, jetpacks
+    from duallora_edge.device_profiles.targets import Target, load_profile, resolve_target
 
 __all__ = [
     "Detected",
@@ -21,3 +27,26 @@ __all__ = [
     "load_profile",
     "resolve_target",
 ]
+
+# Imported when it is asked for: each child of the runtime needs the reader alone.
+_MODULES = {
+    "Detected": "detection",
+    "DeviceProfile": "profile",
+    "Estimate": "estimation",
+    "JetPack": "profile",
+    "Mode": "profile",
+    "Target": "targets",
+    "Workload": "estimation",
+    "detect": "detection",
+    "estimate": "estimation",
+    "jetpacks": "profile",
+    "list_profiles": "catalog",
+    "load_profile": "targets",
+    "resolve_target": "targets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

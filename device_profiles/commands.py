@@ -1,4 +1,4 @@
-"""``duallora-edge devices``: the known devices, one of them in full, and the machine this runs on."""
+"""``duallora-edge devices``: the known devices, one of them in full, and this machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from duallora_edge.device_profiles.profile import GIB, DeviceProfile, Mode, jetp
 from duallora_edge.device_profiles.targets import load_profile
 
 DLA_REFUSED = (
-    "refused. These accelerators have no operators for the attention of a vision transformer; nearly all of it would "
-    "run on the GPU and wait for copies."
+    "refused. These accelerators have no operators for the attention of a vision transformer; nearly all of the work "
+    "would run on the GPU and wait for copies."
 )
 # A yardstick: ViT-S/16 at 224 pixels has 4.6 G multiply-adds and 22.05 M weights; the activations are those
 # of one block (197 tokens x (384 + 1152 + 1536) values and 6 x 197 x 197 attention weights, fp16).
@@ -54,7 +54,7 @@ def devices(name: str | None, as_json: bool) -> None:
 
 
 def overview(profiles: Sequence[DeviceProfile], here: Detected) -> str:
-    """A table of ``profiles`` and a line for the machine this runs on."""
+    """A table of ``profiles``, and one line for this machine."""
     rows = [["NAME", "DEVICE", "MEMORY", "FP16 TFLOPS", "GB/s", "JETPACK", "ViT-S/16 ms"]]
     for profile in profiles:
         modes, estimates = list(profile.modes.values()), _yardsticks(profile)
@@ -73,8 +73,8 @@ def overview(profiles: Sequence[DeviceProfile], here: Detected) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [
         "",
-        "In parentheses: the Super clocks. TFLOPS are dense peaks.",
-        f"ViT-S/16 ms: {YARDSTICK_NAME}, fp16: estimate, not measured, ±30 %; below 1 ms a lower bound.",
+        "In parentheses: values with the Super clocks. TFLOPS are dense peaks.",
+        f"ViT-S/16 ms: {YARDSTICK_NAME} in fp16: estimate, not measured (±30 %); below 1 ms a lower bound.",
         "",
         f"This machine: {describe(here)}",
     ]
@@ -82,7 +82,7 @@ def overview(profiles: Sequence[DeviceProfile], here: Detected) -> str:
 
 
 def describe(here: Detected) -> str:
-    """One line for the machine this runs on."""
+    """One line for this machine."""
     facts = [here.model or here.cpu]
     facts.append(f"{here.cpu_cores} CPU cores" if here.cpu_cores else None)
     facts.append(f"{here.memory_bytes / GIB:.1f} GiB" if here.memory_bytes else None)
@@ -93,7 +93,7 @@ def describe(here: Detected) -> str:
 
 
 def page(profile: DeviceProfile) -> str:
-    """Everything a profile says, with a mark behind each value that is derived or not verified."""
+    """Everything in a profile; values that are derived or not verified are marked."""
     lines = [f"{profile.title} ({profile.name})"]
     if profile.aliases:
         lines.append(_row("also called", ", ".join(profile.aliases)))

@@ -19,7 +19,7 @@ GPU_QUERY = ["--query-gpu=name,compute_cap", "--format=csv,noheader"]
 
 @dataclass(frozen=True)
 class Detected:
-    """What this machine says about itself; None where it says nothing.
+    """What is known about this machine; None for what is unknown.
 
     ``profile`` is the name of the packaged profile that fits and ``reason`` how it was found. ``model`` and
     ``part`` come from the device tree (``part`` is NVIDIA's module number, "p3767-0005"), ``memory_bytes`` is
@@ -45,7 +45,7 @@ class Detected:
 
 
 def detect(root: Path = Path("/")) -> Detected:
-    """Recognise the machine whose file system is at ``root``; what is strange or missing gives None.
+    """Recognise the machine whose file system is at ``root``; unreadable or missing facts are None.
 
     On a machine that is not a Jetson, nvidia-smi is asked for the GPU when it is installed under ``root``.
     """
@@ -95,7 +95,7 @@ def _device_tree(root: Path, name: str) -> str:
 def _find_jetson(root: Path, model: str, compatible: str, memory: int | None) -> tuple[str | None, str | None, str]:
     """Part number, profile name and reason: by the module's part number, else by model name and memory."""
     found = re.findall(r"p\d{4}-\d{4}", compatible)
-    # Custom carrier boards often leave the part out of the device tree; the boot loader's settings keep it,
+    # Custom carrier boards often omit the part in the device tree; the boot loader's settings still have it,
     # as in "TNSPEC 3668-200-0001-G.0-1-2-..." (board, revision, SKU).
     found += [
         f"p{board}-{sku}"
@@ -112,13 +112,13 @@ def _find_jetson(root: Path, model: str, compatible: str, memory: int | None) ->
     if len(named) == 1:
         return None, named[0].name, f"model name '{model}'"
     if memory is None:
-        return None, None, f"model name '{model}', but not the memory size, which would tell which one"
+        return None, None, f"model name '{model}', but the memory size, which would decide between modules, is unknown"
     chosen = _by_memory(named, memory)
     return None, chosen.name, f"model name '{model}' with {memory / GIB:.1f} GiB of memory"
 
 
 def _by_memory(profiles: list[DeviceProfile], memory: int) -> DeviceProfile:
-    """The smallest module that holds ``memory``: Linux sees a little less than what is soldered on."""
+    """The smallest module with at least ``memory``; Linux sees slightly less than the module has."""
     by_size = sorted(profiles, key=lambda profile: profile.memory_bytes or 0)
     return next((profile for profile in by_size if (profile.memory_bytes or 0) >= memory), by_size[-1])
 
@@ -131,7 +131,7 @@ def _find_other(gpu: str | None, capability: str | None, architecture: str | Non
     without = f"; there is no profile for {gpu}" if gpu else ""
     if architecture in ("x86", "arm64"):
         return f"{architecture}-cpu", f"{architecture} CPU{without}"
-    return None, f"the processor's architecture could not be recognised{without}"
+    return None, f"the processor architecture could not be recognised{without}"
 
 
 def _memory_bytes(root: Path) -> int | None:

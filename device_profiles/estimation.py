@@ -6,10 +6,10 @@ The time of one run is a roofline without overlap,
 
 Every multiply-add counts as two FLOPs; the peak is dense. The two efficiencies of 0.6 are fitted to
 throughputs that NVIDIA publishes for the Jetson Orin Nano 8GB (Jetson AI Lab, benchmarks; frames/s normal ->
-Super): ViT-B/16 98 -> 158, ViT-B/32 171 -> 273, DINOv2-B/14 75 -> 126. The formula meets the first
+Super): ViT-B/16 98 -> 158, ViT-B/32 171 -> 273, DINOv2-B/14 75 -> 126. The formula matches the first
 two within 4 % and gives 7 to 13 % too many frames for DINOv2. These are three models on one module, and the
 batch size is not stated, nor is the image size (224 pixels are assumed); for every other device the formula is
-an extrapolation. Long sequences take longer than it says (the authors of NanoOWL give 40 ms for OWL-ViT B/16 at
+an extrapolation. Long sequences take longer than estimated (the authors of NanoOWL give 40 ms for OWL-ViT B/16 at
 768 pixels on an AGX Orin), and below about 1 ms the time to launch kernels dominates.
 
 fp32 takes the peak of the CUDA cores instead, with no published point to check it.
@@ -32,14 +32,14 @@ LAUNCH_BOUND_MS = 1.0
 GPU_RUNTIME_BYTES = 600_000_000
 # Resident size of Python, NumPy and ONNX Runtime 1.31 with one small CPU session: measured on x86-64.
 CPU_RUNTIME_BYTES = 65_000_000
-# What firmware and a Linux without desktop keep of a Jetson's or a computer's memory, and what the driver and
-# a desktop keep of a graphics card's: assumptions.
+# Memory that firmware and a Linux without desktop take on a Jetson or computer, and that the driver and
+# a desktop take on a graphics card: assumptions.
 SYSTEM_BYTES = {"jetson": 1.5 * GIB, "cpu": 1.5 * GIB, "rtx": 0.5 * GIB}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one run of a model takes.
+    """What one inference takes.
 
     ``flops``: floating-point operations per image (twice the multiply-adds). ``weight_bytes``: all weights in
     the precision that runs. ``activation_bytes``: estimated peak of intermediate results at this ``batch``.
@@ -63,7 +63,7 @@ class Workload:
 class Estimate:
     """What `estimate` found. Times in ms are for one batch, ``fps`` counts images; None is unknown.
 
-    ``fits`` is None when the memory of the device is unknown. ``note`` belongs beside every number shown.
+    ``fits`` is None when the memory of the device is unknown. Show ``note`` beside every number.
     """
 
     profile: str
@@ -84,7 +84,7 @@ class Estimate:
         """One sentence for people: latency with its range, memory, whether it fits, and the note."""
         latency = "latency unknown"
         if self.latency_ms is not None:
-            latency = f"{self.latency_ms:.2f} ms a batch of {self.batch} ({self.low_ms:.2f} to {self.high_ms:.2f})"
+            latency = f"{self.latency_ms:.2f} ms for a batch of {self.batch} ({self.low_ms:.2f} to {self.high_ms:.2f})"
         fits = {True: "fits", False: "does not fit", None: "fit unknown"}[self.fits]
         memory = f"{self.memory_bytes / 1e6:.0f} MB"
         return f"{self.profile}, {self.mode} mode, {self.precision}: {latency}, {memory}, {fits}. {self.note}"
@@ -143,7 +143,7 @@ def _latency_ms(profile: DeviceProfile, workload: Workload, precision: str, mode
 def _note(profile: DeviceProfile, precision: str, latency: float | None) -> str:
     note = "estimate, not measured"
     if latency is None:
-        return f"{note}; no latency, because CPUs differ too much: measure with 'duallora-edge benchmark'"
+        return f"{note}; no latency, because CPUs differ too much; measure with 'duallora-edge benchmark'"
     note += f" (±{SPREAD:.0%}, fitted to published ViT-B throughputs of the Jetson Orin Nano 8GB"
     note += ", extrapolated to this device)" if profile.compute_capability != "8.7" else ")"
     if precision != "fp16":

@@ -1,4 +1,4 @@
-"""What is known about one device, as its YAML file says it."""
+"""What the YAML file of a device says about it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """One device. What it does not have is None or empty (a CPU profile has no GPU and no modes).
+    """One device. Fields that do not apply are None or empty (a CPU profile has no GPU and no modes).
 
     ``memory_bytes`` is the nominal size (GB of the data sheet as GiB). ``precisions`` maps a precision to
     None when it is offered, otherwise to the reason why not. ``opset`` and ``ir_version`` are None for a
@@ -268,7 +268,7 @@ def _read_jetpack_support(top: Section, kind: str) -> tuple[tuple[str, ...], str
 
 
 def _read_marks(top: Section, key: str) -> tuple[str, ...]:
-    """Dotted paths that must lead somewhere in the file, so that a mark cannot outlive its value."""
+    """Dotted paths of marked values; each must exist in the file."""
     marks = top.texts(key) if top.has(key) else ()
     for mark in marks:
         value: Any = top.values

@@ -1,4 +1,4 @@
-"""Reading a YAML file from anywhere: bounded, and with all of its problems found in one go."""
+"""Reading a YAML file that may hold anything: within limits, and with all its problems reported at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from duallora_edge.errors import ProfileError
 
@@ -21,8 +19,10 @@ def read_yaml(path: Path) -> Any:
     """Parse a YAML file of at most `MAX_BYTES`.
 
     Raises `ProfileError` when it cannot be read, is too large, or is not plain YAML. Anchors are refused:
-    profiles do not need them, and a few lines of nested ones unfold to gigabytes.
+    profiles do not need them, and a few nested ones can expand to gigabytes.
     """
+    import yaml  # here, for whoever reads a bundle needs only `Section`
+
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -41,7 +41,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` with a leading blank, or an empty string when nothing is near."""
+    """`` Did you mean 'x'?`` with a leading space, or an empty string if nothing is similar."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
@@ -137,7 +137,7 @@ class Section:
         return ()
 
     def finish(self) -> None:
-        """Report the keys that nobody asked for."""
+        """Report unknown keys."""
         for key in self.values:
             if key not in self.asked:
                 self.problem("", f"unknown key {reprlib.repr(key)}.{did_you_mean(str(key), self.asked)}")

@@ -1,4 +1,4 @@
-"""Finding a profile by name, and turning what a user asks for into what the exporter has to write."""
+"""Finding a profile by name, and turning a target into what the exporter has to write."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def resolve_target(target: str, jetpack: str | None = None) -> Target:
 
     Without ``jetpack``: the one installed on this machine when ``target`` is ``jetson`` and this is one,
     otherwise the default of the profile. Raises `ProfileError` when the device or the JetPack is unknown,
-    they do not go together, or the JetPack is too old to export for.
+    the device does not run that JetPack, or it is too old to export for.
     """
     reason, installed = "", None
     if target.strip().lower() == "jetson":
@@ -78,7 +78,7 @@ def resolve_target(target: str, jetpack: str | None = None) -> Target:
     reason = reason or f"{target} is {profile.title}"
     if profile.opset is not None and profile.ir_version is not None:
         if jetpack is not None:
-            raise ProfileError(f"{profile.name} has no JetPack; leave the JetPack version out.")
+            raise ProfileError(f"{profile.name} has no JetPack; leave out the JetPack version.")
         return Target(profile, None, None, profile.opset, profile.ir_version, reason)
     if jetpack is None:
         chosen = installed or str(profile.default_jetpack)
@@ -120,4 +120,4 @@ def _other_lines(profile: DeviceProfile) -> str:
     usable = [line for line in profile.jetpacks if not jetpacks()[line].refused]
     if usable:
         return f"update the device to JetPack {usable[-1]}"
-    return "there is no newer JetPack for this module, so choose another device"
+    return "this module has no newer JetPack; choose another device"

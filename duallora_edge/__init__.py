@@ -1,3 +1,3 @@
 """duallora-edge: continual learning of vision transformers for edge devices."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

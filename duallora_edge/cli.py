@@ -17,24 +17,43 @@ from duallora_edge.text import escaped
 # name -> ("module:attribute", extra that brings what the module imports, one-line help)
 COMMANDS = {
     "demo": ("duallora_edge.demo:demo", "demo", "Learn, export, verify and measure on embedded data."),
-    "train": ("duallora_edge.learner.commands:train", "train", "Learn the next task(s) of a run; resumes by itself."),
-    "compare": ("duallora_edge.compare:compare", "train", "Several methods and seeds on one stream: one table."),
-    "evaluate": ("duallora_edge.learner.commands:evaluate", "train", "Accuracy matrix, forgetting, calibration."),
-    "status": ("duallora_edge.learner.commands:status", "train", "Tasks, classes, sizes and accuracy of a run."),
+    "train": (
+        "duallora_edge.learner.commands:train",
+        "train",
+        "Learn the next task(s) of a run; continues where it stopped.",
+    ),
+    "compare": ("duallora_edge.compare:compare", "train", "Compare methods and seeds on one task sequence."),
+    "evaluate": (
+        "duallora_edge.learner.commands:evaluate",
+        "train",
+        "Accuracy matrix, forgetting and calibration of a run.",
+    ),
+    "status": ("duallora_edge.learner.commands:status", "train", "Show tasks, classes, sizes and accuracy of a run."),
     "rollback": ("duallora_edge.learner.commands:rollback", "train", "Undo the last task of a run."),
     "remove": ("duallora_edge.learner.commands:remove", "train", "Take one task out of a run."),
     "export": ("duallora_edge.export.commands:export", "train", "Write a verified bundle for a device."),
-    "build": ("duallora_edge.runtime.commands.build:build", "tensorrt", "TensorRT engine for this device, checked."),
+    "build": (
+        "duallora_edge.runtime.commands.build:build",
+        "tensorrt",
+        "Build and check a TensorRT engine for this device.",
+    ),
     "predict": ("duallora_edge.runtime.commands.predict:predict", "cpu", "Classify images with a bundle."),
-    "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file: JSON lines out."),
-    "benchmark": ("duallora_edge.runtime.commands.benchmark:benchmark", "cpu", "Latency and memory of a bundle here."),
-    "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "The known devices, and this one."),
+    "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file; prints JSON lines."),
+    "benchmark": (
+        "duallora_edge.runtime.commands.benchmark:benchmark",
+        "cpu",
+        "Measure latency and memory of a bundle on this machine.",
+    ),
+    "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "List the known devices and this machine."),
     "doctor": (
         "duallora_edge.runtime.commands.doctor:doctor",
         "cpu",
-        "What this machine can really run, and what is wrong.",
+        "Find out what this machine can run, and what is wrong.",
     ),
 }
+
+
+DEBUG_HELP = "Show the traceback of an error."
 
 
 class LazyGroup(click.Group):
@@ -55,7 +74,7 @@ class LazyGroup(click.Group):
                 f"'{cmd_name}' needs the package {error.name}, which is not installed: "
                 f"pip install 'duallora-edge[{extra}]'."
             ) from error
-        return command
+        return _with_debug(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -73,9 +92,16 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def _with_debug(command: click.Command) -> click.Command:
+    """The command with ``--debug`` among its options, so that it works after the command's name too."""
+    if not any(parameter.name == "debug" for parameter in command.params):
+        command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG_HELP))
+    return command
+
+
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="duallora-edge")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help=DEBUG_HELP)
 def cli(debug: bool) -> None:
     """Teach a vision transformer new tasks without forgetting, and run it on edge devices.
 
@@ -95,7 +121,7 @@ def main(args: list[str] | None = None) -> None:
             result: Any = cli.main(arguments, standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except click.exceptions.Abort:
-        click.echo("Interrupted; what was committed is kept.", err=True)
+        click.echo("Interrupted; everything committed so far is kept.", err=True)
         code = 1
     except click.ClickException as error:
         shown = io.StringIO()
@@ -106,7 +132,7 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (DualLoraEdgeError, OSError) as error:
-        if "--debug" in arguments:
+        if "--debug" in arguments[: arguments.index("--") if "--" in arguments else None]:
             raise
         click.echo(f"Error: {escaped(_sentence(error))}", err=True)
         code = 1

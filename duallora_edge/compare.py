@@ -30,7 +30,7 @@ from duallora_edge.learner.options import MethodsCommand, setting_options
 from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.terminal import TerminalListener
+from duallora_edge.learner.terminal import TerminalCallback
 from duallora_edge.learner.train import open_run, train_run
 from duallora_edge.runtime.bundle import INPUT
 
@@ -89,7 +89,7 @@ class Variant:
         return self.label.replace(":", "-").replace("=", "_")
 
 
-class Stopwatch(TerminalListener):
+class Stopwatch(TerminalCallback):
     """Shows progress, and adds up how long learning took."""
 
     seconds = 0.0

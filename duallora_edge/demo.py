@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,17 +11,14 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from duallora_edge.device_profiles import resolve_target
-from duallora_edge.export.bundle import export_run
-from duallora_edge.export.commands import training_images
+from duallora_edge.export.export import export_run
 from duallora_edge.learner.commands import echo, show_metrics
-from duallora_edge.learner.config import SETTINGS, TrainConfig
+from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.evaluate import report
-from duallora_edge.learner.methods import compose
+from duallora_edge.learner.learner import Learner
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.terminal import TerminalListener
-from duallora_edge.learner.train import train_run
+from duallora_edge.learner.terminal import TerminalCallback
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.preprocess import read_image
 
@@ -47,24 +43,21 @@ def demo(folder: Path, seed: int) -> None:
     Example:
       duallora-edge demo --run out/demo
     """
-    listener = TerminalListener()
+    terminal = TerminalCallback()
     write_digits(folder / "images")
-    config = TrainConfig(data=str(folder / "images"), seed=seed)
+    learners = {method: Learner(folder / method, callbacks=[terminal], method=method, seed=seed) for method in METHODS}
     results: dict[str, Metrics] = {}
-    for method in METHODS:
-        listener.say(f"\n== {method}")
-        chosen = replace(config, method=method)
-        results[method] = train_run(folder / method, chosen, ["method", "seed"], listener)
-    run = RunDirectory.open(folder / METHODS[0])
-    page = report(run, results[METHODS[0]], [(METHODS[1], results[METHODS[1]])])
-    listener.say("\n== export for a Jetson, checked against the trained model")
-    model = compose(run.backbone(), run.records()).eval()
-    exported = export_run(run, model, resolve_target("jetson"), folder / "bundle", training_images(run))
+    for method, learner in learners.items():
+        terminal.say(f"\n== {method}")
+        results[method] = learner.learn(folder / "images")
+    page = report(RunDirectory.open(folder / METHODS[0]), results[METHODS[0]], [(METHODS[1], results[METHODS[1]])])
+    terminal.say("\n== export for a Jetson, checked against the trained model")
+    exported = export_run(folder / METHODS[0], folder / "bundle", precision="fp32", batch=0, say=terminal.say)
     for what in ("generated", "real"):
         parity = exported.manifest.parity[what]
         echo(f"Agreement on {parity['images']} {what} images: {100 * parity['top1_agreement']:.2f} %")
     echo(f"Estimate: {exported.estimates[0].text}")
-    listener.say("\n== the light runtime on this machine")
+    terminal.say("\n== the light runtime on this machine")
     classifier = Classifier.load(folder / "bundle")
     for path in sorted((folder / "images").glob("*/test/*/*.png"))[::90]:
         prediction = classifier(read_image(path))

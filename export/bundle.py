@@ -50,17 +50,23 @@ Graphs = Mapping[tuple[str, Part], onnx.ModelProto]  # by precision and part, th
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: the manifest, and the estimates for the target (one a power mode).
+    """What an export made: the bundle's folder, its manifest, and an estimate for each power mode of the target.
 
     ``kept``: folders with what came to lie in the replaced bundle meanwhile, and was no part of it.
     """
 
+    path: Path
     manifest: Manifest
     estimates: tuple[Estimate, ...]
     kept: tuple[Path, ...] = ()
 
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle, opened and verified. Raises `BundleError` when it was changed since."""
+        return Bundle.open(self.path)
 
-def export_run(
+
+def write_bundle(
     run: RunDirectory,
     model: ComposedModel,
     target: Target,
@@ -119,7 +125,7 @@ def export_run(
         parity=parity,
         provenance=_provenance(run),
     )
-    return Exported(manifest, estimates, _write(output, replaced, manifest, written))
+    return Exported(output, manifest, estimates, _write(output, replaced, manifest, written))
 
 
 def _write(

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import click
-import numpy as np
 
 from duallora_edge.cli_groups import GroupedCommand, option_group
-from duallora_edge.device_profiles import DeviceProfile, resolve_target
 from duallora_edge.device_profiles.profile import PRECISIONS
-from duallora_edge.errors import DataError, ExportError
-from duallora_edge.export.bundle import export_run
-from duallora_edge.learner.methods import compose
-from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import Listener, read_images, source_groups
+from duallora_edge.export.export import export_run
 from duallora_edge.runtime.bundle import MAX_BATCH
-from duallora_edge.runtime.preprocess import Pixels
 from duallora_edge.text import escaped
-
-REAL_IMAGES = 256
 
 
 def _batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -31,19 +21,6 @@ def _batch(context: click.Context, parameter: click.Parameter, value: str | None
     if value.isdecimal() and 1 <= int(value) <= MAX_BATCH:
         return int(value)
     raise click.BadParameter(f"'{value}' is neither 'dynamic' nor a number from 1 to {MAX_BATCH}.")
-
-
-def pick_precision(profile: DeviceProfile, wanted: str) -> str:
-    """The precision for a device: ``auto`` is its default. Raises `ExportError` with the reason when it is refused."""
-    if wanted == "auto":
-        return profile.default_precision
-    if wanted not in ("fp32", "fp16"):
-        reason = profile.precisions.get(wanted) or "this project has no such graph"
-        raise ExportError(f"{wanted} is not exported for {profile.name}: {reason.rstrip('.')}; use --precision auto.")
-    refused = profile.precisions.get(wanted, "the device does not offer it")
-    if refused is not None:
-        raise ExportError(f"{wanted} is not exported for {profile.name}: {refused.rstrip('.')}; use --precision fp32.")
-    return wanted
 
 
 essential, graph, output_group = option_group("Essentials"), option_group("Graph"), option_group("Output")
@@ -101,24 +78,17 @@ def export(
       duallora-edge export runs/site-a --target jetson -o bundle
       duallora-edge export runs/site-a --target orin-nx-16gb --jetpack 6.2 -o bundle
     """
-    resolved = resolve_target(target, jetpack)
-    opened = RunDirectory.open(run)
-    records = opened.records()
-    if not records:
-        raise ExportError(f"The run {run} has learned no task yet; 'duallora-edge train' teaches it one.")
-    click.echo(escaped(f"Target: {resolved.reason}"), err=True)
-    model = compose(opened.backbone(weights), records).eval()
-    on_cpu = resolved.profile.kind == "cpu"
     exported = export_run(
-        opened,
-        model,
-        resolved,
+        run,
         output,
-        training_images(opened),
-        bundle_version,
-        precision=pick_precision(resolved.profile, precision),
-        batch=batch or (None if on_cpu or batch == 0 else 1),
+        target,
+        jetpack=jetpack,
+        precision=precision,
+        batch=batch,
         split=split,
+        bundle_version=bundle_version,
+        weights=weights,
+        say=lambda text: click.echo(escaped(text), err=True),
     )
     for folder in exported.kept:
         click.echo(escaped(f"Files that were not part of the older bundle are kept in {folder}"), err=True)
@@ -139,23 +109,3 @@ def export(
     sizes = [record.bytes for name, record in exported.manifest.files.items() if name.endswith(".onnx")]
     texts = " + ".join(f"{size / 1e6:.1f}" for size in sizes)
     click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {texts} MB"))
-
-
-def training_images(run: RunDirectory) -> Pixels | None:
-    """Up to `REAL_IMAGES` training images, spread over the tasks, or None, with a message, if no source can be read."""
-    names = {run.read_info(task).name for task in run.head()}
-    pixels: list[Pixels] = []
-    for settings in source_groups(run, names):
-        if not settings:
-            click.echo("Parity is not checked on real images of tasks whose source is no longer known.", err=True)
-            continue
-        try:
-            stream = read_images(replace(run.config, **settings), run.info, Listener())
-        except DataError as error:
-            click.echo(escaped(f"Parity is not checked on real images of {settings.get('data')}: {error}"), err=True)
-            continue
-        for task in stream.tasks:
-            if task.name in names and len(task.train):
-                count = min(len(task.train), -(-REAL_IMAGES // len(names)))
-                pixels.append(task.train.pixels[np.linspace(0, len(task.train) - 1, count, dtype=np.int64)])
-    return np.concatenate(pixels) if pixels else None

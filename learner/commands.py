@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from duallora_edge.cli_groups import GroupedCommand, option_group
-from duallora_edge.errors import RunError
 from duallora_edge.files import cache_folder, write_json
-from duallora_edge.learner.config import SETTINGS, load_config, read_yaml
+from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import FLAGS, MethodsCommand, setting_options
 from duallora_edge.learner.run_directory import RunDirectory
@@ -73,21 +72,21 @@ def train(
       duallora-edge train --data more-photos/ --run runs/site-a
     """
     from duallora_edge.learner import distributed
-    from duallora_edge.learner.terminal import TerminalListener
+    from duallora_edge.learner.device import pick_device
+    from duallora_edge.learner.learner import Learner
+    from duallora_edge.learner.terminal import TerminalCallback
     from duallora_edge.learner.timing import profiling
-    from duallora_edge.learner.train import Listener, pick_device, train_run
 
     with distributed.process_group():
-        config = distributed.on_main(lambda: load_config(config_path, flags))
-        given = [*(key for key, value in flags.items() if value is not None), *config_keys(config_path)]
-        listener = TerminalListener() if distributed.is_main() else Listener()
+        callbacks = [TerminalCallback()] if distributed.is_main() else []
+        learner = Learner(run_path, config=config_path, callbacks=callbacks, **flags)
         if profiled and distributed.is_main():
-            with profiling(pick_device(config.device)) as profile:
-                metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
+            with profiling(pick_device(learner.config.device)) as profile:
+                metrics = learner.learn(evaluate=evaluate)
             write_json(run_path / "reports" / "profile.json", profile.to_json())
-            listener.say(profile.table())
+            echo(profile.table(), err=True)
         else:
-            metrics = train_run(run_path, config, given, listener, evaluate=evaluate)
+            metrics = learner.learn(evaluate=evaluate)
         if distributed.is_main():
             if evaluate or as_json:
                 show_metrics(metrics, as_json)
@@ -116,16 +115,13 @@ def evaluate(
       duallora-edge evaluate runs/site-a
       duallora-edge evaluate runs/site-a --compare runs/site-a-sequential
     """
-    from duallora_edge.learner.evaluate import report
-    from duallora_edge.learner.terminal import TerminalListener
-    from duallora_edge.learner.train import measure_run
+    from duallora_edge.learner.learner import Learner
+    from duallora_edge.learner.terminal import TerminalCallback
 
-    opened = RunDirectory.open(run)
-    comparisons = [(other.name, stored_metrics(RunDirectory.open(other))) for other in others]
-    metrics = measure_run(opened, data, device, weights, TerminalListener())
-    if comparisons:
-        report(opened, metrics, comparisons)
-    show_metrics(metrics, as_json, comparisons)
+    learner = Learner(run, callbacks=[TerminalCallback()], device=device, weights=weights)
+    compared = [Learner(other) for other in others]
+    metrics = learner.evaluate(data, comparisons=compared)
+    show_metrics(metrics, as_json, [(other.path.name, other.metrics) for other in compared])
     echo(f"Report: {run / 'reports' / 'report.html'}", err=as_json)
 
 
@@ -159,15 +155,12 @@ def rollback(run: Path) -> None:
     Example:
       duallora-edge rollback runs/site-a
     """
-    opened = RunDirectory.open(run)
-    with opened.locked():
-        head = opened.head()
-        if not head:
-            raise RunError(f"The run {run} has no task to undo.")
-        name = opened.read_info(head[-1]).name
-        kept = opened.set_head(head[:-1])
-    say_kept(kept)
-    echo(f"Undid {one_line(name)}; {len(head) - 1} task(s) left.  Run: {run}")
+    from duallora_edge.learner.learner import Learner
+    from duallora_edge.learner.terminal import TerminalCallback
+
+    learner = Learner(run, callbacks=[TerminalCallback()])
+    name = learner.rollback()
+    echo(f"Undid {one_line(name)}; {len(learner.tasks)} task(s) left.  Run: {run}")
 
 
 @click.command()
@@ -183,29 +176,15 @@ def remove(run: Path, task: str) -> None:
     Example:
       duallora-edge remove runs/site-a dtd10
     """
-    opened = RunDirectory.open(run)
-    with opened.locked():
-        entry = opened.find(task)
-        head = opened.head()
-        if entry != head[-1] and not METHODS[opened.config.method].removable:
-            raise RunError(f"Later tasks of {opened.config.method} build on {task}; only the newest can be removed.")
-        kept = opened.set_head([other for other in head if other != entry])
-    say_kept(kept)
+    from duallora_edge.learner.learner import Learner
+    from duallora_edge.learner.terminal import TerminalCallback
+
+    learner = Learner(run, callbacks=[TerminalCallback()])
+    learner.remove(task)
     echo(
-        f"Removed {one_line(task)}; {len(head) - 1} task(s) left. 'duallora-edge evaluate {run}' measures them.  "
+        f"Removed {one_line(task)}; {len(learner.tasks)} task(s) left. 'duallora-edge evaluate {run}' measures them.  "
         f"Run: {run}"
     )
-
-
-def say_kept(folders: Sequence[Path]) -> None:
-    """Say which folders of deleted tasks stay."""
-    for folder in folders:
-        click.echo(f"{folder} stays, because it holds files that the task did not write.", err=True)
-
-
-def config_keys(path: Path | None) -> list[str]:
-    """The settings that a YAML file names."""
-    return [] if path is None else list(read_yaml(path))
 
 
 def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[str, Metrics]] = ()) -> None:
@@ -225,25 +204,9 @@ def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[st
         echo(f"{definition.title:<{width}}{values}")
 
 
-def stored_metrics(run: RunDirectory) -> Metrics:
-    """The metrics of a run as they were measured last. Raises `RunError` when a state has not been measured."""
-    from duallora_edge.learner.report.measured import measured_rows
-    from duallora_edge.learner.report.metrics import Metrics, TaskClasses
-
-    head, known = run.head(), measured_rows(run)
-    infos = [run.read_info(task) for task in head]
-    try:
-        rows = tuple(known[run.digest(head[:k])] for k in range(1, len(head) + 1))
-        return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), rows)
-    except (KeyError, ValueError) as error:
-        raise RunError(
-            f"The run {run.path} has not been measured; 'duallora-edge evaluate {run.path}' does it."
-        ) from error
-
-
 def describe(run: RunDirectory) -> dict[str, Any]:
     """What `status` prints, for programs."""
-    from duallora_edge.learner.report.measured import measured_rows
+    from duallora_edge.learner.measurements import measured_rows
     from duallora_edge.learner.report.metrics import pool
 
     head, known = run.head(), measured_rows(run)

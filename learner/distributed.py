@@ -1,8 +1,8 @@
 """One training by several processes (ranks) that ``torchrun`` starts, on one machine or many.
 
 Every rank runs the same program. What is expensive is split (images behind the frozen prefix, the images of a step),
-what is small is done by all, and the run folder is written by rank 0 alone. Without ``torchrun`` there is one rank,
-and each function here is no more than the work that it is given.
+what is small is done by all, and the run directory is read and written by rank 0 alone (`main_only`). Without
+``torchrun`` there is one rank, and each function here only does the work that it is given, without importing torch.
 
 Gradients are summed by an explicit all-reduce of one flat buffer a step. The wrapper of torch for data-parallel modules
 would hide nothing behind the backward pass (the trained tensors are some hundred kilobytes), wants them in a module,
@@ -12,6 +12,7 @@ and averages over ranks as if all had equally many images, which the last batch 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -19,15 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from duallora_edge.errors import ConfigError, DualLoraEdgeError, RunError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+P = ParamSpec("P")
 T = TypeVar("T")
 Items = TypeVar("Items", bound=Sequence[object])
 
@@ -60,17 +60,22 @@ class _Group:
     """
 
     def __init__(self) -> None:
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
         timeout = timedelta(seconds=_timeout())
-        self.store, rank, size = next(rendezvous("env://", timeout=timeout))
+        self.store, self.rank, self.world_size = next(rendezvous("env://", timeout=timeout))
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-        dist.init_process_group(backend, store=self.store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(patient, dist.ProcessGroup)  # something else only for a rank that is no member
         self.patient = patient
         self.heard: Exception | None = None  # the last error that another rank had
+        self.alone = False  # whether rank 0 does something that the others wait for
 
     def is_told(self) -> bool:
         """Whether another rank has told the user why this training ended; else this one is about to."""
@@ -85,12 +90,12 @@ _group: _Group | None = None
 
 def rank() -> int:
     """The rank of this process, as in torch.distributed; 0 without `torchrun`."""
-    return dist.get_rank() if _group else 0
+    return _group.rank if _group else 0
 
 
 def world_size() -> int:
     """The number of ranks; 1 without `torchrun`."""
-    return dist.get_world_size() if _group else 1
+    return _group.world_size if _group else 1
 
 
 def is_main() -> bool:
@@ -115,9 +120,11 @@ def process_group() -> Iterator[None]:
     Raises `LostProcessError` when another rank is lost, `SystemExit` where another rank tells the user what is wrong.
     """
     global _group
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:  # which torchrun sets
         yield
         return
+    import torch.distributed as dist
+
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         with _together():
@@ -138,10 +145,30 @@ def process_group() -> Iterator[None]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do ``work`` on rank 0 alone; its result is returned, and its error raised, on all ranks."""
-    if _group is None:
+    """Do ``work`` on rank 0 alone; its result is returned, and its error raised, on all ranks.
+
+    What rank 0 calls in there is its own business: the others wait for the whole.
+    """
+    if _group is None or _group.alone:
         return work()
-    return _result(_from_rank(_attempt(work) if is_main() else (None, None), 0), 0)
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        _group.alone = True
+        try:
+            outcome = _attempt(work)
+        finally:
+            _group.alone = False
+    return _result(_from_rank(outcome, 0), 0)
+
+
+def main_only(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that rank 0 alone carries out, see `on_main`."""
+
+    @functools.wraps(function)
+    def on_rank_0(*args: P.args, **kwargs: P.kwargs) -> T:
+        return on_main(lambda: function(*args, **kwargs))
+
+    return on_rank_0
 
 
 def main_first(work: Callable[[], T]) -> T:
@@ -157,6 +184,8 @@ def main_first(work: Callable[[], T]) -> T:
     _result((None, _from_rank(outcome[1], 0)), 0)
     if not is_main():
         outcome = _attempt(work)
+    import torch.distributed as dist
+
     errors: list[Exception | None] = [None] * world_size()
     with _together():
         dist.all_gather_object(errors, outcome[1], group=_group.patient)
@@ -195,6 +224,9 @@ def all_gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """All rows [sum of counts, ...], on the CPU, of which rank r gives its [counts[r], ...]."""
     if _group is None:
         return rows
+    import torch
+    import torch.distributed as dist
+
     whole = torch.empty(sum(counts), *broadcast(rows.shape[1:]), dtype=rows.dtype)
     with _together():
         for source, part in enumerate(whole.split(list(counts))):
@@ -208,15 +240,20 @@ def all_gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
 
 def all_reduce(tensor: Tensor) -> None:
     """Replace a tensor by its sum over the ranks, the same bits on all."""
-    if _group is not None:
-        with _together():
-            dist.all_reduce(tensor)
+    if _group is None:
+        return
+    import torch.distributed as dist
+
+    with _together():
+        dist.all_reduce(tensor)
 
 
 def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace the gradients by their sums over the ranks, in one all-reduce; none counts as zero."""
     if _group is None:
         return
+    import torch
+
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     all_reduce(flat)
@@ -226,6 +263,10 @@ def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
 
 def all_agree(value: bool) -> bool:
     """Whether ``value`` holds on all ranks."""
+    if _group is None:
+        return value
+    import torch
+
     votes = torch.tensor([int(not value)])
     all_reduce(votes)
     return not int(votes)
@@ -251,6 +292,8 @@ def _result(outcome: tuple[T | None, Exception | None], source: int) -> T:
 
 def _from_rank(value: T, source: int) -> T:
     """The ``value`` of rank ``source`` on all ranks."""
+    import torch.distributed as dist
+
     box = [value]
     assert _group is not None
     with _together():

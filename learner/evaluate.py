@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from duallora_edge.errors import RunError
-from duallora_edge.files import write_json
+from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner import distributed
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.methods import compose
+from duallora_edge.learner.device import pick_device
+from duallora_edge.learner.measurements import measured_rows, write_rows
+from duallora_edge.learner.methods import METHODS, compose
 from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
-from duallora_edge.learner.report.measured import measured_rows
+from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import timed
-
-Progress = Callable[[int, int], None]
 
 
 class Tests:
@@ -88,10 +89,10 @@ def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row:
     With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
     state that is measured now. Without ``tests`` nothing is measured, and the cells of other states stay empty.
     """
-    head = distributed.on_main(run.head)
+    head = run.head()
     if not head:
         raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
-    known = distributed.on_main(partial(measured_rows, run)) if reuse else {}
+    known = measured_rows(run) if reuse else {}
     records = run.records(head) if tests else []
     rows: dict[str, Row] = {}
     for k in range(1, len(head) + 1):
@@ -104,16 +105,12 @@ def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row:
             rows[state] = tests.row(records[:k])
             on_row(k, rows[state])
     if tests is not None:
-        distributed.on_main(partial(_write_rows, run, rows))
+        write_rows(run, rows)
     infos = map(run.read_info, head)
     return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), tuple(rows.values()))
 
 
-def _write_rows(run: RunDirectory, rows: Mapping[str, Row]) -> None:
-    (run.path / "reports").mkdir(exist_ok=True)
-    write_json(run.path / "reports" / "rows.json", {key: [c.to_json() for c in row] for key, row in rows.items()})
-
-
+@distributed.main_only
 @timed("evaluation")
 def report(run: RunDirectory, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
     """Write the report of a run into its folder ``reports``; returns the path of report.html."""
@@ -135,3 +132,39 @@ def details(run: RunDirectory) -> dict[str, str]:
         "Seed": config.seed,
     }
     return {label: str(value) for label, value in facts.items()}
+
+
+def add_tests(
+    run: RunDirectory, tests: Tests, callback: Callback, *, data: str | None = None, skip: Collection[str] = ()
+) -> None:
+    """Read and encode the test images of the active tasks from where they were learned (or from ``data``).
+
+    A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
+    """
+    infos = {info.name: info for info in map(run.read_info, run.head()) if info.name not in skip}
+    for settings in source_groups(run, infos):
+        if data is not None:
+            settings["data"] = data
+        try:
+            stream = read_images(replace(run.config, **settings), run.info, callback)
+        except (DataError, ConfigError) as error:
+            if data is not None:
+                raise
+            callback.say(f"The test images from {settings.get('data')} cannot be read and are not measured: {error}")
+            continue
+        if METHODS[run.config.method].single_task:
+            stream = stream.merged()
+        for task in stream.tasks:
+            if task.name in infos:
+                tests.add(task, infos[task.name].classes)
+
+
+def measure_run(run: RunDirectory, data: str | None, device: str, weights: str | None, callback: Callback) -> Metrics:
+    """Measure every state of a run again and write the report; ``data`` replaces the remembered source."""
+    with run.locked():
+        backbone = run.backbone(weights).to(pick_device(device))
+        tests = Tests(backbone, run.config.precision)
+        add_tests(run, tests, callback, data=data)
+        metrics = evaluate_run(run, tests, reuse=False, on_row=callback.measured)
+        report(run, metrics)
+    return metrics

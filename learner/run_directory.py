@@ -7,6 +7,8 @@ Only an empty folder becomes a run. An empty file, `MARKER`, then says that it i
 killed can be done again; a run.yaml with backbone.json and HEAD.json says the same of runs made before there was one.
 What is deleted has a name that is fixed here, or stands in a task.json whose id HEAD.json holds.
 
+Where several processes train together, rank 0 alone reads and writes here, and the others get what it found (tensors of
+tasks aside, which each rank reads itself). Callers need not know how many there are.
 Importing this module does not import torch, so that commands that only describe a run start fast.
 """
 
@@ -39,6 +41,7 @@ from duallora_edge.files import (
 )
 from duallora_edge.folder_kind import folder_kind
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml, sort_out
+from duallora_edge.learner.distributed import held_by_main, main_only
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.task_info import TaskInfo
@@ -96,10 +99,13 @@ class RunDirectory:
         self.info = info
 
     @classmethod
+    @main_only
     def exists(cls, path: Path) -> bool:
+        """Whether there is a run at ``path``."""
         return (path / "run.yaml").is_file()
 
     @classmethod
+    @main_only
     def create(cls, path: Path, config: TrainConfig, info: BackboneInfo) -> RunDirectory:
         """Make a new run directory. Raises `RunError` when something else is there."""
         if path.exists() and not path.is_dir():
@@ -125,6 +131,7 @@ class RunDirectory:
         return cls(path, config, info)
 
     @classmethod
+    @main_only
     def open(cls, path: Path) -> RunDirectory:
         """Open an existing run. Raises `RunError` when it is missing, damaged or of another schema."""
         if not path.is_dir():
@@ -177,6 +184,7 @@ class RunDirectory:
 
     # -- reading ----------------------------------------------------------------------------------------------
 
+    @main_only
     def head(self) -> list[StoredTask]:
         """The active tasks in order."""
         try:
@@ -195,10 +203,12 @@ class RunDirectory:
             raise RunError(f"The run {self.path} has no task {name!r}; it has {', '.join(names) or 'none'}.")
         return names[name]
 
+    @main_only
     def training_steps(self) -> int | None:
         """Steps done of a task whose training was interrupted, or None."""
         return FileCheckpoint(self.path / "checkpoint", "").steps()
 
+    @main_only
     def read_info(self, task: StoredTask) -> TaskInfo:
         """The names, counts and settings of one task, without its tensors."""
         return self._description(task)[0]
@@ -250,12 +260,15 @@ class RunDirectory:
 
     # -- changing ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the only writer's lock. Raises `RunError` naming the process that holds it.
 
         The lock belongs to the process (flock), so it is gone when the process dies, however it dies.
         """
+        return held_by_main(self._prepared())
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
         with _locked(self.path):
             for name in _WRITTEN:
                 sweep(self.path / name)
@@ -263,6 +276,7 @@ class RunDirectory:
             keep_spare(self.path / SPARE)
             yield
 
+    @main_only
     def commit(self, record: TaskRecord) -> StoredTask:
         """Write a task as a whole, then make it the newest active one."""
         from safetensors.torch import save
@@ -288,6 +302,7 @@ class RunDirectory:
         self._delete_checkpoint()
         return task
 
+    @main_only
     def set_head(self, tasks: Sequence[StoredTask]) -> list[Path]:
         """Make exactly these tasks the active ones, then delete the files of tasks that no longer are.
 
@@ -352,6 +367,7 @@ class RunDirectory:
         ids = [task.id for task in (self.head() if tasks is None else tasks)]
         return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
+    @main_only
     def sources(self) -> dict[str, dict[str, Any]]:
         """The settings of `TrainConfig` that led to the images of each task, by task name."""
         path = self.path / "sources.json"
@@ -363,6 +379,7 @@ class RunDirectory:
         except (OSError, ValueError, ConfigError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it and name the images with --data.") from error
 
+    @main_only
     def remember_source(self, names: Sequence[str], config: TrainConfig) -> None:
         """Note where the images of some tasks come from, so that later evaluations find their test images."""
         values = config.to_json()

@@ -7,15 +7,15 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.report.metrics import Row, pool
-from duallora_edge.learner.train import Listener
 from duallora_edge.text import escaped
 
 STAGES = {"decode": "reading images", "encode": "frozen prefix", "train": "training"}
 PLAIN_INTERVAL = 10.0
 
 
-class TerminalListener(Listener):
+class TerminalCallback(Callback):
     """Lines and progress bars on standard error: bars on a terminal, a plain line every few seconds elsewhere."""
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class TerminalListener(Listener):
             self.last = time.monotonic()
             self.console.print(f"  {STAGES[stage]} {done}/{total}")
 
-    def row(self, state: int, row: Row) -> None:
+    def measured(self, tasks: int, row: Row) -> None:
         cell = pool(row)
         if cell.accuracy is not None:
             self.say(
-                f"  after {state} task{'s' if state > 1 else ''}: {100 * cell.accuracy:.1f} % of {cell.n} test images"
+                f"  after {tasks} task{'s' if tasks > 1 else ''}: {100 * cell.accuracy:.1f} % of {cell.n} test images"
             )
 
     def _finish(self) -> None:

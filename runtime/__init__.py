@@ -1,4 +1,4 @@
-"""What runs on the device: NumPy and Pillow, and an inference library that is imported when it is used."""
+"""The part that runs on the device. It needs NumPy and Pillow; inference libraries are imported when used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from duallora_edge.runtime.prediction import Prediction
     from duallora_edge.runtime.preprocess import Preprocessing, read_image
     from duallora_edge.runtime.service.monitor import Monitor
-    from duallora_edge.runtime.service.pipeline import Answer, Pipeline, Region
-    from duallora_edge.runtime.service.smoothing import ExponentialSmoothing
+    from duallora_edge.runtime.service.pipeline import Answer, ExponentialSmoothing, Pipeline, Region
     from duallora_edge.runtime.sources import Frame, Source, open_source
 
 __all__ = [
@@ -33,19 +32,19 @@ __all__ = [
     "read_image",
 ]
 
-# Imported when it is asked for, so that importing the package stays quick.
+# Imported on first use, so that importing the package stays quick.
 _MODULES = {
-    "Answer": "pipeline",
+    "Answer": "service.pipeline",
     "Bundle": "bundle",
     "Classifier": "classifier",
-    "ExponentialSmoothing": "smoothing",
+    "ExponentialSmoothing": "service.pipeline",
     "Frame": "sources",
     "Health": "classifier",
-    "Monitor": "monitor",
-    "Pipeline": "pipeline",
+    "Monitor": "service.monitor",
+    "Pipeline": "service.pipeline",
     "Prediction": "prediction",
     "Preprocessing": "preprocess",
-    "Region": "pipeline",
+    "Region": "service.pipeline",
     "Source": "sources",
     "Swap": "classifier",
     "open_source": "sources",

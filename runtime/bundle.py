@@ -1,9 +1,9 @@
-"""A bundle: the folder a device receives, its manifest, and the reader that trusts nothing in it.
+"""A bundle: the folder that a device receives, its manifest, and a reader that trusts nothing in it.
 
-Every file is read once, through one open folder: the bytes that were hashed are the bytes that are parsed and executed,
-whatever happens to the names meanwhile.
+Every file is read once, through one open folder, so the bytes that were hashed are the bytes that are parsed and
+executed, even if the files are replaced meanwhile.
 
-BUNDLE/manifest.json   what the model expects and returns, and the size and SHA-256 of every other file
+BUNDLE/manifest.json   what the model expects and returns, and size and SHA-256 of every other file
 BUNDLE/model.onnx      the graph: uint8 images in, calibrated probabilities out
 BUNDLE/model-fp16.onnx the same with half-precision products, for GPUs; not in every bundle
 BUNDLE/prefix-*.onnx, suffix-*.onnx  the same in two parts, for engines that are rebuilt quickly; not in every bundle
@@ -33,6 +33,7 @@ import numpy.typing as npt
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError
 from duallora_edge.files import MAX_JSON_BYTES
+from duallora_edge.folder_kind import folder_kind
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 from duallora_edge.text import UNSAFE, escaped
 
@@ -55,14 +56,14 @@ PRECISIONS = ("fp32", "fp16")
 MAX_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2}
 """By how much a probability may differ from that of the trained model, by precision."""
 MAX_NOVELTY_DIFFERENCE = 0.05
-"""By how much a novelty may differ: wide, for it is a small difference of large numbers for images seen in training."""
+"""By how much a novelty may differ: wide, because for training images it is a small difference of large numbers."""
 MAX_FEATURE_DIFFERENCE = {"fp32": 1e-2, "fp16": 5e-2}
 """By how much the features of an image may differ, as a share of their length, by precision."""
 MAX_PROBLEMS = 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BLOCK = 2**20
-_LOOKS = 10  # at a bundle that is replaced while it is read
+_READ_ATTEMPTS = 10  # of a bundle that is replaced while it is read
 
 FloatArray = npt.NDArray[np.float32]
 Buffer = bytes  # a record has a field of that name
@@ -73,7 +74,7 @@ class Outputs:
     """What the graph returns for N images, all float32.
 
     ``probabilities [N, C]`` are calibrated and sum to 1 over the classes, ``task_probabilities [N, T]`` over the
-    tasks, ``novelty [N]`` is the share of held-back images of known classes that look less novel (0..1),
+    tasks, ``novelty [N]`` is the share of validation images of known classes that look less novel (0..1),
     ``features [N, d]`` describe the image.
     """
 
@@ -132,7 +133,7 @@ class Manifest:
     classes, the number of tasks and the image size. ``batch`` is the number of images in one run of the graph, None
     where it takes any number. ``precision`` is what a GPU should use: with fp16 there is a second graph, in which it
     is baked in. ``workspace_mb`` limits the memory (in 10^6 bytes) with which TensorRT builds an engine.
-    With ``split`` the graph for a GPU is there in two parts as well, of which a new task changes only the second.
+    With ``split``, the graph for a GPU also exists in two parts, and a new task changes only the second one.
     ``backends`` are those to try on the device, best first; none: all that the runtime knows.
     """
 
@@ -199,7 +200,7 @@ class Manifest:
         """
         schema = document.get("schema") if isinstance(document, dict) else None
         if not isinstance(document, dict) or type(schema) is not int:
-            raise BundleError("The manifest has no schema version, so this is no bundle; export the run again.")
+            raise BundleError("The manifest has no schema version, so this is not a bundle; export the run again.")
         if schema != SCHEMA:
             remedy = "upgrade duallora-edge on this device" if schema > SCHEMA else "export the run again"
             raise BundleError(f"The manifest has schema {reprlib.repr(schema)}, this version reads {SCHEMA}; {remedy}.")
@@ -266,8 +267,11 @@ class Content:
 class Bundle:
     """A bundle that was opened: every file is there and unaltered.
 
-    ``digest`` is the SHA-256 of its manifest, which holds those of all other files: two bundles of one digest are the
-    same bytes. ``contents`` has the verified graphs and golden outputs; it is what makes a bundle large.
+    Attributes:
+        path: The folder.
+        manifest: What manifest.json says.
+        digest: SHA-256 of the manifest, which holds those of all other files: bundles with the same digest are equal.
+        contents: The verified graphs and golden outputs; by far the largest part in memory.
     """
 
     path: Path
@@ -289,12 +293,12 @@ class Bundle:
 
     @property
     def in_fp32(self) -> Bundle:
-        """The same bundle for those who need its whole fp32 graph."""
+        """The same bundle as one fp32 graph."""
         return replace(self, manifest=replace(self.manifest, precision="fp32", split=False))
 
     @property
     def without_contents(self) -> Bundle:
-        """The same bundle once its model is loaded: what can be told about it."""
+        """The same bundle without its large contents, for use once the model is loaded."""
         return replace(self, contents={})
 
     @property
@@ -304,11 +308,20 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, tried: str | None = None) -> Bundle:
-        """Open the bundle in the folder ``path``, read every file once and compare it with the manifest.
+        """Open a bundle: read every file once and compare it with the manifest.
 
-        A bundle that is replaced meanwhile is read as it was before or after. ``tried`` is the digest of one that was
-        opened on this machine before: another one is refused, and this one's graphs are not followed node by node
-        again. Raises `BundleError`.
+        A bundle that is replaced meanwhile is read as it was before or after.
+
+        Args:
+            path: The folder of the bundle.
+            tried: The digest of a bundle that was opened on this machine before. Any other bundle is refused, and the
+                graphs of this one are not checked node by node again.
+
+        Returns:
+            The verified bundle.
+
+        Raises:
+            BundleError: A file is missing, altered or damaged, or the folder is not a bundle.
         """
         bundle = cls._read(Path(path), whole=True)
         if tried is None:
@@ -319,22 +332,34 @@ class Bundle:
 
     @classmethod
     def peek(cls, path: str | Path) -> Bundle:
-        """The bundle by its manifest alone, without a look at any other file. Raises `BundleError`."""
+        """Read only the manifest of a bundle.
+
+        Args:
+            path: The folder of the bundle.
+
+        Returns:
+            The bundle without its contents; its other files are not verified.
+
+        Raises:
+            BundleError: The manifest is missing or damaged, or the folder is not a bundle.
+        """
         return cls._read(Path(path), whole=False)
 
     @classmethod
     def _read(cls, root: Path, whole: bool) -> Bundle:
-        for _ in range(_LOOKS):
+        for _ in range(_READ_ATTEMPTS):
             with _opened(root) as folder:
                 try:
                     return _read_folder(root, folder, whole)
                 except BundleError:
                     if not _is_replaced(root, folder):
                         raise
-        raise BundleError(f"{root} is replaced again and again while it is read; try again when that has ended.")
+        raise BundleError(f"{root} keeps being replaced while it is read; try again later.")
 
     def _check_graphs(self) -> None:
-        from duallora_edge.runtime.graph_check import check_graph  # here: what was tried has no need of it
+        from duallora_edge.runtime.graph_check import (
+            check_graph,
+        )  # here, because bundles that passed a trial do not need it
 
         name = ""
         try:
@@ -348,10 +373,17 @@ class Bundle:
         try:
             return self.contents[name]
         except KeyError:
-            raise BundleError(f"{self.path / name} is not at hand any more; open the bundle again.") from None
+            raise BundleError(f"{self.path / name} is no longer in memory; open the bundle again.") from None
 
     def golden(self) -> Golden:
-        """The golden images and outputs; raises `BundleError` when they are damaged or do not fit the manifest."""
+        """Read the golden images and outputs.
+
+        Returns:
+            Generated images, and the outputs of the model before its export.
+
+        Raises:
+            BundleError: They are damaged, do not fit the manifest, or are no longer in memory.
+        """
         file, content = self.path / GOLDEN, io.BytesIO(self.content(GOLDEN).read())
         try:
             with zipfile.ZipFile(content) as archive:
@@ -367,7 +399,7 @@ class Bundle:
             dtype = np.dtype(np.uint8 if name == INPUT else np.float32)
             if array.dtype != dtype or array.shape != expected[name] or images == 0 or not np.isfinite(array).all():
                 raise BundleError(
-                    f"{file}: '{name}' must be finite {dtype} {list(expected[name])} of at least one image, "
+                    f"{file}: '{name}' must be finite {dtype} {list(expected[name])} for at least one image, "
                     f"not {array.dtype} {list(array.shape)}; export the run again."
                 )
         return Golden(**arrays)
@@ -375,7 +407,7 @@ class Bundle:
 
 @contextmanager
 def _opened(root: Path) -> Iterator[int]:
-    """The folder ``root``, to which a link may lead, held open: its names are looked up there and nowhere else."""
+    """The folder ``root`` (or the target of that link), held open so that all names are looked up in it."""
     try:
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -399,7 +431,10 @@ def _read_folder(root: Path, folder: int, whole: bool) -> Bundle:
         with _opened_file(folder, MANIFEST) as stream:
             content = stream.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise BundleError(f"{root} has no {MANIFEST}, so it is no bundle; copy the whole folder again.") from error
+        if folder_kind(root) == "run":
+            remedy = f"'duallora-edge export {root} -o BUNDLE' makes one"
+            raise BundleError(f"{root} is a run, not a bundle; {remedy}.") from error
+        raise BundleError(f"{root} has no {MANIFEST}, so it is not a bundle; copy the whole folder again.") from error
     try:
         if len(content) > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
@@ -416,7 +451,7 @@ def _read_folder(root: Path, folder: int, whole: bool) -> Bundle:
 
 @contextmanager
 def _opened_file(folder: int, name: str) -> Iterator[BinaryIO]:
-    """A regular file of an open folder; no link is followed, and no pipe waited for. Raises ``OSError``."""
+    """A regular file in an open folder; follows no link and waits for no pipe. Raises ``OSError``."""
     handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     with os.fdopen(handle, "rb") as stream:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -436,14 +471,14 @@ def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[st
             size = os.fstat(stream.fileno()).st_size
             if size != record.bytes:
                 raise BundleError(f"{file} has {size} bytes instead of {record.bytes}; copy the whole bundle again.")
-            left = size + 1  # a file that grows shall not be read for ever
+            left = size + 1  # a growing file must not be read forever
             while block := stream.read(min(left, _BLOCK)):
                 digest.update(block)
                 left -= len(block)
                 if content is not None:
                     content.write(block)
     except OSError as error:
-        raise BundleError(f"{file} is missing or leads out of the bundle; copy the whole bundle again.") from error
+        raise BundleError(f"{file} is missing or leads outside the bundle; copy the whole bundle again.") from error
     if digest.hexdigest() != record.sha256:
         raise BundleError(f"{file} was altered (its SHA-256 differs from the manifest); copy the whole bundle again.")
     return {} if content is None else {name: content}
@@ -472,7 +507,7 @@ def _read_manifest(top: Section) -> Manifest | None:
     for key, parts in (("precision", False), *((("split", True),) if split else ())):
         missing = [name for name in gpu_graphs(precision, parts) if name not in files]
         if missing:
-            engine.problem(key, f"asks for {', '.join(missing)}, not in the list of files")
+            engine.problem(key, f"needs {', '.join(missing)}, missing from the list of files")
     manifest = Manifest(
         bundle_version=top.integer("bundle_version", 1, 2**53),
         name=_name(top, "name"),
@@ -498,14 +533,14 @@ def _read_manifest(top: Section) -> Manifest | None:
         given = top.section(key).values
         for name, value in written[key].items():
             if given.get(name) != value:
-                top.problem(f"{key}.{name}", f"does not fit the classes, tasks and image size, which give {value}")
+                top.problem(f"{key}.{name}", f"does not match the classes, tasks and image size, which give {value}")
     return None if top.problems else manifest
 
 
 def _name(section: Section, key: str) -> str:
     value = section.text(key)
     if UNSAFE.search(value):
-        section.problem(key, "must not contain control characters or turn the direction of text round")
+        section.problem(key, "must not contain control characters or change the text direction")
     return value
 
 
@@ -514,9 +549,9 @@ def _names(section: Section, key: str) -> tuple[str, ...]:
     if section.has(key) and section.values[key] == []:
         section.problem(key, "must not be empty")
     if len(set(values)) < len(values):
-        section.problem(key, "has the same name twice")
+        section.problem(key, "contains the same name twice")
     if any(UNSAFE.search(value) for value in values):
-        section.problem(key, "must not contain control characters or turn the direction of text round")
+        section.problem(key, "must not contain control characters or change the text direction")
     return values
 
 
@@ -534,10 +569,10 @@ def _read_tasks(top: Section, class_count: int) -> tuple[Task, ...]:
             members = []
         tasks.append(Task(_name(section, "name"), tuple(members)))
     if len({task.name for task in tasks}) < len(tasks):
-        top.problem("tasks", "has the same name twice")
+        top.problem("tasks", "contains the same name twice")
     missing = set(range(class_count)) - {index for task in tasks for index in task.classes}
     if missing and not top.problems:
-        top.problem("tasks", f"leave out {len(missing)} of the {class_count} classes")
+        top.problem("tasks", f"do not cover {len(missing)} of the {class_count} classes")
     return tuple(tasks)
 
 
@@ -581,7 +616,7 @@ def _read_files(section: Section) -> dict[str, FileRecord]:
     records = {}
     for name in section.values:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
-            section.problem("", f"{reprlib.repr(name)} is not the name of a file in the bundle folder")
+            section.problem("", f"{reprlib.repr(name)} is not a valid file name in a bundle")
             continue
         record = section.section(name)
         digest = record.text("sha256")

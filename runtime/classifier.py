@@ -1,4 +1,4 @@
-"""Frames in, labels out: the four lines that a camera application needs."""
+"""Frames in, labels out: everything that a camera application needs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Swap:
-    """A change of bundles, from ``old`` to ``new``.
+    """A change of bundles.
 
-    ``state``: ``"probation"``, ``"confirmed"``, or for a ``reason`` ``"returned"`` to the old one, or ``"refused"``.
-    ``backend_before`` and ``backend_after`` name backend and precision, such as ``"tensorrt in fp16"``; the second is
-    empty where the new bundle never got so far.
+    Attributes:
+        old: Name and version of the old bundle.
+        new: Name and version of the new bundle.
+        state: ``"probation"``, ``"confirmed"``, ``"returned"`` (to the old bundle) or ``"refused"``.
+        backend_before: Backend and precision of the old bundle, such as ``"tensorrt in fp16"``.
+        backend_after: The same of the new bundle; empty if it was never opened.
+        reason: Why the new bundle was given up or refused.
     """
 
     old: str
@@ -68,10 +72,19 @@ class Swap:
 class Health:
     """How a classifier is doing.
 
-    ``status``: ``"ok"``, ``"probation"`` (a bundle was swapped in and the old one still stands by), ``"loading"`` (the
-    old one was dropped first; calls wait) or ``"failed"`` (there is no model; calls raise). ``answers`` counts frames,
-    ``failures`` calls that raised `BackendError`, ``swaps`` how changes of bundles ended. ``idle_s``: seconds since
-    the last answer, None before the first.
+    Attributes:
+        status: ``"ok"``, ``"probation"`` (a bundle was swapped in and the old one still stands by), ``"loading"`` (the
+            old one was dropped first; calls wait) or ``"failed"`` (there is no model; calls raise).
+        bundle: Name and version of the bundle that answers.
+        bundle_path: Its folder.
+        backend: What runs it.
+        precision: The precision in which it runs.
+        answers: Number of frames answered.
+        failures: Number of calls that raised `BackendError`.
+        last_error: The last of these errors.
+        idle_s: Seconds since the last answer, None before the first.
+        swaps: How often changes of bundles ended in each state.
+        last_swap: The last change of bundles.
     """
 
     status: str
@@ -92,8 +105,8 @@ class Health:
 
 
 @dataclass
-class _Trial:
-    """The first answers of ``new``, after which ``old`` is let go; a `Bundle` where its model had to be dropped."""
+class _Probation:
+    """The first answers of ``new``, after which ``old`` is released (a `Bundle` if its model was dropped)."""
 
     swap: Swap
     new: Model
@@ -111,7 +124,7 @@ class _Trial:
 
 
 class Classifier:
-    """A bundle on a backend. Several threads may call one classifier at once, also while a bundle is swapped in."""
+    """A bundle that runs on a backend. Several threads may call one classifier, even while a bundle is swapped in."""
 
     def __init__(
         self,
@@ -121,19 +134,30 @@ class Classifier:
         reopen: Callable[[Bundle], Backend] = open_backend,
         trial: Trial | None = None,
     ) -> None:
-        """Serve ``bundle`` on ``backend``; ``reopen`` opens one that is swapped in, which ``trial`` tries before."""
+        """Serve an open bundle; applications use `load`.
+
+        Args:
+            bundle: The bundle to serve.
+            backend: What runs it.
+            color: Channel order of arrays, ``"rgb"`` or ``"bgr"``.
+            reopen: Opens the backend of a bundle that is swapped in.
+            trial: Tries a bundle before it is swapped in; None to do without.
+
+        Raises:
+            ValueError: ``color`` is neither of these.
+        """
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color must be 'rgb' or 'bgr', not {color!r}")
         self._color = color
         self._reopen = reopen
-        self._tried = trial
+        self._trial = trial
         self._swapping = threading.Lock()  # one swap at a time
         self._changed = threading.Condition()  # guards everything below
         self._model = Model(bundle.without_contents, backend)
         self._calls: Counter[Model] = Counter()  # in progress
         self._loading = False
         self._broken: str | None = None
-        self._trial: _Trial | None = None
+        self._probation: _Probation | None = None
         self._swap: Swap | None = None
         self._swaps: Counter[str] = Counter()
         self._answers = self._failures = 0
@@ -151,16 +175,33 @@ class Classifier:
         build: bool = False,
         trial: bool = True,
     ) -> Classifier:
-        """Open and verify a bundle and start the best backend that answers its golden images correctly.
+        """Open and verify a bundle, and start the best backend that answers its golden images correctly.
 
-        ``backend``, ``threads``, ``strict`` and ``build`` as in `open_backend`, for this bundle and those that are
-        swapped in later; ``color`` is the channel order of arrays, ``"rgb"`` or ``"bgr"`` (OpenCV); a `Frame` of a
-        source is always RGB. With ``trial`` a bundle that was never loaded on this machine answers its golden images
-        in a child process first, so that it cannot take this one with it. Raises `BundleError` and `BackendError`.
+        The arguments also apply to bundles that are swapped in later.
+
+        Args:
+            path: The folder of the bundle.
+            backend: ``"auto"``, or the name of the best backend to try: ``"tensorrt"``, ``"onnxruntime-tensorrt"``,
+                ``"cuda"`` or ``"cpu"``.
+            threads: CPU threads for one inference, by default ONNX Runtime's choice (the physical cores).
+            strict: A fallback is an error. With ``"auto"``, only a backend that is installed and fails counts as one;
+                with a named backend, any other backend does.
+            color: Channel order of arrays, ``"rgb"`` or ``"bgr"`` (OpenCV); a `Frame` of a source is always RGB.
+            build: Build a missing TensorRT engine, which takes minutes on a device.
+            trial: Try a bundle that was never loaded on this machine in a child process first, so that it cannot crash
+                this one.
+
+        Returns:
+            The classifier, ready to answer.
+
+        Raises:
+            BundleError: The bundle is missing, altered or damaged.
+            BackendError: No backend works, or a fallback happened with ``strict``.
+            ValueError: ``color`` is unknown.
         """
         opening = Opening(backend, threads, strict, build)
         tried = Trial(opening) if trial else None
-        root = Path(path).resolve()  # a link may lead elsewhere by the time of a swap
+        root = Path(path).resolve()  # a link may point elsewhere later
         with _passed(tried, root) as (bundle, _):
             classifier = cls(bundle, opening(bundle), color, opening, tried)
         del bundle
@@ -188,20 +229,46 @@ class Classifier:
         return self._model.tasks
 
     def __call__(self, frame: npt.ArrayLike | Frame) -> Prediction:
-        """Classify a `Frame`, or an array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``, uint8 or uint16.
+        """Classify one frame.
 
-        Raises `DataError` for anything else and `BackendError` when the device fails.
+        Args:
+            frame: A `Frame`, or an array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``, uint8 or uint16.
+
+        Returns:
+            What the model says about it.
+
+        Raises:
+            DataError: ``frame`` is not a frame.
+            BackendError: The device failed.
         """
         return self.batch([frame])[0]
 
     def batch(self, frames: Sequence[npt.ArrayLike | Frame]) -> list[Prediction]:
-        """Classify frames, which may differ in size, in one run of the model; errors as for a single frame."""
+        """Classify several frames in one inference.
+
+        Args:
+            frames: Frames as for a single call; they may differ in size.
+
+        Returns:
+            One prediction per frame, in the same order.
+
+        Raises:
+            DataError: One of them is not a frame.
+            BackendError: The device failed.
+        """
         return self.answer([self.prepare(frame) for frame in frames])
 
     def prepare(self, frame: npt.ArrayLike | Frame) -> Prepared:
-        """The first half of a call, for a thread of its own: bring a frame to the size of the model.
+        """The first half of a call, for a separate thread: bring a frame to the size of the model.
 
-        Raises `DataError` for what is no frame.
+        Args:
+            frame: A frame as for a call.
+
+        Returns:
+            What `answer` takes.
+
+        Raises:
+            DataError: ``frame`` is not a frame.
         """
         start = time.perf_counter()
         rgb = frame.pixels if isinstance(frame, Frame) else to_rgb(frame, self._color)
@@ -210,10 +277,17 @@ class Classifier:
         return Prepared(rgb, image, preprocessing, 1000 * (time.perf_counter() - start))
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Prediction]:
-        """The second half of a call: run the model on frames that `prepare` returned.
+        """The second half of a call: run the model on prepared frames.
 
-        A frame that was prepared for a bundle of another image size, which is no longer there, is prepared again.
-        Raises `BackendError` when the device fails.
+        Args:
+            prepared: What `prepare` returned. A frame that was prepared for a former bundle of another image size is
+                prepared again.
+
+        Returns:
+            One prediction per frame, in the same order.
+
+        Raises:
+            BackendError: The device failed.
         """
         if not prepared:
             return []
@@ -246,20 +320,29 @@ class Classifier:
         allow_slower: bool = False,
         cancel: threading.Event | None = None,
     ) -> Swap:
-        """Serve the bundle at ``path`` from now on, without a pause; other threads go on calling meanwhile.
+        """Serve another bundle from now on, without a pause; other threads may go on calling meanwhile.
 
-        It is tried in a child process unless it was loaded on this machine before, then verified, loaded and checked
-        against its golden images beside the old one, which answers until then and stands by for the next ``probation``
-        answers. When the new one fails within them, or the 90th percentile of their inference takes longer than
-        ``budget_ms`` milliseconds, the old one answers again, also the frame at which it happened; `health` tells. A
-        swap during the probation of another one ends it. A bundle that would run on a lower rung of the ladder than
-        the old one, such as one without an engine yet, is refused unless ``allow_slower``.
+        Unless it was loaded on this machine before, the new bundle is tried in a child process. Then it is verified,
+        loaded and checked against its golden images while the old one still answers. The old one stands by for the next
+        ``probation`` answers. If the new one fails during these, or is too slow, the old one takes over again, starting
+        with the frame that failed; `health` tells. A swap during the probation of another one ends that probation.
 
-        ``stop_first`` is for a device that cannot hold two models: the old one is dropped first, and calls wait until
-        the new one is there, or the old one is loaded again from its folder, which must therefore still be there.
+        Args:
+            path: The folder of the new bundle.
+            budget_ms: Give the new bundle up if the 90th percentile of its inference takes longer during probation.
+            stop_first: For a device that cannot hold two models: drop the old one first. Calls wait until the new one
+                is loaded, or the old one is loaded again from its folder, which must still be there.
+            probation: For how many answers the old bundle stands by.
+            allow_slower: Accept a bundle that runs on a lower rung of the ladder than the old one, for example because
+                its engine is not built yet.
+            cancel: Ends a trial when it is set.
 
-        ``cancel`` ends a trial when it is set. Returns when no call uses the old bundle any more. Raises `SwapError`
-        when the new bundle is not fit to answer; the old one then still does.
+        Returns:
+            What happened, once no call uses the old bundle any more.
+
+        Raises:
+            SwapError: The new bundle is not fit to answer; the old one still answers.
+            ValueError: ``probation`` is negative.
         """
         if probation < 0:
             raise ValueError(f"probation must not be negative, not {probation}")
@@ -272,7 +355,7 @@ class Classifier:
                 peeked = Bundle.peek(root)
                 swap = replace(swap, new=str(peeked))
                 with self._changed:
-                    self._end_trial()  # two models at a time are enough
+                    self._end_probation()  # two models at a time are enough
                 if stop_first:
                     dropped = self._drop()
                 new = self._load(root, None if allow_slower else running, cancel)
@@ -295,7 +378,7 @@ class Classifier:
 
     def _load(self, root: Path, lowest: Rung | None, cancel: threading.Event | None) -> Model:
         """The model of a bundle that passed its trial, on no lower rung than ``lowest``."""
-        with _passed(self._tried, root, cancel) as (bundle, expected):
+        with _passed(self._trial, root, cancel) as (bundle, expected):
             if expected is not None:
                 _check_rung(expected, lowest, root)
             backend = self._reopen(bundle)
@@ -310,7 +393,7 @@ class Classifier:
             before = self._model
             self._model, self._broken, self._swap = new, None, swap
             if probation:
-                self._trial = _Trial(swap, new, dropped or before, budget_ms, probation)
+                self._probation = _Probation(swap, new, dropped or before, budget_ms, probation)
             else:
                 self._end(replace(swap, state="confirmed"))
             self._set_loading(False)
@@ -318,9 +401,13 @@ class Classifier:
             return swap
 
     def health(self) -> Health:
-        """How the classifier is doing, at once, also while a bundle is loaded."""
+        """How the classifier is doing; returns at once, even while a bundle is loading.
+
+        Returns:
+            A snapshot.
+        """
         with self._changed:
-            standing = "loading" if self._loading else "probation" if self._trial else "ok"
+            standing = "loading" if self._loading else "probation" if self._probation else "ok"
             return Health(
                 status="failed" if self._broken else standing,
                 bundle=str(self._model),
@@ -355,36 +442,36 @@ class Classifier:
     def _note(
         self, model: Model, predictions: list[Prediction], failure: BackendError | None
     ) -> tuple[bool, Model | Bundle | None]:
-        """Count a call. Whether another model is to be asked next, and what to go back to when the probation failed."""
+        """Count a call. Returns whether to ask another model, and what to return to if the probation failed."""
         with self._changed:
             if failure is not None:
                 self._failures += 1
                 self._last_error = str(failure)
             self._answers += len(predictions)
             self._answered = time.monotonic() if predictions else self._answered
-            trial = self._trial
-            if trial is None or trial.new is not model:
+            probation = self._probation
+            if probation is None or probation.new is not model:
                 return self._model is not model, None
-            trial.times_ms += [prediction.timings.infer_ms for prediction in predictions]
-            if failure is None and len(trial.times_ms) < trial.answers:
+            probation.times_ms += [prediction.timings.infer_ms for prediction in predictions]
+            if failure is None and len(probation.times_ms) < probation.answers:
                 return False, None
-            reason = str(failure) if failure is not None else trial.over_budget()
-            self._end_trial(reason)
-            if failure is not None and self._tried is not None:
-                refuse = threading.Thread(target=self._tried.refuse, args=(model.bundle, reason), daemon=True)
-                refuse.start()  # not in this thread, for which a camera waits
+            reason = str(failure) if failure is not None else probation.over_budget()
+            self._end_probation(reason)
+            if failure is not None and self._trial is not None:
+                refuse = threading.Thread(target=self._trial.refuse, args=(model.bundle, reason), daemon=True)
+                refuse.start()  # not in this thread, because a camera waits for it
             if not reason:
                 return False, None
             self._set_loading(True)
             self._model = _without_backend(model)
-            return True, trial.old
+            return True, probation.old
 
-    def _end_trial(self, reason: str = "") -> None:
+    def _end_probation(self, reason: str = "") -> None:
         """End the probation, if there is one; with a ``reason``, because the new bundle failed."""
-        if self._trial is not None:
-            self._end(replace(self._trial.swap, state="returned" if reason else "confirmed", reason=reason))
-            self._trial = None
-            # Not in this thread, for which a camera waits.
+        if self._probation is not None:
+            self._end(replace(self._probation.swap, state="returned" if reason else "confirmed", reason=reason))
+            self._probation = None
+            # Not in this thread, because a camera waits for it.
             threading.Thread(target=give_back_memory, name="duallora-edge memory", daemon=True).start()
 
     def _end(self, swap: Swap) -> None:
@@ -396,7 +483,7 @@ class Classifier:
         self._changed.notify_all()
 
     def _drop(self) -> Bundle:
-        """Let calls wait, and let go of the model when the last of them ended."""
+        """Make new calls wait, and release the model when the last running call has ended."""
         with self._changed:
             self._changed.wait_for(lambda: not self._loading)
             self._set_loading(True)
@@ -416,10 +503,10 @@ class Classifier:
             try:
                 again = Bundle.open(old.path)
                 if again.digest != old.digest:
-                    raise BundleError(f"{old.path} holds another bundle by now; keep the old one beside the new one.")
+                    raise BundleError(f"{old.path} now holds another bundle; keep the old one beside the new one.")
                 model = Model(again.without_contents, self._reopen(again))
             except (DualLoraEdgeError, OSError, MemoryError) as error:
-                broken = f"There is no model to answer: the new one failed, and the old one cannot be loaded: {error}"
+                broken = f"No model is left to answer: the new one failed, and the old one cannot be loaded: {error}"
         with self._changed:
             self._model, self._broken = model, broken
             self._set_loading(False)
@@ -455,9 +542,9 @@ def _images(model: Model, prepared: Sequence[Prepared]) -> Pixels:
 
 
 def _without_backend(model: Model) -> Model:
-    """What can be told about a model, without what it holds."""
+    """The description of a model, without the model itself."""
 
-    def run(images: Pixels) -> Outputs:
-        raise BackendError("The model was dropped for another one; call again.")
+    def infer(images: Pixels) -> Outputs:
+        raise BackendError("The model was replaced by another one; call again.")
 
-    return Model(model.bundle, replace(model.backend, run=run))
+    return Model(model.bundle, replace(model.backend, infer=infer))

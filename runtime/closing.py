@@ -9,10 +9,10 @@ _Self = TypeVar("_Self", bound="Closing")
 
 
 class Closing:
-    """Something with threads, files or connections, which `close` gives back."""
+    """Something with threads, files or connections, which `close` releases."""
 
     def close(self) -> None:
-        """Give back what is held. Does nothing the second time."""
+        """Release everything. Does nothing the second time."""
         raise NotImplementedError
 
     def __enter__(self: _Self) -> _Self:

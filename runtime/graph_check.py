@@ -1,11 +1,11 @@
-"""What an ONNX file of a bundle has to be before any other library sees it: a graph as `export.graph` writes them.
+"""Checks an ONNX file of a bundle before any other library reads it: it must be a graph as `export.graph` writes them.
 
-Libraries that run models read files outside the bundle, allocate without limit or crash when a graph asks for it. So
-every graph is read here first, by pure Python, and every node is followed: its operator, its attributes, the types and
-shapes of what it reads and makes. Integers are nowhere computed with; they are constants that say shapes and positions.
+Libraries that run models read files outside the bundle, allocate without limit or crash if a graph asks for it. So
+every graph is read here first, in pure Python, and every node is followed: its operator, its attributes, the types and
+shapes of its inputs and outputs. Integers are never computed with; they are constants that give shapes and positions.
 
-The number of images is unknown. It is taken as a prime larger than any size may be: then a size is of one image or of
-all of them, which one division tells, and plain integers are enough for the rest.
+The number of images is unknown. A prime larger than any allowed size stands for it, so one division tells whether a
+size counts one image or all of them, and plain integers are enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPSETS = range(14, 21)
 IR_VERSIONS = range(7, 11)
 MAX_BATCH = 1024
 MAX_IMAGE_BYTES = 2**31
-"""The most memory that what is computed of one image may need at a time, nodes running in the order of the file.
+"""The most memory that the intermediate results of one image may need at a time, with nodes in the order of the file.
 
 Attention of 12 heads over 4096 tokens (1024 pixels in patches of 16) needs 1.6 GB.
 """
@@ -81,8 +81,8 @@ def check_graph(content: bytes | memoryview, reads: Collection[str], returns: Co
 
     ``reads`` and ``returns`` are the names of its inputs and outputs. Accepted graphs use the operators of `operators`
     alone, with shapes that fit for any number of images. They read no other file, need at most `MAX_IMAGE_BYTES` and
-    `MAX_IMAGE_WORK` for one image, and compute constants no larger than the file. Weights are neither copied nor looked
-    at. Raises `BundleError`.
+    `MAX_IMAGE_WORK` for one image, and compute constants no larger than the file. Weights are
+    neither copied nor read. Raises `BundleError`.
     """
     try:
         model = read_model(content)
@@ -162,7 +162,7 @@ def _add(values: dict[str, _Value], name: str, value: _Value) -> None:
 
 
 def _follow(model: Model, values: dict[str, _Value], most_constant: int) -> None:
-    """Add what every node makes to ``values``, and keep account of memory and work for one image."""
+    """Add the outputs of every node to ``values``, and count memory and work for one image."""
     known = operators(model.opsets[0].version)
     nodes = model.graph.nodes
     last = {name: index for index, node in enumerate(nodes) for name in node.inputs}
@@ -186,7 +186,7 @@ def _follow(model: Model, values: dict[str, _Value], most_constant: int) -> None
 
 
 def _bytes(value: _Value) -> tuple[int, bool]:
-    """Bytes for one image, and whether there are as many for each further one."""
+    """Bytes for one image, and whether each further image takes as many."""
     elements = math.prod(value.shape)
     of_images, rest = divmod(elements, _IMAGES)
     _require(rest == 0 or of_images == 0, "a size of some images and something else")
@@ -254,7 +254,7 @@ def _cast(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> 
     return [shapes[0]]
 
 
-def _same(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> list[Dims]:
+def _unchanged(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> list[Dims]:
     if "axis" in attributes:
         _axis(shapes[0], attributes["axis"])
     return [shapes[0]]
@@ -308,9 +308,9 @@ def _reshape(shapes: Sequence[Dims], constants: Sequence[Dims], _: Attributes) -
 
 
 def _pad(shapes: Sequence[Dims], constants: Sequence[Dims], _: Attributes) -> list[Dims]:
-    rank, amounts = len(shapes[0]), constants[0]
-    _require(len(amounts) == 2 * rank and all(0 <= n <= MAX_PADDING for n in amounts), f"amounts {amounts}")
-    return [tuple(amounts[i] + size + amounts[rank + i] for i, size in enumerate(shapes[0]))]
+    axes, amounts = len(shapes[0]), constants[0]
+    _require(len(amounts) == 2 * axes and all(0 <= n <= MAX_PADDING for n in amounts), f"amounts {amounts}")
+    return [tuple(amounts[i] + size + amounts[axes + i] for i, size in enumerate(shapes[0]))]
 
 
 def _layer_norm(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> list[Dims]:
@@ -380,13 +380,13 @@ def operators(opset: int) -> dict[str, Operator]:
         "Concat": Operator(_concat, 1, optional=MAX_EDGES, attributes={"axis": "i"}),
         "MatMul": Operator(_matmul, 2),
         "Gemm": Operator(_gemm, 2, optional=1, attributes={"transB": "i"}, defaults={"transB": 0}),
-        "Softmax": Operator(_same, attributes={"axis": "i"}),
+        "Softmax": Operator(_unchanged, attributes={"axis": "i"}),
         "ReduceSum": summed,
         "ReduceMean": reduced,
         "ReduceMax": reduced,
         "Clip": Operator(_clip, 3),
         **{op: Operator(_broadcast, 2) for op in ("Add", "Sub", "Mul", "Div")},
-        **{op: Operator(_same) for op in ("Sqrt", "Relu", "Sigmoid", "Erf")},
+        **{op: Operator(_unchanged) for op in ("Sqrt", "Relu", "Sigmoid", "Erf")},
         **({"LayerNormalization": normalised} if opset >= 17 else {}),
-        **({"Gelu": Operator(_same)} if opset >= 20 else {}),
+        **({"Gelu": Operator(_unchanged)} if opset >= 20 else {}),
     }

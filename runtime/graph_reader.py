@@ -1,8 +1,8 @@
-"""ONNX files read without a library that a hostile file could bring down.
+"""Reads ONNX files without a library that a hostile file could crash.
 
 A file is one message of Protocol Buffers: fields, each a number, a wire type and a value, and a value may be a message
-again. The classes below name every field that `export.graph` writes. Any other field is refused, and with it all that
-hides behind one: external data, subgraphs, functions, sparse tensors, strings, metadata. No message contains one of its
+again. The classes below name every field that `export.graph` writes. Any other field is refused, and with it
+external data, subgraphs, functions, sparse tensors, strings and metadata. No message contains one of its
 own kind, so the depth is fixed; numbers of entries and lengths of texts are limited; weights are views of the file and
 never copied.
 """

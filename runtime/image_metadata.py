@@ -1,7 +1,7 @@
-"""What an image file says about itself beside its pixels, looked at before Pillow does.
+"""Checks the metadata of an image file before Pillow reads it.
 
-Pillow makes Python objects of such values, 30 to 80 times as large as they are in the file. So the numbers of a TIFF
-and the EXIF segments of a JPEG are counted first.
+Pillow turns metadata into Python objects that are 30 to 80 times as large as in the file. So the values of a TIFF and
+the EXIF segments of a JPEG are counted first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIRECTORIES = (34665, 34853, 40965)  # tags that lead to further tags: EXIF, GP
 
 
 def has_usual_metadata(file: BinaryIO) -> bool:
-    """Whether an image file, of any format, has so few tags or segments that Pillow can read them in little memory."""
+    """Whether an image file has few enough tags and segments for Pillow to read them in little memory."""
     file.seek(0)
     start = file.read(4)
     if start[:2] in (b"II", b"MM"):

@@ -14,7 +14,7 @@ from duallora_edge.runtime.preprocess import Pixels
 
 
 class Model:
-    """What a `Classifier` serves until another one is swapped in. Nothing in it changes."""
+    """What a `Classifier` serves until another one is swapped in; immutable."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
@@ -31,7 +31,7 @@ class Model:
         Raises `BackendError` when the device fails or returns values that are not numbers.
         """
         start = time.perf_counter()
-        outputs = self.backend.run(images)
+        outputs = self.backend.infer(images)
         inferred = time.perf_counter()
         labels, tasks = outputs.probabilities.argmax(axis=1), outputs.task_probabilities.argmax(axis=1)
         end = time.perf_counter()

@@ -23,10 +23,19 @@ class Timings:
 class Prediction:
     """What the model says about one frame.
 
-    ``confidence`` is the calibrated probability of ``label``; ``task`` is the task that the frame looks like, with
-    ``task_confidence``, and need not be one that introduced the label: a known class may appear in a new domain.
-    ``is_novel`` is None for a bundle without a novelty threshold. ``bundle`` and ``bundle_version`` name the bundle
-    that answered. ``probabilities``: float32 ``[C]``, in the order of ``classes``.
+    Attributes:
+        label: The most probable class.
+        confidence: Its calibrated probability.
+        task: The task whose images the frame resembles most. It need not be one that introduced the label, because a
+            known class may appear in a new domain.
+        task_confidence: The probability of ``task``.
+        novelty: From 0 to 1: the share of validation images of known classes that are less novel.
+        is_novel: Whether the novelty exceeds the threshold; None for a bundle without a threshold.
+        timings: Milliseconds spent on this frame.
+        bundle: Name of the bundle that answered.
+        bundle_version: Its version.
+        probabilities: float32 ``[C]``, in the order of ``classes``.
+        classes: The names of the classes.
     """
 
     label: str
@@ -42,14 +51,31 @@ class Prediction:
     classes: tuple[str, ...] = field(repr=False)
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """The ``k`` most probable classes (fewer when there are fewer), best first, with their probabilities."""
+        """The most probable classes.
+
+        Args:
+            k: How many classes; all of them if there are fewer.
+
+        Returns:
+            Pairs of a class and its probability, best first.
+
+        Raises:
+            ValueError: ``k`` is below 1.
+        """
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         order = np.argsort(-self.probabilities, kind="stable")[:k]
         return [(self.classes[index], float(self.probabilities[index])) for index in order]
 
     def to_json(self, top: int = 5) -> dict[str, Any]:
-        """Everything as JSON values, with the ``top`` best classes instead of all probabilities."""
+        """The prediction as JSON values.
+
+        Args:
+            top: How many of the best classes to include instead of all probabilities.
+
+        Returns:
+            A dict of JSON values.
+        """
         return {
             "label": self.label,
             "confidence": self.confidence,

@@ -32,9 +32,9 @@ MAX_FILE_BYTES = MAX_BYTES // 3
 MAX_EXIF_BYTES = 2**20  # cameras write 64 kB at most
 # Formats of cameras and photo collections; others (EPS, PDF, ...) reach decoders that should not see untrusted files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-# What decoders take beside the pixels themselves, in bytes a pixel, as measured; 4 where nothing is said.
+# Measured memory of decoders besides the pixels, in bytes per pixel; 4 for all others.
 _DECODER_BYTES = {"WEBP": 26, "AVIF": 14, "JPEG2000": 24}
-_STREAMED = ("BMP", "PPM", "TIFF")  # formats of which no decoder holds parts of the file in memory
+_STREAMED = ("BMP", "PPM", "TIFF")  # formats whose decoders keep no part of the file in memory
 _FILE_COPIES = 3  # of a chunk of text that is the whole file
 _SPARE_BYTES = 32 * 2**20
 _BAND_PIXELS = 2**20
@@ -57,7 +57,13 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 class Preprocessing:
     """How a frame becomes the input of the model.
 
-    ``resize`` is ``"crop"`` (the centre square, scaled) or ``"squash"`` (the whole frame, aspect ratio not kept).
+    Args:
+        size: Side of the square input of the model, in pixels.
+        resize: ``"crop"`` (the centre square, scaled) or ``"squash"`` (the whole frame, aspect ratio not kept).
+        interpolation: ``"bicubic"`` or ``"bilinear"``.
+
+    Raises:
+        ValueError: A value is not one of these.
     """
 
     size: int
@@ -76,14 +82,20 @@ class Preprocessing:
         return asdict(self)
 
     def __call__(self, frame: Pixels) -> Pixels:
-        """Scale an RGB frame ``uint8 [H, W, 3]`` to ``uint8 [size, size, 3]``.
+        """Scale a frame to the input of the model.
 
         Downscaling is antialiased (Pillow's filters), so a large camera frame and a thumbnail agree.
+
+        Args:
+            frame: RGB, ``uint8 [H, W, 3]``.
+
+        Returns:
+            ``uint8 [size, size, 3]``.
         """
         if frame.shape == (self.size, self.size, 3):
             return np.ascontiguousarray(frame)
-        # The filter treats every channel alone. So grey is scaled once, and what `to_rgb` turned round is scaled as
-        # it lies in memory and turned round when it is small: the same numbers without a copy of the whole frame.
+        # The filter treats each channel separately. So grey is scaled once, and reversed channels are scaled as they
+        # lie in memory and reversed afterwards: the same numbers without a copy of the whole frame.
         if frame.strides[2] == 0:
             return np.repeat(self._scale(frame[:, :, 0])[:, :, None], 3, axis=2)
         if frame.strides[2] < 0:
@@ -119,7 +131,7 @@ def to_rgb(frame: npt.ArrayLike, color: str = "rgb") -> Pixels:
     if array.shape[2] == 1:
         return np.broadcast_to(array, (*array.shape[:2], 3))
     if array.shape[2] == 4:
-        # Cameras fill the fourth byte and mean nothing by it.
+        # Cameras fill the fourth byte without meaning.
         array = array[:, :, :3] if array[:, :, 3].min() == 255 else _over_white(array)
     return array if color == "rgb" else array[:, :, ::-1]
 
@@ -141,14 +153,14 @@ def _as_frame(frame: npt.ArrayLike) -> npt.NDArray[Any]:
     height, width = array.shape[:2]
     if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
         raise DataError(
-            f"A frame may have at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side, not {height} x {width}; "
+            f"A frame may have at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} per side, not {height} x {width}; "
             "scale it down."
         )
     return array
 
 
 def _over_white(frame: Pixels) -> Pixels:
-    """``[H, W, 3]`` from ``[H, W, 4]``, a few rows at a time, as the products take 16 bits."""
+    """``[H, W, 3]`` from ``[H, W, 4]``, a few rows at a time, because the products take 16 bits."""
     result = np.empty((*frame.shape[:2], 3), np.uint8)
     for rows in _bands(*frame.shape[:2]):
         alpha = frame[rows, :, 3:].astype(np.uint16)
@@ -162,22 +174,30 @@ def _bands(height: int, width: int) -> Iterator[slice]:
     return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
 
-def read_image(image: Path | BinaryIO) -> Pixels:
-    """Read an image file, by its path or open, as ``uint8 [H, W, 3]`` RGB.
+def read_image(image: str | Path | BinaryIO) -> Pixels:
+    """Read an image file.
 
-    It is upright (EXIF orientation applied), with alpha laid over white, and the first of several frames. Reading takes
-    at most `MAX_BYTES` of memory. A JPEG that needs more, from 53 to 76 million pixels by its colour sampling, is
-    decoded at a half, a quarter or an eighth of its size, the same way everywhere.
+    The result is upright (EXIF orientation applied), with alpha laid over white, and the first of several frames.
+    Reading takes at most `MAX_BYTES` of memory. A JPEG that needs more (from 53 to 76 million pixels, depending on its
+    colour sampling) is decoded at a half, a quarter or an eighth of its size, the same way everywhere.
 
-    Raises `DataError` when the file is missing, damaged or truncated, or when it needs more memory than that.
+    Args:
+        image: The path of the file, or the file opened for reading bytes.
+
+    Returns:
+        ``uint8 [H, W, 3]`` in RGB order.
+
+    Raises:
+        DataError: The file is missing, damaged or truncated, or needs more memory than that.
     """
+    image = Path(image) if isinstance(image, str) else image
     name = escaped(str(image)) if isinstance(image, Path) else "The image"
     try:
         if not isinstance(image, Path):
             return _read(image if image.seekable() else io.BytesIO(image.read(MAX_FILE_BYTES + 1)), name)
         if not stat.S_ISREG(image.stat().st_mode):
             raise DataError(f"{name} is not a file; give the path of an image.")
-        # Not by its name: Pillow would map it into memory, where a file that is cut short meanwhile is fatal.
+        # Not by its name: Pillow would map it into memory, where truncating the file meanwhile is fatal.
         with image.open("rb") as file:
             return _read(file, name)
     except DataError:
@@ -204,7 +224,7 @@ def _one_line(error: Exception) -> str:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with; one that it was not would be an error for every file."""
+    """Those of `FORMATS` that this Pillow was built with; a missing one would cause an error for every file."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -220,7 +240,7 @@ def _read(file: BinaryIO, name: str) -> Pixels:
         if scale is None or max(picture.size) > MAX_SIDE:
             raise DataError(
                 f"{name} has {picture.width} x {picture.height} pixels, and reading it would take more than "
-                f"{MAX_BYTES >> 20} MB or a side has more than {MAX_SIDE:,}; scale it down."
+                f"{MAX_BYTES >> 20} MB or a side is longer than {MAX_SIDE:,}; scale it down."
             )
         if scale > 1:
             picture.draft(None, (picture.width // scale, picture.height // scale))

@@ -1,7 +1,7 @@
 """How much memory this process takes, by several named methods, because no single one tells the whole story.
 
-The resident size counts libraries that other processes share in full and misses what a GPU driver allocates;
-PSS shares them out; the drop of MemAvailable sees everything, but also what other processes do meanwhile.
+The resident size counts shared libraries in full and misses what a GPU driver allocates. PSS divides shared libraries
+among their processes. The drop of MemAvailable covers everything, but also what other processes do meanwhile.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryReadings:
     """All readings of one moment. ``available`` is what the system has left, the others what the process takes.
 
     ``device`` is memory of the GPU: of this process where nvidia-smi tells it, of all processes on a Jetson.
@@ -48,9 +48,9 @@ class Memory:
         return asdict(self)
 
 
-def read_memory(proc: Path = PROC) -> Memory:
+def read_memory(proc: Path = PROC) -> MemoryReadings:
     """Read every method once; ``proc`` is the process file system. Takes up to a second where nvidia-smi exists."""
-    return Memory(
+    return MemoryReadings(
         pss=read_pss(proc),
         rss=_kilobytes(proc / "self/status", "VmRSS"),
         peak_rss=_kilobytes(proc / "self/status", "VmHWM"),
@@ -81,7 +81,7 @@ def give_back_memory(collect: bool = True) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def available_drop(before: Memory, after: Memory) -> Reading:
+def available_drop(before: MemoryReadings, after: MemoryReadings) -> Reading:
     """By how much MemAvailable fell between two moments; negative when other processes gave memory back."""
     method = f"drop of {before.available.method}"
     if before.available.bytes is None or after.available.bytes is None:

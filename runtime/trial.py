@@ -1,9 +1,9 @@
-"""Trying a bundle in a child process before this one loads it, and remembering how that ended.
+"""Trying a bundle in a child process before this one loads it, and remembering the outcome.
 
-A graph can crash or hang the library that runs it, or ask for all memory. So what was never loaded here before
-answers its golden images in a child with limits first, while the application goes on. The outcome is a file in
-``trials`` of the cache folder: what was refused, or was being loaded when the process died, twice, is not touched again
-before the bundle, its engine, or the software that runs it is another one. So no restart loops.
+A graph can crash or hang the library that runs it, or ask for all memory. So a bundle that was never loaded here first
+answers its golden images in a child process with limits, while the application goes on. The outcome is stored in
+``trials`` of the cache folder. A bundle that was refused, or during whose loading the process died twice, is not tried
+again until the bundle, its engine or the installed software changes. This prevents restart loops.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODEL_COPIES = 10
 MEMORY_SHARE = 0.75  # of what the system has left
 MAX_DEATHS = 2
 MAX_RECORDS = 200
-NICENESS = 10  # the camera comes first
+NICENESS = 10  # the camera has priority
 _NAME = re.compile(r"[0-9a-f]{64}\.json")
 _SOFTWARE = re.compile(r"(numpy|onnxruntime|onnxruntime_gpu|tensorrt|tensorrt_rtx|cuda_python)-.*\.(dist|egg)-info")
 
@@ -63,7 +63,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class _Record:
-    """How it went: ``"trying"``, ``"good"`` on a backend in a precision, or ``"refused"`` for a ``reason``.
+    """The outcome: ``"trying"``, ``"good"`` on a backend in a precision, or ``"refused"`` for a ``reason``.
 
     ``deaths``: how often the process died while it was trying, before this time.
     """
@@ -89,7 +89,7 @@ class Trial:
         ``bundle`` may come from `Bundle.peek`; ``cancel`` ends the trial when it is set. Raises `RefusedError` when
         the bundle did not pass, now or before, and `BundleError` when it is damaged.
         """
-        with _held(self._file(bundle)) as file:
+        with _locked_record(self._file(bundle)) as file:
             before = _read(file)
             if before is not None and before.state == "good":
                 yield Rung(before.backend, before.precision)
@@ -105,20 +105,22 @@ class Trial:
             except RefusedError as error:
                 _write(file, replace(record, state="refused", reason=str(error)))
                 raise
-            except BaseException:  # it says nothing about the bundle, and this process lives
+            except BaseException:  # the bundle is not to blame, and this process lives
                 _write(file, before)
                 raise
             _write(file, replace(record, state="good", backend=rung.backend, precision=rung.precision))
 
     def refuse(self, bundle: Bundle, reason: str) -> None:
-        """Remember that a bundle that had passed failed nevertheless."""
-        with _held(self._file(bundle)) as file:
+        """Remember that a bundle that had passed its trial failed later."""
+        with _locked_record(self._file(bundle)) as file:
             _write(file, _Record("refused", str(bundle), reason))
 
     def _try(self, bundle: Bundle, cancel: threading.Event | None) -> Rung:
         arguments = str(bundle.path), bundle.digest, json.dumps(asdict(self._opening))
         timeout_s = TIMEOUT_S + (BUILD_TIMEOUT_S if self._opening.build else 0)
-        answer = ask(QUESTION, *arguments, timeout_s=timeout_s, memory_bytes=_memory(bundle.manifest), cancel=cancel)
+        answer = ask(
+            QUESTION, *arguments, timeout_s=timeout_s, memory_bytes=_memory_limit(bundle.manifest), cancel=cancel
+        )
         if cancel is not None and cancel.is_set():
             raise BackendError(f"The trial of {bundle.path} was cancelled; start it again.")
         if not answer.ok:
@@ -130,9 +132,9 @@ class Trial:
         return Rung(answer.values["backend"], answer.values["precision"])
 
     def _file(self, bundle: Bundle) -> Path | None:
-        """The record of a bundle that is opened so, with the engines and the software of today; None without a cache.
+        """The record file for this bundle and way of opening, engines and software; None without a cache.
 
-        Where engines are built, the trial does it itself, which must not change the name.
+        If engines are built, the trial itself builds them, which must not change the name.
         """
         engines = [] if self._opening.build else engines_of(bundle.manifest)
         facts = [bundle.digest, asdict(self._opening), engines, _software()]
@@ -161,7 +163,7 @@ def attempt(path: str, digest: str, opening: str) -> dict[str, Any]:
 
 
 def engines_of(manifest: Manifest) -> list[list[str]]:
-    """Name and SHA-256 of the engines in the cache that were built of a bundle's graphs, in the order of names."""
+    """Name and SHA-256 of the cached engines that were built from a bundle's graphs, in the order of names."""
     if not (cache_folder() / "engines").is_dir():
         return []
     from duallora_edge.runtime.backends.engine_cache import RECORD, engines_folder
@@ -177,7 +179,7 @@ def engines_of(manifest: Manifest) -> list[list[str]]:
     return found
 
 
-def _memory(manifest: Manifest) -> int:
+def _memory_limit(manifest: Manifest) -> int:
     """The bytes that a child may hold."""
     graphs = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx"))
     limit = LIBRARY_BYTES + MODEL_COPIES * graphs
@@ -186,7 +188,7 @@ def _memory(manifest: Manifest) -> int:
 
 
 def _software() -> list[str]:
-    """What opens a bundle and runs it, with versions."""
+    """The software that opens and runs a bundle, with versions."""
     found = [f"duallora-edge {__version__}", f"python {platform.python_version()}"]
     for folder in sys.path:
         with suppress(OSError):  # asking importlib.metadata would take longer than reading the bundle
@@ -195,15 +197,15 @@ def _software() -> list[str]:
 
 
 def _refusal(bundle: Bundle, record: _Record, file: Path | None) -> str:
-    reason = record.reason or f"the process died {MAX_DEATHS} times while it was loaded"
+    reason = record.reason or f"the process died {MAX_DEATHS} times while loading it"
     return (
-        f"{bundle.path} was refused before, and is not tried again until the bundle, its engine or the installation "
-        f"changes ({reason.rstrip('.')}); delete {file} to try it nevertheless."
+        f"{bundle.path} was refused before and is not tried again until the bundle, its engine or the installation "
+        f"changes ({reason.rstrip('.')}); delete {file} to try it anyway."
     )
 
 
 @contextmanager
-def _held(file: Path | None) -> Iterator[Path | None]:
+def _locked_record(file: Path | None) -> Iterator[Path | None]:
     """A record to be changed; None while another process tries the same bundle and will remember it."""
     if file is None:
         yield None
@@ -223,7 +225,7 @@ def _held(file: Path | None) -> Iterator[Path | None]:
 
 
 def _read(file: Path | None) -> _Record | None:
-    """The record; None where there is none that can be read."""
+    """The record; None if it is missing or unreadable."""
     if file is not None:
         with suppress(OSError, ValueError, TypeError, OverflowError):
             record = _Record(**read_json(file))
@@ -235,7 +237,7 @@ def _read(file: Path | None) -> _Record | None:
 
 
 def _write(file: Path | None, record: _Record | None) -> None:
-    """Keep a record, or remove it for None; of too many the oldest go."""
+    """Keep a record, or remove it for None; the oldest records above a limit are deleted."""
     if file is None:
         return
     with suppress(OSError):  # a full disk must not keep a good bundle from being loaded

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import settings
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 
 from duallora_edge.cli import main
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.data import PixelSet, PreparedTask
-from duallora_edge.learner.methods import learn_task
-from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.backbone_info import BackboneInfo
-from duallora_edge.learner.network.task_record import TaskRecord
+
+# PyTorch is imported by what uses it: the process that only hands out the tests does not.
+if TYPE_CHECKING:
+    import torch
+
+    from duallora_edge.learner.data import PreparedTask
+    from duallora_edge.learner.network.backbone import Backbone
+    from duallora_edge.learner.network.task_record import TaskRecord
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -37,6 +42,17 @@ QUICK = TrainConfig(
 )
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection: PyTorch alone makes each `gc.collect` take half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter clean up as usual; libraries print what they believe to leak otherwise."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def pixel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Decoded images go to a temporary folder, never into the cache of the user."""
@@ -44,6 +60,35 @@ def pixel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DUALLORA_EDGE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes from one fork server, which spares each of them the imports: 12 s of CPU time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["duallora_edge.compare"])
+    return context
+
+
+@pytest.fixture
+def few_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2000 random features the classifier `ridge` needs seconds a task."""
+    from duallora_edge.learner.network import task_record
+    from duallora_edge.learner.statistics import ridge
+
+    for module in (ridge, task_record):
+        monkeypatch.setattr(module, "RANDOM_FEATURES", 200)
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """Reports without plots, which take as long as learning so little; the tests of the reports draw them."""
+    from duallora_edge.learner.report import page
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("accuracy_png", "matrix_png", "reliability_png"):
+            patch.setattr(page, name, lambda *_: b"")
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +106,11 @@ def make_backbone() -> Callable[..., Backbone]:
 
     Every parameter is disturbed, so that norms, scales and biases that start as 1 or 0 show up in the output.
     """
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    from duallora_edge.learner.network.backbone import Backbone
+    from duallora_edge.learner.network.backbone_info import BackboneInfo
 
     def make(**variant: Any) -> Backbone:
         torch.manual_seed(0)
@@ -97,6 +147,7 @@ def draw_shapes(kind: int, count: int, side: int, seed: int) -> Pixels:
 @pytest.fixture(scope="session")
 def make_task() -> Callable[..., PreparedTask]:
     """``make_task("a", ["red", "blue"], kinds=[0, 1])``: a task of 32 px images; ``kinds`` are their looks."""
+    from duallora_edge.learner.data import PixelSet, PreparedTask
 
     def make(
         name: str, classes: Sequence[str], kinds: Sequence[int], *, train: int = 12, held: int = 4, seed: int = 0
@@ -112,6 +163,8 @@ def make_task() -> Callable[..., PreparedTask]:
 
 def stored(record: TaskRecord) -> TaskRecord:
     """The record as it reads back from disk."""
+    from duallora_edge.learner.network.task_record import TaskRecord
+
     return TaskRecord.from_tensors(record.info, record.tensors())
 
 
@@ -128,6 +181,7 @@ class NoCheckpoint:
 @pytest.fixture(scope="session")
 def learn(tiny_backbone: Backbone) -> Callable[..., list[TaskRecord]]:
     """``learn(tasks, past=[], **settings)``: the records of ``past`` and of the tasks, learned one after the other."""
+    from duallora_edge.learner.methods import learn_task
 
     def run(
         tasks: Sequence[PreparedTask],
@@ -139,7 +193,7 @@ def learn(tiny_backbone: Backbone) -> Callable[..., list[TaskRecord]]:
         records = list(past)
         for task in tasks:
             config = replace(QUICK, **settings)
-            record = learn_task(backbone, records, task, config, checkpoint or NoCheckpoint(), lambda *_: None)
+            record = learn_task(backbone, records, task, config, checkpoint or NoCheckpoint(), Callback())
             records.append(stored(record))
         return records
 

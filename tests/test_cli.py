@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -121,15 +123,41 @@ def test_an_error_of_the_system_is_one_sentence(
 def test_an_interrupt_is_no_traceback(call: Call, failing: Callable[[BaseException], None]) -> None:
     failing(KeyboardInterrupt())
     code, _, err = call("status")
-    assert code == 1 and err.strip() == "Interrupted; what was committed is kept."
+    assert code == 1 and err.strip() == "Interrupted; everything committed so far is kept."
 
 
+@pytest.mark.parametrize("arguments", [("--debug", "status"), ("status", "--debug")])
 @pytest.mark.parametrize("error", [errors.RunError("The run is locked."), OSError(errno.EIO, "Input/output error")])
-def test_debug_shows_the_traceback(failing: Callable[[BaseException], None], error: Exception) -> None:
-    failing(error)
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, "failing", SimpleNamespace(command=fail_with(error)))
+    monkeypatch.setitem(cli.COMMANDS, "status", ("failing:command", "train", "Fail."))
     with pytest.raises(type(error)) as caught:
-        cli.main(["--debug", "status"])
+        cli.main(list(arguments))
     assert caught.value is error
+
+
+@pytest.mark.parametrize("arguments", [(), ("devices",), ("run",)])
+def test_debug_is_in_the_help(call: Call, arguments: tuple[str, ...]) -> None:
+    assert call(*arguments, "--help")[1].count("--debug") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("predict", "RUN", "x.png"), ("run", "RUN", "--source", "x.png"), ("build", "RUN"), ("benchmark", "RUN")],
+)
+def test_a_run_in_the_place_of_a_bundle_is_recognised(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("RUN").mkdir()
+    for name in ("HEAD.json", "run.yaml"):
+        Path("RUN", name).touch()
+    monkeypatch.setattr("duallora_edge.runtime.commands.build._require_cudart", lambda: None)
+    message = "Error: RUN is a run, not a bundle; 'duallora-edge export RUN -o BUNDLE' makes one.\n"
+    code, out, err = call(*arguments)
+    assert (code, out) == (1, "") and err.replace(str(tmp_path) + "/", "") == message
 
 
 def test_a_mistake_of_the_program_is_not_hidden(failing: Callable[[BaseException], None]) -> None:

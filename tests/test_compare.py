@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from duallora_edge.cli import main
 from duallora_edge.compare import GROUPS, Variant
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 RESULT = Result(0.9, 0.95, 0.02, 0.01, 0.0, 0.03, 0.99, 36_864, 2e6, 90)
 JOINT = Result(0.92, None, None, None, None, 0.02, None, 36_864, 2e6, 60)
@@ -25,7 +27,7 @@ QUICK = ["--latency-rounds", "3", "--config"]
 def quick(tmp_path: Path) -> Path:
     """A configuration that learns in a moment."""
     path = tmp_path / "quick.yaml"
-    path.write_text("epochs: 1\nmin_steps: 2\nrank_orthogonal: 2\nrank_residual: 2\ndevice: cpu\n")
+    path.write_text("epochs: 1\nmin_steps: 2\nrank_orthogonal: 2\nrank_residual: 2\nsummaries: 1\ndevice: cpu\n")
     return path
 
 
@@ -82,7 +84,7 @@ def test_results_are_stored() -> None:
 
 
 def test_command(call: Callable[..., tuple[int, str, str]], image_stream: Path, tmp_path: Path, quick: Path) -> None:
-    arguments = ["compare", "--stream", image_stream, "--methods", "dual_lora,frozen:classifier=ridge,joint"]
+    arguments = ["compare", "--stream", image_stream, "--methods", "dual_lora,frozen:classifier=mean_f,joint"]
     out = tmp_path / "out"
     code, printed, errors = call(*arguments, "--out", out, *QUICK, quick)
     assert code == 0, errors
@@ -112,23 +114,24 @@ def test_files_of_others_are_left_alone(
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path != quick} == {name: "years of work"}
 
 
-def test_calls_at_once_fill_one_table(image_stream: Path, tmp_path: Path, quick: Path) -> None:
+def test_calls_at_once_fill_one_table(
+    processes: ForkServerContext, image_stream: Path, tmp_path: Path, quick: Path
+) -> None:
     """Each with a seed or method of its own; whichever ends last, the table has all."""
     out = tmp_path / "out"
     jobs = [("frozen", "0"), ("frozen", "1"), ("frozen:classifier=mean_f", "0")]
-    words = [sys.executable, "-m", "duallora_edge", "compare", "--stream", str(image_stream), "--out", str(out)]
-    processes = [
-        subprocess.Popen(
-            [*words, "--config", str(quick), "--latency-rounds", "0", "--methods", methods, "--seeds", seeds],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+    words = ["compare", "--stream", str(image_stream), "--out", str(out), "--config", str(quick)]
+    started = [
+        processes.Process(
+            target=main, args=([*words, "--latency-rounds", "0", "--methods", methods, "--seeds", seeds],)
         )
         for methods, seeds in jobs
     ]
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
     table = (out / "comparison.md").read_text()
     assert "2 seeds" in table and "| `frozen` |" in table and "| `frozen:classifier=mean_f` |" in table
     assert " ± " in next(line for line in table.splitlines() if line.startswith("| `frozen` |"))
@@ -155,7 +158,7 @@ def test_development_leaves_the_test_images_alone(
     call: Callable[..., tuple[int, str, str]], image_stream: Path, tmp_path: Path, quick: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ["--methods", "frozen", "--develop", "--seeds", "0,1", "--out", out, *QUICK, quick]
+    options = ["--methods", "frozen", "--develop", "--out", out, "--latency-rounds", "0", "--config", quick]
     code, _, errors = call("compare", "--stream", image_stream, *options)
     assert code == 0, errors
     assert "the test images are left alone" in errors

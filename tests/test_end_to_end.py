@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from duallora_edge.device_profiles import resolve_target
-from duallora_edge.export.bundle import export_run
+from duallora_edge.export.bundle import write_bundle
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import Listener, train_run
+from duallora_edge.learner.train import train_run
 from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.preprocess import read_image
 
@@ -52,7 +53,7 @@ def test_learn_export_and_run(assets: Path, manifest: Path, tmp_path: Path) -> N
         min_steps=60,
         precision="fp32",
     )
-    metrics = train_run(tmp_path / "run", config, ["data"], Listener())
+    metrics = train_run(tmp_path / "run", config, ["data"], Callback())
     summary = metrics.summary
     # Chance is 5 %. Two different domains must be told apart, and little of the first may be lost.
     assert summary["last_accuracy"] is not None and summary["last_accuracy"] > 0.6
@@ -61,7 +62,7 @@ def test_learn_export_and_run(assets: Path, manifest: Path, tmp_path: Path) -> N
 
     run = RunDirectory.open(tmp_path / "run")
     model = compose(run.backbone(), run.records()).eval()
-    export_run(run, model, resolve_target("x86-cpu"), tmp_path / "bundle", None)
+    write_bundle(run, model, resolve_target("x86-cpu"), tmp_path / "bundle", None)
     classifier = Classifier.load(tmp_path / "bundle", threads=1)
     paths = sorted(manifest.parent.glob("*/test/*/*"))[::40]
     for path in paths:

@@ -13,7 +13,7 @@ import pytest
 
 from duallora_edge import interrupts
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.terminal import TerminalListener
+from duallora_edge.learner.terminal import TerminalCallback
 
 
 class Ends:
@@ -39,18 +39,18 @@ def test_an_interrupt_that_is_lost_stops_training(
 ) -> None:
     seen: list[str] = []
 
-    def progress(listener: TerminalListener, now: str, done: int, total: int) -> None:
+    def progress(listener: TerminalCallback, now: str, done: int, total: int) -> None:
         seen.append(now)
         if now == stage and stage not in seen[:-1]:
             lost()
 
-    monkeypatch.setattr(TerminalListener, "progress", progress)
+    monkeypatch.setattr(TerminalCallback, "progress", progress)
     monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "quick.yaml").write_text("epochs: 1\nmin_steps: 1000\nbatch_size: 4\nforward_batch: 4\n")
     run = tmp_path / "run"
     options = ["--data", image_stream, "--run", run, "--config", tmp_path / "quick.yaml", "--device", "cpu"]
     code, _, errors = call("train", *options)
-    assert code == 1 and "Interrupted; what was committed is kept." in errors
+    assert code == 1 and "Interrupted; everything committed so far is kept." in errors
     assert seen.count(stage) == 1 and seen[-1] == stage
     assert not RunDirectory.exists(run) or RunDirectory.open(run).head() == []
 

@@ -9,10 +9,11 @@ from functools import partial
 import torch
 
 from duallora_edge.errors import ConfigError, RunError
+from duallora_edge.learner.callbacks import Callback, report_progress
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS
-from duallora_edge.learner.methods.lesson import Checkpoint, Lesson, Progress
+from duallora_edge.learner.methods.lesson import Checkpoint, Lesson
 from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
@@ -29,7 +30,7 @@ def learn_task(
     task: PreparedTask,
     config: TrainConfig,
     checkpoint: Checkpoint,
-    progress: Progress,
+    callback: Callback,
     cache: PrefixCache | None = None,
 ) -> TaskRecord:
     """Learn one task after the tasks ``past`` and return its record. Nothing of ``past`` is changed.
@@ -44,13 +45,15 @@ def learn_task(
         raise ConfigError(f"The method {method.name} learns all tasks at once; it cannot learn {task.name} as well.")
     _check_fit(backbone, past)
     encode = partial(Encoded, backbone, precision=config.precision, batch_size=config.forward_batch)
-    train = encode(task.train, task.classes, partial(progress, "encode"), cache, cache_bytes=config.cache_bytes)
+    train = encode(
+        task.train, task.classes, partial(report_progress, callback, "encode"), cache, cache_bytes=config.cache_bytes
+    )
     # Validation images are read only once or twice, so memory is left to those that are read in every epoch.
     validation = encode(
         task.validation, task.classes, cache=cache, cache_bytes=None if config.cache_bytes is None else 0
     )
     try:
-        record = method.learn(Lesson(backbone, past, task, train, validation, config, checkpoint, progress))
+        record = method.learn(Lesson(backbone, past, task, train, validation, config, checkpoint, callback))
         useful = record.is_finite
     except LinAlgError:  # numbers that are not finite, or a matrix that is not a covariance
         useful = False

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.dynamic_memory import DynamicMemory
@@ -20,8 +20,8 @@ from duallora_edge.learner.statistics.calibration import TEMPERATURES
 from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
 from duallora_edge.learner.timing import phase, timed
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the stage, the steps done and their total."""
+if TYPE_CHECKING:
+    from duallora_edge.learner.config import TrainConfig
 
 
 class Checkpoint(Protocol):
@@ -56,7 +56,7 @@ class Lesson:
         train, validation: its images behind the frozen prefix.
         config: the configuration.
         checkpoint: where training in progress is kept.
-        progress: called as training goes on.
+        callback: hears of the steps.
     """
 
     backbone: Backbone
@@ -66,7 +66,7 @@ class Lesson:
     validation: Encoded
     config: TrainConfig
     checkpoint: Checkpoint
-    progress: Progress
+    callback: Callback
 
     @property
     def number(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora_edge.learner import distributed
+from duallora_edge.learner.callbacks import report_progress
 from duallora_edge.learner.data.augment import Augment
 from duallora_edge.learner.methods.lesson import Checkpoint, Lesson
 from duallora_edge.learner.methods.losses import Loss, cross_entropy
@@ -147,15 +148,18 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
         if len(own):
-            micro = accumulate_gradients(lesson, optimizer, loss_of, own, train.batch(own, view), len(batch), micro)
+            images = train.batch(own, view)
+            micro, loss = accumulate_gradients(lesson, optimizer, loss_of, own, images, len(batch), micro)
         else:
             optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros(())
         distributed.all_reduce_gradients(parameters)
         with phase("optimiser"):
             optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0:
             _save(lesson.checkpoint, step + 1, optimizer, parameters)
-        lesson.progress("train", step + 1, total)
+        report_progress(lesson.callback, "train", step + 1, total)
+        lesson.callback.step(step + 1, total, loss, optimizer.param_groups[0]["lr"])
 
 
 def accumulate_gradients(
@@ -166,8 +170,10 @@ def accumulate_gradients(
     tokens: Tensor,
     batch_size: int,
     micro: int,
-) -> int:
-    """Compute the gradients of the images ``own`` of a batch in parts of ``micro`` images; returns the size of a part.
+) -> tuple[int, Tensor]:
+    """The gradients of the images ``own`` of a batch, in parts of ``micro`` images.
+
+    Returns the size of the parts and the detached loss, which is the share of these images in the loss of the batch.
 
     Each part is weighted by its share of the ``batch_size`` images, so that the sum over all parts of all processes is
     the gradient of the mean loss of the batch, up to rounding. Where CUDA lacks the memory for a part, everything is
@@ -175,6 +181,7 @@ def accumulate_gradients(
     """
     while True:
         optimizer.zero_grad(set_to_none=True)
+        whole = torch.zeros((), device=lesson.backbone.device)
         try:
             for part, part_tokens in zip(own.split(micro), tokens.split(micro), strict=True):
                 with phase("suffix forward"), autocast(lesson.config.precision, lesson.backbone.device):
@@ -183,7 +190,8 @@ def accumulate_gradients(
                     loss = loss * (len(part) / batch_size)
                 with phase("suffix backward"):
                     loss.backward()
-            return micro
+                whole += loss.detach()
+            return micro, whole
         except torch.cuda.OutOfMemoryError:
             micro = min(micro, len(own)) // 2
             if not micro:

@@ -1,7 +1,7 @@
-"""Building a TensorRT engine on the device that will run it, in a process of its own.
+"""Building a TensorRT engine on the device that will run it, in a child process.
 
-With TensorRT-RTX an engine can also be built ahead of time, for a GPU that this machine does not have. That path runs
-in the tests; building with TensorRT on a GPU could not be run where this was written and is untested on a device.
+With TensorRT-RTX an engine can also be built ahead of time, for a GPU that this machine does not have. The
+tests cover that; building with TensorRT on a GPU is untested on a device.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from duallora_edge.files import atomic_directory, own_folder
+from duallora_edge.runtime.backends.contract import ENGINE_BATCH, UnavailableError
 from duallora_edge.runtime.backends.engine_cache import (
     PLAN,
     RECORD,
@@ -39,13 +40,13 @@ from duallora_edge.runtime.backends.engine_cache import (
     write_record,
 )
 from duallora_edge.runtime.backends.engine_worker import Job
-from duallora_edge.runtime.backends.ladder import ENGINE_BATCH, UnavailableError
-from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, Gpu, TensorRT, find_gpu, load_tensorrt
+from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, TensorRT, find_gpu, load_tensorrt
 from duallora_edge.runtime.bundle import Bundle
+from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.process_memory import read_memory
 
 WORKER = "duallora_edge.runtime.backends.engine_worker"
-# Part of every key: raise it when the same inputs give another engine, as after a change of the worker.
+# Part of every key: raise it when the same inputs give another engine, for example after changing the worker.
 RECIPE = 1
 # Estimates of what a build takes besides its workspace: libraries, and the model in several forms at once.
 LIBRARY_BYTES = 600 * 10**6
@@ -125,7 +126,7 @@ def build_engines(
 ) -> list[Engine]:
     """Build what a bundle needs on a GPU, arguments as for `build_engine`: one engine, or two where it is split.
 
-    The prefix of a split bundle does not change with what was learned, so after a new task it is found in the cache.
+    The prefix of a split bundle does not change with new tasks, so its engine is then found in the cache.
     """
     return [
         build_engine(bundle, compute_capability, workspace_mb, force, timeout_s, say, graph=graph)
@@ -174,13 +175,15 @@ def build_engine(
                 if engine := stored():  # built while this one waited
                     return engine
             except EngineError:
-                say("the stored engine is damaged: it is deleted and built again")
+                say("the stored engine is damaged; it is deleted and built again")
                 delete_engine(folder / key.digest)
             _build(graph, key, folder / key.digest, workspace_mb or bundle.manifest.workspace_mb, limits, say)
             engine = find_engine(key)
         evict(folder, key)
     if engine is None:
-        raise EngineError(f"{folder} lost an engine just written to it; is another program emptying it?")
+        raise EngineError(
+            f"An engine just written to {folder} is gone; check whether another program empties that folder."
+        )
     return replace(engine, from_cache=False)
 
 
@@ -224,7 +227,7 @@ def _build(graph: Path, key: EngineKey, folder: Path, workspace_mb: int, limits:
     timing = key.timing_name
 
     def kept(rest: Path) -> None:
-        say(f"files that are not of the engine are kept in {rest}")
+        say(f"files that do not belong to the engine are kept in {rest}")
 
     with atomic_directory(folder, replaces=(PLAN, RECORD), on_kept=kept) as staging:
         job = Job(
@@ -263,14 +266,14 @@ def _grant_workspace(wanted_mb: int, model_bytes: int, say: Say) -> int:
 
 
 def _run_worker(job: Job, limits: _Limits, say: Say) -> dict[str, Any]:
-    """Run the job in a process of its own; whatever happens, the process is gone afterwards.
+    """Run the job in a child process; in any case, the process has ended afterwards.
 
     Raises `EngineError`, and ``OSError`` when the process could not write the plan.
     """
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", WORKER, job.to_text()],
-            stdin=subprocess.PIPE,  # held open: its end tells the process that this one is gone
+            stdin=subprocess.PIPE,  # held open: the child ends when it closes
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -279,7 +282,9 @@ def _run_worker(job: Job, limits: _Limits, say: Say) -> dict[str, Any]:
             start_new_session=True,  # Ctrl-C ends this process, which then ends that one
         )
     except OSError as error:
-        raise EngineError(f"No process could be started to build ({error.strerror}); close other programs.") from error
+        raise EngineError(
+            f"The building process could not be started ({error.strerror}); close other programs."
+        ) from error
     assert process.stdout is not None and process.stderr is not None
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     words: deque[str | None] = deque(maxlen=10)
@@ -296,7 +301,7 @@ def _run_worker(job: Job, limits: _Limits, say: Say) -> dict[str, Any]:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(EXIT_S)
         finally:
-            process.kill()  # after its answer, it has nothing left to do that matters
+            process.kill()  # after its answer, it has nothing left to do
             code = process.wait()
             for reader in readers:
                 reader.join()

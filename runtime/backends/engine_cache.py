@@ -1,4 +1,4 @@
-"""The cache of TensorRT engines, which a kill at any moment cannot harm.
+"""The cache of TensorRT engines, safe against a kill at any moment.
 
 In ``engines`` of the cache folder each engine is a folder, named by a digest of everything it depends on, with
 ``engine.plan`` and ``engine.json`` (the key, and size and SHA-256 of the plan). It appears by a rename when it is
@@ -53,7 +53,7 @@ class EngineError(BackendError):
 
 
 class RefusedModelError(EngineError):
-    """TensorRT cannot make an engine of this graph; it may of the one in another precision."""
+    """TensorRT cannot build an engine from this graph; another precision may work."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class EngineKey:
 
     ``device`` and ``multiprocessors`` are None for TensorRT-RTX, whose engines serve a whole compute capability
     ("sm86"). ``batch`` is the number of images that the graph takes, or None where the engine takes any number up to
-    ``max_batch``. ``recipe`` numbers our way of building.
+    ``max_batch``. ``recipe`` is the version of our way of building.
     """
 
     package: str
@@ -125,7 +125,7 @@ def find_engine(key: EngineKey) -> Engine | None:
 
 
 def read_engine(key: EngineKey) -> tuple[Engine, bytes] | None:
-    """The engine of this key and its plan, the very bytes that were compared with the record; or None.
+    """The engine of this key and its plan (the bytes that were compared with the record), or None.
 
     Raises `EngineError` when it is there but damaged, and `ConfigError` when others may write to the folder.
     """
@@ -185,11 +185,11 @@ def write_record(folder: Path, key: EngineKey, facts: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, key: EngineKey, wait: Callable[[str], None]) -> Iterator[None]:
-    """Be the only one who builds the engine of ``key``.
+    """Hold the lock under which only one process builds the engine of ``key``.
 
     While another one does, ``wait`` is called again and again with its process id; it may raise. The lock belongs to
-    the process (flock), so that the file of a process that was killed holds nobody up. Raises `ConfigError` when
-    something else has the name of the lock.
+    the process (flock), so the file of a killed process blocks nobody. Raises `ConfigError` when something else
+    has the name of the lock.
     """
     path = folder / f"{key.digest}.lock"
     while True:
@@ -234,9 +234,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def evict(folder: Path, keep: EngineKey) -> None:
-    """Delete what was used longest ago until the rest fits ``$DUALLORA_EDGE_ENGINES_GB`` (default 4).
+    """Delete the least recently used engines above ``$DUALLORA_EDGE_ENGINES_GB`` (default 4).
 
-    The engine ``keep`` and its timings stay, even beyond the limit. Files that killed builds left go after a day.
+    The engine ``keep`` and its timings stay, even beyond the limit. Files of killed builds are deleted after a day.
     """
     limit = cache_limit(LIMIT_VARIABLE, LIMIT_GB)
     sizes: dict[Path, int] = {}
@@ -263,7 +263,7 @@ def evict(folder: Path, keep: EngineKey) -> None:
 
 
 def delete_engine(folder: Path) -> None:
-    """Delete the two files of an engine, and its folder unless somebody put something else there."""
+    """Delete the two files of an engine, and its folder unless it holds anything else."""
     for name in (RECORD, PLAN):
         with contextlib.suppress(OSError):
             (folder / name).unlink()

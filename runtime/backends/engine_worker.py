@@ -1,7 +1,7 @@
 """The process that builds one engine: ``python -m duallora_edge.runtime.backends.engine_worker JOB``.
 
-A build can take so much memory that the system kills the process, and some graphs crash the builder. In a process of
-its own neither takes the application with it. JOB is a `Job` as JSON. Each line on standard output is a JSON object:
+A build can take so much memory that the system kills the process, and some graphs crash the builder. In a child
+process, neither harms the application. JOB is a `Job` as JSON. Each line on standard output is a JSON object:
 ``{"progress": text}``, and at the end either ``{"done": facts}`` or ``{"error": text, "errno": number or null}``. The
 process ends at once when its standard input does, that is, when the process that started it is gone.
 """
@@ -98,14 +98,14 @@ def build(job: Job, say: Say) -> dict[str, Any]:
         _save_timing(config, Path(job.timing_cache), say)
     # The builder's memory is given back before the engine takes its own: small boards cannot hold both.
     del timing, monitor, parser, config, network, builder
-    memory = None
+    memory_bytes = None
     if job.compute_capability is None:
         runtime = make_runtime(trt, logger)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BuildError(f"the engine was built, but cannot be loaded: {_joined(errors)}")
-        memory = device_memory_bytes(engine)
-    return {"seconds": time.perf_counter() - start, "device_memory_bytes": memory}
+        memory_bytes = device_memory_bytes(engine)
+    return {"seconds": time.perf_counter() - start, "device_memory_bytes": memory_bytes}
 
 
 def _read_model(job: Job) -> bytes:
@@ -196,7 +196,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     """Build the job that the command line names."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not come between the lines of the protocol
+    os.dup2(2, 1)  # output of libraries must not mix with the protocol
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)

@@ -1,84 +1,34 @@
-"""What runs the model: a ladder of backends, best first, of which a real inference picks one.
+"""What runs the model: a ladder of backends, best first, from which a real inference picks one.
 
-That a provider is compiled in, or even that a session lists it, does not mean that it computes on this machine:
-a build without kernels for the GPU fails at the first run, and some computed silently wrong results. So every
-candidate answers the golden images before it is used, and a candidate that was not used leaves its reason. On a GPU
-each candidate is tried in the precision that the bundle recommends, and in fp32 when fp16 gives wrong answers there.
+A provider that is compiled in, or even listed by a session, may still not work on this machine: a build without kernels
+for the GPU fails at the first inference, and some builds silently compute wrong results. So every candidate answers the
+golden images before it is used, and each rejected candidate leaves its reason. On a GPU, each candidate is tried in the
+precision that the bundle recommends, and in fp32 if fp16 gives wrong answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.bundle import (
-    INPUT,
-    MAX_DIFFERENCE,
-    MAX_FEATURE_DIFFERENCE,
-    MAX_NOVELTY_DIFFERENCE,
-    OUTPUTS,
-    Bundle,
-    FloatArray,
-    Golden,
-    Outputs,
-    gpu_graphs,
+from duallora_edge.runtime.backends.contract import (
+    ENGINE_BATCH,
+    GoldenCheck,
+    Infer,
+    UnavailableError,
+    at_most,
+    check_golden,
+    in_groups,
 )
+from duallora_edge.runtime.bundle import INPUT, OUTPUTS, Bundle, FloatArray, Manifest, Outputs, gpu_graphs
+from duallora_edge.runtime.device.cuda import NoGpuError
+from duallora_edge.runtime.device.probes import NoAnswerError
 from duallora_edge.runtime.preprocess import Pixels
-
-MIN_COSINE = 0.999
-# The largest batch of an engine that TensorRT builds of a graph that takes any number of images.
-ENGINE_BATCH = 16
-
-Run = Callable[[Pixels], Outputs]
-
-
-class UnavailableError(Exception):
-    """A backend that this installation does not have; its message is the reason."""
-
-
-@dataclass(frozen=True)
-class GoldenCheck:
-    """How the outputs of a backend compare with the golden ones, over ``images`` images.
-
-    ``cosine`` is the smallest cosine between the two probability vectors of an image, ``max_difference`` the
-    largest absolute difference of a class or task probability, ``max_novelty_difference`` that of a novelty, and
-    ``max_feature_difference`` the largest distance of two feature vectors as a share of the golden one's length.
-    ``top1_agreement`` is the share of images with the same best class; two classes that the golden outputs hold closer
-    than twice the tolerance count as the same. ``precision`` decides what is allowed.
-    """
-
-    images: int
-    cosine: float
-    max_difference: float
-    max_novelty_difference: float
-    max_feature_difference: float
-    top1_agreement: float
-    precision: str = "fp32"
-
-    @property
-    def passed(self) -> bool:
-        """Everything within the limits of the precision, with the same best class everywhere. NaN fails."""
-        return (
-            self.max_difference <= MAX_DIFFERENCE[self.precision]
-            and self.cosine >= MIN_COSINE
-            and self.max_novelty_difference <= MAX_NOVELTY_DIFFERENCE
-            and self.max_feature_difference <= MAX_FEATURE_DIFFERENCE[self.precision]
-            and self.top1_agreement == 1.0
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"largest difference of a probability {self.max_difference:.2g} (at most "
-            f"{MAX_DIFFERENCE[self.precision]:g}), of novelty {self.max_novelty_difference:.2g} (at most "
-            f"{MAX_NOVELTY_DIFFERENCE:g}), of features {self.max_feature_difference:.2g} (at most "
-            f"{MAX_FEATURE_DIFFERENCE[self.precision]:g}), cosine {self.cosine:.6f}, same best class on "
-            f"{self.top1_agreement:.0%} of {self.images} golden images"
-        )
 
 
 @dataclass(frozen=True)
@@ -105,21 +55,25 @@ class Backend:
     """The backend that runs, the check it passed, and why each better one was not used (name -> reason).
 
     ``precision`` is that of the graph that runs. A backend that was also tried in fp32 has a second reason, under
-    its name with " in fp32".
+    its name with " in fp32". ``irrelevant`` are the names in ``not_used`` that nobody expects to run: they are not
+    installed, were not asked for by name, and this machine has no GPU.
 
-    ``run`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
+    ``infer`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
     at once. It raises `BackendError` when the device fails.
     """
 
     name: str
-    run: Run
+    infer: Infer
     check: GoldenCheck
     not_used: Mapping[str, str]
     precision: str = "fp32"
+    irrelevant: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        reasons = [f"not {name}: {reason}" for name, reason in self.not_used.items()]
-        return self.name + (f" ({'; '.join(reasons)})" if reasons else "")
+        """One line for a person: what runs, and why nothing better does where this machine could run it."""
+        name = f"{self.name} (ONNX Runtime)" if self.name in ("cuda", "cpu") else self.name
+        reasons = [f"not {label}: {reason}" for label, reason in self.not_used.items() if label not in self.irrelevant]
+        return "; ".join([name, *reasons])
 
     @property
     def rung(self) -> Rung:
@@ -132,13 +86,13 @@ class Backend:
         return {"name": self.name, "precision": self.precision, "not_used": dict(self.not_used), "golden_check": check}
 
 
-def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Infer:
     from duallora_edge.runtime.backends.tensorrt import open_tensorrt
 
     return open_tensorrt(bundle, build)
 
 
-def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Run:
+def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Infer:
     """Untested on a device: it needs an ONNX Runtime that was compiled with TensorRT, and a GPU."""
     from duallora_edge.runtime.backends.engine_cache import engines_folder
     from duallora_edge.runtime.backends.tensorrt_api import find_gpu
@@ -159,24 +113,24 @@ def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool 
         "trt_max_workspace_size": str(manifest.workspace_mb * 10**6),
         "trt_fp16_enable": "1" if manifest.precision == "fp16" else "0",
     }
-    if manifest.batch is None:  # or every new number of images would build another engine in the middle of a run
+    if manifest.batch is None:  # or every new number of images would build another engine
         for end, images in (("min", 1), ("opt", 1), ("max", ENGINE_BATCH)):
             size = manifest.preprocessing.size
             options[f"trt_profile_{end}_shapes"] = f"{INPUT}:{images}x{size}x{size}x3"
     return at_most(_open_onnxruntime(bundle, threads, provider, options), manifest.batch or ENGINE_BATCH)
 
 
-def _open_cuda(bundle: Bundle, threads: int | None) -> Run:
+def _open_cuda(bundle: Bundle, threads: int | None) -> Infer:
     # TensorFloat-32 (10 bits of mantissa) is on by default and costs the parity that the bundle promises.
     return _open_onnxruntime(bundle, threads, "CUDAExecutionProvider", {"use_tf32": "0"})
 
 
-def _open_cpu(bundle: Bundle, threads: int | None) -> Run:
+def _open_cpu(bundle: Bundle, threads: int | None) -> Infer:
     return _open_onnxruntime(bundle, threads, "CPUExecutionProvider", {})
 
 
-# Best first. A rung raises UnavailableError when this installation lacks it, anything else when it fails.
-LADDER: dict[str, Callable[[Bundle, int | None], Run]] = {
+# Best first. A rung raises UnavailableError if this installation lacks it, anything else if it fails.
+LADDER: dict[str, Callable[[Bundle, int | None], Infer]] = {
     "tensorrt": _open_tensorrt,
     "onnxruntime-tensorrt": _open_onnxruntime_tensorrt,
     "cuda": _open_cuda,
@@ -184,7 +138,7 @@ LADDER: dict[str, Callable[[Bundle, int | None], Run]] = {
 }
 BACKENDS = ("auto", *LADDER)
 # The same rungs where an engine may be built, which takes minutes.
-BUILDERS: dict[str, Callable[[Bundle, int | None], Run]] = {
+BUILDERS: dict[str, Callable[[Bundle, int | None], Infer]] = {
     "tensorrt": partial(_open_tensorrt, build=True),
     "onnxruntime-tensorrt": partial(_open_onnxruntime_tensorrt, build=True),
 }
@@ -197,123 +151,88 @@ def open_backend(
 
     ``backend``: a rung of the ladder, or ``"auto"`` for those that the manifest names (all when it names none).
     ``threads``: CPU threads of one inference, by default ONNX Runtime's choice (the physical cores). ``strict``: a
-    fallback is an error. With ``"auto"`` only a backend that is installed and fails counts as one, for a named
-    backend any other than it. ``build``: build TensorRT's engine when there is none yet, which takes minutes on a
+    fallback is an error. With ``"auto"``, only a backend that is installed and fails counts as one; with a named
+    backend, any other backend does. ``build``: build TensorRT's engine when there is none yet, which takes minutes on a
     device; without it, a backend that has no engine is not used.
 
     Raises `BackendError` when no backend works, or on a fallback with ``strict``.
     """
     if backend not in BACKENDS:
-        raise BackendError(f"There is no backend '{backend}'; use one of {', '.join(BACKENDS)}.")
+        raise BackendError(f"Unknown backend '{backend}'; use one of {', '.join(BACKENDS)}.")
     if threads is not None and threads < 1:
         raise BackendError(f"The number of threads must be at least 1, not {threads}.")
-    golden = bundle.golden()
     names = list(LADDER)
-    chosen = [name for name in bundle.manifest.backends if name in LADDER] or names
-    missing: set[str] = set()
+    wanted = _auto_names(bundle.manifest) if backend == "auto" else names[names.index(backend) :]
+    opened, not_used = _open_first(bundle, wanted, threads, backend if strict else None, build)
+    if opened is not None:
+        return opened if backend == "auto" else replace(opened, irrelevant=frozenset())
+    reasons = "; ".join(f"{label}: {reason}" for label, reason in not_used.items())
+    fallback_left = strict and names[-1] not in not_used
+    remedy = "leave out 'strict' to fall back" if fallback_left else "reinstall ONNX Runtime or export the run again"
+    raise BackendError(f"No backend can run {bundle.path} as asked ({reasons}); {remedy}.")
+
+
+def _auto_names(manifest: Manifest) -> list[str]:
+    """What ``"auto"`` tries, best first: the backends that a manifest names, all when it names none."""
+    return [name for name in manifest.backends if name in LADDER] or list(LADDER)
+
+
+def _open_first(
+    bundle: Bundle, names: Sequence[str], threads: int | None = None, strict: str | None = None, build: bool = False
+) -> tuple[Backend | None, dict[str, str]]:
+    """The first of ``names`` that answers the golden images correctly, and why the others do not (label -> reason).
+
+    ``strict``: the first failure ends the search, and so does this name if it is not installed.
+    """
+    golden = bundle.golden()
+    missing: dict[str, UnavailableError] = {}
     not_used: dict[str, str] = {}
-    for label, name, graph in _attempts(bundle, chosen if backend == "auto" else names[names.index(backend) :]):
+    for label, name, graph in _attempts(bundle, names):
         if name in missing:
             continue
         opener = BUILDERS[name] if build and name in BUILDERS else LADDER[name]
         try:
-            run = in_groups(opener(graph, threads), bundle.manifest.batch)
-            check = check_golden(run, golden, graph.manifest.precision)
+            infer = in_groups(opener(graph, threads), bundle.manifest.batch)
+            check = check_golden(infer, golden, graph.manifest.precision)
         except UnavailableError as error:
             not_used[label] = str(error)
-            missing.add(name)
-            if strict and backend == name:
+            missing[name] = error
+            if strict == name:
                 break
             continue
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             not_used[label] = _first_line(error)
         else:
             if check.passed:
-                return Backend(name, run, check, not_used, graph.manifest.precision)
+                no_gpu = any(isinstance(error.__cause__, NoGpuError) for error in missing.values())
+                irrelevant = frozenset(missing) if no_gpu else frozenset()
+                return Backend(name, infer, check, not_used, graph.manifest.precision, irrelevant), not_used
             not_used[label] = f"wrong results in {graph.manifest.precision}, {check}"
         if strict:
             break
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in not_used.items())
-    fallback_left = strict and name != names[-1]
-    remedy = "leave out 'strict' to fall back" if fallback_left else "reinstall ONNX Runtime or export the run again"
-    raise BackendError(f"No backend can run {bundle.path} as asked ({reasons}); {remedy}.")
+    return None, not_used
+
+
+def rungs(path: str) -> dict[str, Any]:
+    """For a child process: verify the bundle at ``path``; the names of all rungs, and what ``"auto"`` tries."""
+    return {"rungs": list(LADDER), "auto": _auto_names(Bundle.open(path).manifest)}
+
+
+def rung(path: str, name: str) -> dict[str, Any]:
+    """For a child process: run the golden images of the bundle at ``path`` on the rung ``name`` alone."""
+    opened, not_used = _open_first(Bundle.open(path), [name])
+    if opened is None:
+        raise NoAnswerError("; ".join(why if label == name else f"{label}: {why}" for label, why in not_used.items()))
+    return {"check": str(opened.check), **opened.to_json()}
 
 
 def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, Bundle]]:
-    """A label, the rung and the bundle at a precision, for everything worth trying; on a CPU fp16 only costs time."""
+    """Everything worth trying: a label, the rung, and the bundle in a precision. On a CPU, fp16 only costs time."""
     exact = bundle.in_fp32
     for name in names:
         yield name, name, exact if name == "cpu" else bundle
         if name != "cpu" and bundle.manifest.precision != "fp32":
             yield f"{name} in fp32", name, exact
-
-
-def check_golden(run: Run, golden: Golden, precision: str = "fp32") -> GoldenCheck:
-    """Run the golden images one by one, as a camera would, and compare every output."""
-    close = 2 * MAX_DIFFERENCE[precision]
-    cosines, agreements, differences = [], [], []
-    for index in range(len(golden.image)):
-        outputs = run(golden.image[index : index + 1])
-        expected, actual = golden.probabilities[index].astype(np.float64), outputs.probabilities[0].astype(np.float64)
-        cosines.append(expected @ actual / (np.linalg.norm(expected) * np.linalg.norm(actual)))
-        agreements.append(expected[actual.argmax()] >= expected.max() - close)
-        feature = golden.features[index].astype(np.float64)
-        differences.append(
-            (
-                np.abs(expected - actual).max(),
-                np.abs(golden.task_probabilities[index] - outputs.task_probabilities[0]).max(),
-                np.abs(golden.novelty[index] - outputs.novelty[0]),
-                np.linalg.norm(feature - outputs.features[0]) / max(float(np.linalg.norm(feature)), 1e-12),
-            )
-        )
-    # np.min and np.max carry a NaN through, so that it fails the check.
-    classes, tasks, novelty, features = np.max(differences, axis=0)
-    return GoldenCheck(
-        images=len(cosines),
-        cosine=float(np.min(cosines)),
-        max_difference=float(np.max([classes, tasks])),
-        max_novelty_difference=float(novelty),
-        max_feature_difference=float(features),
-        top1_agreement=float(np.mean(agreements)),
-        precision=precision,
-    )
-
-
-def in_groups(run: Run, batch: int | None) -> Run:
-    """Let a graph that takes exactly ``batch`` images take any number: the last group is filled up with black ones.
-
-    A graph that takes any number (None) is returned as it is.
-    """
-    if batch is None:
-        return run
-
-    def grouped(images: Pixels) -> Outputs:
-        count = len(images)
-        if count == batch:
-            return run(images)
-        rows = max(1, -(-count // batch)) * batch
-        padded = np.zeros((rows, *images.shape[1:]), images.dtype)
-        padded[:count] = images
-        return _joined([run(padded[start : start + batch]) for start in range(0, rows, batch)], count)
-
-    return grouped
-
-
-def at_most(run: Run, batch: int) -> Run:
-    """Let a model that takes at most ``batch`` images take any number, in several runs."""
-
-    def split(images: Pixels) -> Outputs:
-        if len(images) <= batch:
-            return run(images)
-        starts = range(0, len(images), batch)
-        return _joined([run(images[start : start + batch]) for start in starts], len(images))
-
-    return split
-
-
-def _joined(parts: Sequence[Outputs], count: int) -> Outputs:
-    """The outputs of several runs as those of one, of which the first ``count`` images count."""
-    return Outputs(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in OUTPUTS))
 
 
 def _import_onnxruntime(provider: str) -> Any:
@@ -328,22 +247,22 @@ def _import_onnxruntime(provider: str) -> Any:
     return ort
 
 
-def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Run:
+def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Infer:
     ort = _import_onnxruntime(provider)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors only: graphs with named initializers cause a page of warnings
     settings.inter_op_num_threads = 1
     if threads is not None:
         settings.intra_op_num_threads = threads
-    # What was verified, and in no folder in which a graph could look for other files.
+    # The verified bytes, outside any folder in which a graph could find other files.
     content = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0])
     session = ort.InferenceSession(content.source or content.read(), settings, providers=[(provider, options)])
-    session.disable_fallback()  # or a failing GPU would be replaced by the CPU without a word
+    session.disable_fallback()  # or a failing GPU would silently be replaced by the CPU
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
     shapes = bundle.manifest.output_shapes
 
-    def run(images: Pixels) -> Outputs:
+    def infer(images: Pixels) -> Outputs:
         try:
             arrays: list[FloatArray] = session.run(list(OUTPUTS), {INPUT: images})
         except Exception as error:  # see above: no common base class
@@ -358,7 +277,7 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
                 )
         return Outputs(*arrays)
 
-    return run
+    return infer
 
 
 def _first_line(error: Exception) -> str:

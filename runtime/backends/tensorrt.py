@@ -1,12 +1,12 @@
 """Running an engine with TensorRT: what the rung ``tensorrt`` of the ladder opens.
 
-Untested on a GPU: where this was written there was none. The logic runs in the tests against a small imitation of
+Untested on a GPU, because none was available. The logic runs in the tests against a small imitation of
 TensorRT and of the CUDA runtime, and the names that are used are compared with the real bindings. On a device, the
 golden images decide whether it is used.
 
-An execution context is no business of two threads at once, and a captured CUDA graph belongs to one context and one
-number of images. So context, stream, buffers and graph form a `_Slot` of a fixed number of images, a thread borrows
-one for a run, and when all are lent a new one is made.
+Two threads must not share an execution context, and a captured CUDA graph belongs to one context and one number of
+images. So context, stream, buffers and graph form a `_Slot` for a fixed number of images. A thread borrows one for each
+inference, and if all are in use, a new one is made.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import BackendError
+from duallora_edge.runtime.backends.contract import ENGINE_BATCH, Infer, UnavailableError, at_most
 from duallora_edge.runtime.backends.engine_build import build_engines, engine_keys, local_target
 from duallora_edge.runtime.backends.engine_cache import read_engine
-from duallora_edge.runtime.backends.ladder import ENGINE_BATCH, Run, UnavailableError, at_most
 from duallora_edge.runtime.backends.tensorrt_api import TensorRT, make_logger, make_runtime
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS, Bundle, Outputs
 from duallora_edge.runtime.preprocess import Pixels
@@ -35,7 +35,7 @@ CUDART = ("cuda.bindings.runtime", "cuda.cudart")  # the newer and the older nam
 MAX_IDLE_SLOTS = 4  # each holds device memory
 
 
-def open_tensorrt(bundle: Bundle, build: bool = False) -> Run:
+def open_tensorrt(bundle: Bundle, build: bool = False) -> Infer:
     """Load the engine of a bundle that was built for this GPU; with ``build``, build it when there is none.
 
     Raises `UnavailableError` when TensorRT, the GPU, cuda-python or the engine is missing, `EngineError` when the
@@ -54,7 +54,7 @@ def open_tensorrt(bundle: Bundle, build: bool = False) -> Run:
             )
         plans.append(stored[1])
     session = TensorRTSession(tensorrt, cudart, plans, bundle)
-    return at_most(session.run, bundle.manifest.batch or ENGINE_BATCH)
+    return at_most(session.infer, bundle.manifest.batch or ENGINE_BATCH)
 
 
 def load_cudart() -> Any:
@@ -89,7 +89,7 @@ class TensorRTSession:
         self._idle: list[_Slot] = []
         self._use_graphs = True
 
-    def run(self, images: Pixels) -> Outputs:
+    def infer(self, images: Pixels) -> Outputs:
         """Run images ``uint8 [N, S, S, 3]``, as many as the engine takes at once.
 
         Raises `BackendError` when the GPU fails or the images do not fit.
@@ -100,7 +100,7 @@ class TensorRTSession:
                 f"The model takes uint8 images [N, {size}, {size}, 3], not {images.dtype} {list(images.shape)}."
             )
         slot = self._borrow(len(images))
-        outputs = slot.run(images)  # a slot that fails is not used again
+        outputs = slot.infer(images)  # a slot that fails is not used again
         if self._use_graphs and not slot.has_graph and not slot.capture():
             self._use_graphs = False  # what a failed capture leaves in a context is not defined
             return outputs
@@ -120,7 +120,7 @@ class TensorRTSession:
         for engine in self._engines:
             context = engine.create_execution_context()
             if context is None:
-                raise BackendError(f"TensorRT has no memory for another run{self._words()}; use fewer threads.")
+                raise BackendError(f"TensorRT has no memory for another inference{self._words()}; use fewer threads.")
             tensors = _tensors(engine)
             for name in (name for name, mode in tensors if mode == self._trt.TensorIOMode.INPUT):
                 if not context.set_input_shape(name, shapes[name]):
@@ -146,7 +146,9 @@ class TensorRTSession:
             found = {name: (mode, engine.get_tensor_dtype(name)) for name, mode in _tensors(engine)}
             if found != wanted:
                 described = ", ".join(f"{name} {dtype}" for name, (_, dtype) in found.items())
-                raise BackendError(f"The engine has other tensors than the bundle ({described}); export the run again.")
+                raise BackendError(
+                    f"The tensors of the engine differ from those of the bundle ({described}); export the run again."
+                )
             reads = writes
         size = self._manifest.preprocessing.size
         engine = self._engines[0]
@@ -196,10 +198,10 @@ class _Slot:
             # Only from and to memory that is never paged out do copies run in the stream and in a graph.
             pinned = _ok(cudart.cudaMallocHost(size))
             self._handles.append((cudart.cudaFreeHost, pinned))
-            memory = (ctypes.c_byte * size).from_address(int(pinned))
-            self._host[name] = np.frombuffer(memoryview(memory), dtype).reshape(shape)
+            buffer = (ctypes.c_byte * size).from_address(int(pinned))
+            self._host[name] = np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
-    def run(self, images: Pixels) -> Outputs:
+    def infer(self, images: Pixels) -> Outputs:
         """Run as many images as the slot is for. Raises `BackendError`."""
         self._host[INPUT][:] = images
         if self._graph is None:
@@ -210,7 +212,7 @@ class _Slot:
         return Outputs(*(self._host[name].copy() for name in OUTPUTS))
 
     def capture(self) -> bool:
-        """Record a run, after a first one, so that the next ones are launched at once; False when that fails."""
+        """Record an inference, after a first one, so that later ones are launched in one call; False if that fails."""
         cudart = self._cudart
         try:
             # Thread-local: what other threads do on the GPU meanwhile does not end the recording.
@@ -226,7 +228,7 @@ class _Slot:
             self._handles.append((cudart.cudaGraphDestroy, recorded))
             self._graph = _ok(cudart.cudaGraphInstantiate(recorded, 0))
             self._handles.append((cudart.cudaGraphExecDestroy, self._graph))
-        except Exception:  # many things cannot be recorded, and nothing is lost but some speed
+        except Exception:  # many operations cannot be recorded, which only costs some speed
             cudart.cudaGetLastError()  # forget the error, or the next call would report it
             return False
         self.has_graph = True
@@ -258,6 +260,6 @@ def _ok(answer: tuple[Any, ...]) -> Any:
 
 
 def _give_back(handles: list[tuple[Any, Any]]) -> None:
-    """Free in the opposite order; errors are of no use here."""
+    """Free in reverse order; errors are ignored."""
     for free, handle in reversed(handles):
         free(handle)

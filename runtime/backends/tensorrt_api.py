@@ -1,31 +1,28 @@
 """The TensorRT that is installed here, and what differs between its versions.
 
 Two packages have nearly the same interface: ``tensorrt`` (8.5 to 11; on a Jetson it comes with JetPack) and
-``tensorrt_rtx`` (for RTX-class GPUs, can build ahead of time without one). What all versions share is used as it
-is; the functions below hide the rest. TensorRT 8.5 to 11 could not be run where this was written: those branches are
-untested on a device, and follow the bindings' sources.
+``tensorrt_rtx`` (for RTX-class GPUs, can build ahead of time without one). What all versions share is called directly;
+the functions below hide the differences. The branches for TensorRT 8.5 to 11 follow the
+sources of the bindings and are untested on a device.
 
 ``trt.nptype`` is never called: in TensorRT 8.5 it needs ``numpy.bool``, which NumPy 1.24 removed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from duallora_edge.runtime.backends.ladder import UnavailableError
+from duallora_edge.runtime.backends.contract import UnavailableError
+from duallora_edge.runtime.device.cuda import Driver, Gpu, NoGpuError
 
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
 OLDEST = (8, 5)
-LIBCUDA = "libcuda.so.1"
 
-# CUdevice_attribute of cuda.h
-_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
 _REMEDIES = {
     TENSORRT: "on a Jetson use JetPack's python3-libnvinfer, with a virtual environment of JetPack's own Python made "
     "with --system-site-packages; elsewhere pip install 'duallora-edge[tensorrt]'",
@@ -33,16 +30,6 @@ _REMEDIES = {
 }
 # Of TensorRT 8: these pass values on, so that a precision of their own would only add conversions.
 _WITHOUT_PRECISION = ("CONSTANT", "SHAPE", "IDENTITY", "CAST")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A CUDA device: ``compute_capability`` as ``"sm87"``, the number of multiprocessors, and its memory in bytes."""
-
-    name: str
-    compute_capability: str
-    multiprocessors: int
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -74,36 +61,11 @@ class TensorRT:
 
 
 def find_gpu() -> Gpu:
-    """The first CUDA device that this process sees, asked of the driver's own library.
-
-    Raises `UnavailableError` with the reason when there is none. Nothing of TensorRT is touched: without a driver,
-    its runtime ends the whole process when it is used.
-    """
+    """The first CUDA device that this process sees. Raises `UnavailableError` with the reason when there is none."""
     try:
-        cuda = ctypes.CDLL(LIBCUDA)
-    except OSError as error:
-        raise UnavailableError(f"there is no NVIDIA driver here ({error})") from error
-
-    def ask(function: str, *arguments: Any) -> None:
-        code = getattr(cuda, function)(*arguments)
-        if code:
-            raise UnavailableError(f"the NVIDIA driver answered {function} with error {code}")
-
-    def attribute(number: int) -> int:
-        ask("cuDeviceGetAttribute", ctypes.byref(value), number, device)
-        return value.value
-
-    value, device, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
-    name = ctypes.create_string_buffer(256)
-    ask("cuInit", 0)
-    ask("cuDeviceGetCount", ctypes.byref(value))
-    if value.value < 1:
-        raise UnavailableError("the NVIDIA driver lists no GPU")
-    ask("cuDeviceGet", ctypes.byref(device), 0)
-    ask("cuDeviceGetName", name, len(name), device)
-    ask("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
-    capability = f"sm{attribute(_MAJOR)}{attribute(_MINOR)}"
-    return Gpu(name.value.decode(errors="replace"), capability, attribute(_MULTIPROCESSORS), memory.value)
+        return next(Driver().gpus())
+    except NoGpuError as error:
+        raise UnavailableError(str(error)) from error
 
 
 def load_tensorrt(packages: Sequence[str] = (TENSORRT, TENSORRT_RTX)) -> TensorRT:
@@ -127,7 +89,7 @@ def load_tensorrt(packages: Sequence[str] = (TENSORRT, TENSORRT_RTX)) -> TensorR
 
 
 def make_logger(trt: Any, report: Callable[[str], None]) -> Any:
-    """A logger that passes errors on. Warnings are dropped: the golden images decide what an engine is worth."""
+    """A logger that passes errors on and drops warnings; the golden images decide whether an engine is usable."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -141,7 +103,7 @@ def make_logger(trt: Any, report: Callable[[str], None]) -> Any:
 
 
 def make_runtime(trt: Any, logger: Any) -> Any:
-    """A TensorRT runtime, after the driver was asked for a GPU. Raises `UnavailableError`, see `find_gpu`."""
+    """A TensorRT runtime, made only after the driver reported a GPU. Raises `UnavailableError`, see `find_gpu`."""
     find_gpu()
     return trt.Runtime(logger)
 
@@ -164,7 +126,7 @@ def set_precision(tensorrt: TensorRT, network: Any, config: Any, precision: str)
     """Make the engine compute in the precisions that the network is written in.
 
     TensorFloat-32 is switched off, as on every other backend. TensorRT 8 needs a flag for fp16, after which it
-    would choose fp16 everywhere; so each layer that the file keeps in fp32 is told to stay there.
+    would choose fp16 everywhere; so each layer that is fp32 in the file is pinned to fp32.
     """
     trt = tensorrt.trt
     config.clear_flag(trt.BuilderFlag.TF32)

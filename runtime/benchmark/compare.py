@@ -1,7 +1,7 @@
 """Two bundles, or two reports, side by side.
 
-Two bundles are measured in one process in turns, so that what slows the machine down for a while slows both down.
-Of two reports only the numbers can be compared, beside everything that differed when they were taken.
+Two bundles are measured in turns in one process, so that a slow phase of the machine affects both.
+For two reports, only the numbers can be compared, and everything that differed when they were measured is listed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from duallora_edge import __version__
 from duallora_edge.errors import BudgetError, ReportError
 from duallora_edge.files import read_json
-from duallora_edge.runtime.benchmark.layout import Block, printable
-from duallora_edge.runtime.benchmark.measure import LABEL, SCHEMA, describe_bundle
+from duallora_edge.runtime.benchmark.measure import describe_bundle
+from duallora_edge.runtime.benchmark.report import LABEL, SCHEMA
 from duallora_edge.runtime.benchmark.scenarios import run_batch, timed, warm_up
 from duallora_edge.runtime.benchmark.statistics import Times, ratio_of_medians, summarize
+from duallora_edge.runtime.benchmark.table import Block, printable
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.device.sampler import Watch, throttling
 from duallora_edge.runtime.device.state import ROOT, read_state
@@ -31,7 +32,7 @@ MAX_REPORT_BYTES = 4 * 2**20
 MAX_PROBLEMS = 5
 MAX_TEXT = 120
 MEDIAN = "single stream p50, ms"
-# What of two reports is compared: name -> keys that lead to the number, and by what it is divided.
+# The numbers that are compared: name -> keys that lead to the number, and its divisor.
 NUMBERS: dict[str, tuple[tuple[str, ...], float]] = {
     MEDIAN: (("single_stream", "latency", "p50", "value"), 1),
     "single stream p90, ms": (("single_stream", "latency", "p90", "value"), 1),
@@ -69,7 +70,7 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A number of A and of B, and A / B with its 5th and 95th percentile where it was measured in turns."""
+    """A number of A and of B, and A / B with its 5-95 % interval if both were measured in turns."""
 
     name: str
     first: float
@@ -83,8 +84,8 @@ class Row:
 class Comparison:
     """What `compare_bundles` or `compare_reports` found.
 
-    ``sides`` say what A and B are, ``method`` how the numbers came about, ``differences`` what was not the same for
-    both, and ``warnings`` why the numbers deserve less trust.
+    ``sides`` say what A and B are, ``method`` how they were measured, ``differences`` which conditions differed, and
+    ``warnings`` why the numbers deserve less trust.
     """
 
     sides: tuple[str, str]
@@ -146,12 +147,12 @@ def _in_turns(classifiers: tuple[Classifier, Classifier], seconds: float) -> tup
     for classifier in classifiers:
         size = classifier.bundle.manifest.preprocessing.size
         image = np.random.default_rng(SEED).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
-        calls.append(run_batch(classifier.backend.run, image))
+        calls.append(run_batch(classifier.backend.infer, image))
         warm_up(calls[-1])
     found: tuple[list[Times], list[Times]] = ([], [])
     for _ in range(ROUNDS):
         for call, rounds in zip(calls, found, strict=True):
-            call()  # brings back to the caches what the other one drove out
+            call()  # fills the caches again after the other bundle
             rounds.append(timed(call, seconds / ROUNDS, LEAST)[:, -1])
     return found
 
@@ -159,7 +160,7 @@ def _in_turns(classifiers: tuple[Classifier, Classifier], seconds: float) -> tup
 def read_report(path: Path) -> Mapping[str, Any]:
     """Read the JSON that ``duallora-edge benchmark --json`` wrote. Raises `ReportError`.
 
-    Of its content only what is compared is checked, by `compare_reports`.
+    Only the numbers that are compared are checked, by `compare_reports`.
     """
     remedy = "give a bundle, or a file that 'duallora-edge benchmark --json' wrote"
     try:
@@ -171,7 +172,7 @@ def read_report(path: Path) -> Mapping[str, Any]:
         raise ReportError(f"{path} cannot be read as a report ({reason}); {remedy}.") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if not isinstance(document, dict) or "load_ms" not in document:
-        raise ReportError(f"{path} is no report of a benchmark; {remedy}.")
+        raise ReportError(f"{path} is not a benchmark report; {remedy}.")
     if type(schema) is not int or schema != SCHEMA:
         raise ReportError(f"{path} has the report schema {_shown(schema)}, this version reads {SCHEMA}; measure again.")
     return document
@@ -189,7 +190,7 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any], names: 
         raise ReportError(f"Not valid: {'; '.join(problems[:MAX_PROBLEMS])}{more}; measure again.")
     common = [name for name in NUMBERS if name in numbers[0] and name in numbers[1]]
     if not common:
-        raise ReportError(f"{names[0]} and {names[1]} have no number in common; measure the same scenarios.")
+        raise ReportError(f"{names[0]} and {names[1]} have no numbers in common; measure the same scenarios.")
     rows = tuple(Row(key, numbers[0][key], numbers[1][key], numbers[0][key] / numbers[1][key]) for key in common)
     sides = tuple(_side(report) for report in (first, second))
     return Comparison((sides[0], sides[1]), "numbers of two reports", rows, tuple(_differences(first, second)), ())
@@ -258,17 +259,31 @@ def comparison_blocks(found: Comparison) -> list[Block]:
     for row in found.rows:
         interval = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
         rows.append([row.name, f"{row.first:,.3f}", f"{row.second:,.3f}", f"{row.ratio:.3f}{interval}"])
-    notes = ["below 1: A takes less; of images/s, above 1: A is faster"]
+    notes = ["below 1: A takes less; for images/s, above 1: A is faster"]
     if any(row.low is not None for row in found.rows):
-        notes.append("in parentheses: 5-95 % of the ratio, by bootstrap over the rounds")
+        notes.append("in parentheses: 5-95 % interval of the ratio, by bootstrap over the rounds")
     if any(row.low is not None and row.high is not None and row.low <= 1 <= row.high for row in found.rows):
-        notes.append("the interval contains 1: no difference is shown; a longer --duration narrows it")
+        notes.append("the interval contains 1, so no difference is shown; a longer --duration narrows it")
     return [
         Block("Compared", facts=[("A", found.sides[0]), ("B", found.sides[1]), ("how", found.method)]),
-        Block("Not the same for both (A | B)", lines=found.differences),
-        Block("Warnings", lines=found.warnings),
         Block(f"Ratios ({LABEL})", rows=rows, lines=notes),
+        Block("Different conditions (A | B)", lines=found.differences),
+        Block("Warnings", lines=found.warnings),
     ]
+
+
+def comparison_answer(found: Comparison, limit: float | None) -> str:
+    """The line that most people want: how many times as long A takes as B, and whether ``limit`` allows it."""
+    medians = [row for row in found.rows if row.name == MEDIAN]
+    if not medians:
+        return "The single stream was not measured for both."
+    row = medians[0]
+    interval = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
+    verdict = "" if limit is None else f", {'within' if row.ratio <= limit else 'over'} the limit of {limit:g}"
+    return (
+        f"A takes {row.ratio:.3f}{interval} times as long as B for one image{verdict}: "
+        f"{row.first:,.3f} and {row.second:,.3f} ms (p50)."
+    )
 
 
 def check_ratio(found: Comparison, limit: float | None) -> None:
@@ -277,6 +292,8 @@ def check_ratio(found: Comparison, limit: float | None) -> None:
         return
     ratios = [row.ratio for row in found.rows if row.name == MEDIAN]
     if not ratios:
-        raise BudgetError("The ratio cannot be checked, because a report has no single stream; measure that scenario.")
+        raise BudgetError(
+            "The ratio cannot be checked, because one report lacks the single stream; measure that scenario."
+        )
     if ratios[0] > limit:
         raise BudgetError(f"A takes {ratios[0]:.3f} times as long as B, the limit is {limit:g}; find what is slower.")

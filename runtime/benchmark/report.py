@@ -1,250 +1,172 @@
-"""The report of a benchmark as text and as Markdown."""
+"""What a benchmark measured, whether it is within a budget, and how far it is from the estimate of the exporter."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from duallora_edge.runtime.benchmark.layout import Block, as_markdown, as_text, printable
-from duallora_edge.runtime.benchmark.measure import LABEL, Report
-from duallora_edge.runtime.benchmark.scenarios import QUERY_IMAGES, Energy, Stream
-from duallora_edge.runtime.benchmark.statistics import SHARES, Latency, Percentile, runs_least, runs_needed
+from duallora_edge import __version__
+from duallora_edge.device_profiles.catalog import packaged
+from duallora_edge.device_profiles.profile import DeviceProfile
+from duallora_edge.errors import BudgetError
+from duallora_edge.runtime.backends.ladder import Backend
+from duallora_edge.runtime.benchmark.scenarios import Offline, Stream
+from duallora_edge.runtime.benchmark.statistics import Latency
 from duallora_edge.runtime.device.sampler import Series
-from duallora_edge.runtime.device.state import Clock, DeviceState, PowerMode
-from duallora_edge.runtime.process_memory import Memory, Reading, available_drop
+from duallora_edge.runtime.device.state import DeviceState
+from duallora_edge.runtime.process_memory import MemoryReadings
 
-MLPERF_OFFLINE = 24_576  # samples, inference_rules.adoc
-
-
-def table(report: Report) -> str:
-    """Everything in the report that a person compares, in blocks of aligned columns."""
-    return as_text(blocks(report))
+SCHEMA = 1
+LABEL = "quick local measurement, not MLPerf"
+# Two clocks within this share of each other count as equal, because profiles hold rounded values.
+CLOCK_TOLERANCE = 0.03
 
 
-def markdown(report: Report) -> str:
-    """The same as a Markdown document."""
-    return as_markdown(blocks(report), f"Benchmark of {report.bundle['name']}: {LABEL}")
+@dataclass(frozen=True)
+class EstimateCheck:
+    """The ``estimates`` of the bundle, one per power mode, and the measured p50 of the single stream over one of them.
+
+    ``ratio`` is None, with the ``reason``, if no estimate is for this device in its current ``mode``.
+    """
+
+    estimates: tuple[Mapping[str, Any], ...]
+    mode: str | None
+    ratio: float | None
+    reason: str | None
 
 
-def blocks(report: Report) -> list[Block]:
-    """The report in the order in which a person reads it; blocks may be empty."""
-    return [
-        Block("Bundle and machine", facts=list(_facts(report))),
-        Block("Warnings", lines=list(_warnings(report))),
-        Block(f"Scenarios ({LABEL})", rows=list(_scenarios(report)), lines=list(_scenario_notes(report))),
-        Block("Latency, ms (95 % interval)", rows=list(_latencies(report)), lines=_marks()),
-        Block("Offline: batch sizes", rows=list(_sweep(report))),
-        Block("Memory, MB", rows=list(_memory(report.memory)), lines=list(_methods(report))),
-        Block("Device", rows=list(_device(report)), lines=list(_device_notes(report))),
-        Block("Estimate of the exporter", lines=list(_estimates(report))),
-    ]
+@dataclass(frozen=True)
+class Device:
+    """The state of the device ``before`` and ``after`` the measurements, and what it did ``during`` them.
+
+    ``during``: kind with its unit -> name -> statistics of the readings. ``warnings`` say what slowed the device down.
+    """
+
+    before: DeviceState
+    after: DeviceState
+    during: Mapping[str, Mapping[str, Series]]
+    warnings: tuple[str, ...]
 
 
-def _facts(report: Report) -> Iterator[tuple[str, str]]:
-    bundle, backend, machine = report.bundle, report.backend, report.machine
-    threads = backend["threads"] or "ONNX Runtime's default"
-    yield (
-        "bundle",
-        f"{bundle['name']}, version {bundle['bundle_version']}: {bundle['classes']} classes, {bundle['tasks']} tasks, "
-        f"{bundle['input'][1]} px, model {bundle['model_bytes'] / 1e6:.1f} MB",
-    )
-    yield "backend", f"{backend['name']} in {backend['precision']}, threads: {threads}"
-    yield from ((f"not {name}", why) for name, why in backend["not_used"].items())
-    yield "load", f"{report.load_ms:.0f} ms, with the check of the golden images"
-    device = machine["model"] or machine["cpu"] or "unknown CPU"
-    yield "machine", f"{device}, {machine['usable_cores']} usable cores ({machine['profile'] or 'no profile'})"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+@dataclass(frozen=True)
+class Report:
+    """Everything `run_benchmark` found.
+
+    ``single_stream`` and ``multi_stream``: prepared images, the model only; ``offline``: images per second. A scenario
+    that was not asked for is None. ``phases``: ``preprocess``, ``infer``, ``postprocess`` and ``end_to_end`` of camera
+    frames of ``frame`` (width, height). ``memory``: readings ``before_load``, ``after_load``, ``after_runs`` (single
+    images only) and, where there were batches, ``after_batches``. ``estimate``: what the exporter expected of its
+    target device, and whether that is this one.
+    """
+
+    bundle: Mapping[str, Any]
+    backend: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    load_ms: float
+    seconds: float
+    single_stream: Stream | None
+    multi_stream: Stream | None
+    offline: Offline | None
+    frame: tuple[int, int]
+    phases: Mapping[str, Latency]
+    memory: Mapping[str, MemoryReadings]
+    device: Device
+    estimate: EstimateCheck
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {"schema": SCHEMA, "label": LABEL, "duallora_edge": __version__, **asdict(self)}
 
 
-def _warnings(report: Report) -> Iterator[str]:
-    yield from report.device.warnings
-    named = {
-        "single stream": report.single_stream and report.single_stream.latency,
-        "end to end": report.phases["end_to_end"],
-        "multi-stream": report.multi_stream and report.multi_stream.latency,
-        "offline": report.offline and report.offline.latency,
-    }
-    for name, latency in named.items():
-        yield from (f"{name}: {note}" for note in (latency.notes if latency else ()))
+def answer(report: Report, milliseconds: float | None, megabytes: float | None) -> str:
+    """The line that most people want: latency and memory, and whether they are within the budgets."""
+    latency = report.single_stream.latency if report.single_stream else None
+    p90, pss = latency.p90.value if latency else None, report.memory["after_runs"].pss.bytes
+    where = f"on {report.backend['name']} in {report.backend['precision']}"
+    parts = [f"The single stream was not measured {where}"]
+    if p90 is not None:
+        parts = [f"One image takes {p90:.2f} ms (p90) {where}{_verdict(p90, milliseconds, 'ms')}"]
+    if pss is not None:
+        parts.append(f"memory (PSS) {pss / 1e6:.1f} MB{_verdict(pss / 1e6, megabytes, 'MB')}")
+    if milliseconds is None and megabytes is None:
+        parts.append("no budget given")
+    return f"{'; '.join(parts)}."
 
 
-def _scenarios(report: Report) -> Iterator[list[str]]:
-    yield ["scenario", "measure", "result", "95 % interval", "N", "MLPerf's N", "mJ/image"]
-    for name, stream, share in (
-        ("single stream (one image)", report.single_stream, 0.9),
-        (f"multi-stream (queries of {QUERY_IMAGES})", report.multi_stream, 0.99),
-    ):
-        if stream is not None:
-            yield [name, *_stream(stream, share)]
-    if report.offline is not None:
-        found = report.offline
-        images = found.batch * found.latency.n
-        rate = f"{found.images_per_second:.1f}"
-        name = f"offline (batches of {found.batch})"
-        yield [name, "images/s", rate, "", f"{images:,}", f"{MLPERF_OFFLINE:,}", _energy(found.energy)]
+def _verdict(value: float, limit: float | None, unit: str) -> str:
+    return "" if limit is None else f", {'within' if value <= limit else 'over'} the budget of {limit:g} {unit}"
 
 
-def _stream(stream: Stream, share: float) -> list[str]:
-    measure = f"p{100 * share:.0f}, ms"
-    if stream.latency is None:
-        return [measure, "failed", "", "0", f"{runs_needed(share):,}", "-"]
-    found = {0.9: stream.latency.p90, 0.99: stream.latency.p99}[share]
-    interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
-    value = "n/a" if found.value is None else f"{found.value:.3f}"
-    return [measure, value, interval, f"{stream.latency.n:,}", f"{found.needed:,}", _energy(stream.energy)]
+def check_budgets(report: Report, milliseconds: float | None, megabytes: float | None) -> None:
+    """Raise `BudgetError` with every budget that the report exceeds.
+
+    ``milliseconds`` limits the p90 of the single stream, ``megabytes`` (10^6 bytes) the PSS of the whole process
+    after single images: interpreter and libraries count, because the device has to hold them.
+    """
+    problems = []
+    if milliseconds is not None:
+        latency = report.single_stream.latency if report.single_stream else None
+        p90 = latency.p90.value if latency else None
+        if p90 is None:
+            problems.append("the latency cannot be checked, because the single stream was not measured")
+        elif p90 > milliseconds:
+            problems.append(f"p90 is {p90:.2f} ms, the budget {milliseconds:g} ms")
+    if megabytes is not None:
+        pss = report.memory["after_runs"].pss
+        if pss.bytes is None:
+            problems.append(f"memory cannot be checked, because {pss.reason}")
+        elif pss.bytes > megabytes * 1e6:
+            problems.append(f"PSS is {pss.bytes / 1e6:.1f} MB, the budget {megabytes:g} MB")
+    if problems:
+        raise BudgetError(
+            f"Over budget: {'; '.join(problems)}; choose a smaller backbone or image, or a faster device."
+        )
 
 
-def _energy(energy: Energy | None) -> str:
-    return "-" if energy is None or energy.millijoules is None else f"{energy.millijoules:.1f}"
+def check_estimates(
+    target: Mapping[str, Any], here: str | None, state: DeviceState, backend: Backend, single: Stream | None
+) -> EstimateCheck:
+    """Compare the single stream with the estimates in the ``target`` of a manifest; ``here``: the detected profile."""
+    stored = target.get("estimates")
+    estimates = tuple(entry for entry in stored if isinstance(entry, dict)) if isinstance(stored, list) else ()
+    if not estimates:
+        return EstimateCheck((), None, None, "the bundle holds no estimate")
+    if here is None or target.get("profile") != here:
+        machine = f"this machine is {here}" if here else "this machine has no profile"
+        return EstimateCheck(estimates, None, None, f"the estimate is for another device: {machine}")
+    mode = _current_mode(packaged(here), state)
+    if mode is None:
+        return EstimateCheck(estimates, None, None, "no estimate is for the current GPU clock")
+    fitting = [entry for entry in estimates if (entry.get("mode"), entry.get("precision")) == (mode, backend.precision)]
+    expected = _milliseconds(fitting[0]) if fitting and backend.name != "cpu" else None
+    measured = single.latency.p50.value if single and single.latency else None
+    if expected is None:
+        reason = f"there is no estimate for {backend.name} in {backend.precision}, {mode} mode"
+        return EstimateCheck(estimates, mode, None, reason)
+    if measured is None:
+        return EstimateCheck(estimates, mode, None, "the single stream was not measured")
+    return EstimateCheck(estimates, mode, measured / expected, None)
 
 
-def _scenario_notes(report: Report) -> Iterator[str]:
-    if report.multi_stream and report.multi_stream.latency and report.multi_stream.latency.p99.value is None:
-        least = runs_least(0.99)
-        seconds = 1.1 * report.multi_stream.latency.mean * least / 1000
-        yield f"n/a: a p99 takes {least} queries; here --duration {seconds:.0f} is long enough for it"
-    if report.multi_stream and report.multi_stream.reason:
-        yield f"multi-stream failed: {report.multi_stream.reason}"
-    found = [report.single_stream, report.multi_stream, report.offline]
-    energies = [scenario.energy for scenario in found if scenario is not None and scenario.energy is not None]
-    for energy in energies[:1]:  # what can be read is the same for all
-        if energy.power is not None:
-            yield f"energy: mean power of {energy.power.of}, whatever else the device did included"
-        else:
-            yield f"no energy: {energy.reason}"
+def _current_mode(profile: DeviceProfile, state: DeviceState) -> str | None:
+    """The mode of a profile whose GPU clock is the highest that the device may use now.
+
+    The name of the power mode is not enough: in its 7 W mode an Orin Nano is slower than "normal" in its profile.
+    """
+    clocks = state.clocks.value or state.jetson_clocks.value or {}
+    if "gpu" not in clocks:
+        # A graphics card has one mode; a Jetson could be in any.
+        return next(iter(profile.modes), None) if profile.kind == "rtx" else None
+    limit = clocks["gpu"].high
+    for name, mode in profile.modes.items():
+        if abs(limit / mode.gpu_mhz - 1) <= CLOCK_TOLERANCE:
+            return name
+    return None
 
 
-def _latencies(report: Report) -> Iterator[list[str]]:
-    yield ["", "p50", "p90", "p99", "mean", "std", "CoV", "N"]
-    for name, stream in (("model, one image", report.single_stream), ("model, query", report.multi_stream)):
-        if stream is not None and stream.latency is not None:
-            yield [f"{name} of {stream.images}" if stream.images > 1 else name, *_latency(stream.latency)]
-    width, height = report.frame
-    for name, latency in report.phases.items():
-        yield [f"frame {width}x{height}: {name.replace('_', ' ')}", *_latency(latency)]
-
-
-def _latency(latency: Latency) -> list[str]:
-    shares = [_percentile(found, latency.n) for found in (latency.p50, latency.p90, latency.p99)]
-    return [*shares, f"{latency.mean:.3f}", f"{latency.std:.3f}", f"{latency.cov:.0%}", f"{latency.n:,}"]
-
-
-def _percentile(found: Percentile, n: int) -> str:
-    if found.value is None:
-        return "n/a"
-    return f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})" + ("*" if n < found.needed else " ")
-
-
-def _marks() -> list[str]:
-    needed = ", ".join(f"{runs_needed(share):,} for p{100 * share:.0f}" for share in SHARES)
-    least = ", ".join(f"{runs_least(share):,} for p{100 * share:.0f}" for share in SHARES)
-    return [f"* fewer runs than MLPerf asks for ({needed})", f"n/a: too few for an upper end of the interval ({least})"]
-
-
-def _sweep(report: Report) -> Iterator[list[str]]:
-    if report.offline is not None:
-        yield ["batch", "images/s", "batches"]
-        for row in report.offline.sweep:
-            rate = f"failed: {row.reason}" if row.images_per_second is None else f"{row.images_per_second:.1f}"
-            yield [str(row.batch), rate, str(row.n)]
-
-
-def _memory(memory: Mapping[str, Memory]) -> Iterator[list[str]]:
-    moments = list(memory.values())
-    yield ["", *(name.replace("_", " ") for name in memory)]
-    for label, key in (("PSS", "pss"), ("RSS", "rss"), ("peak RSS", "peak_rss"), ("GPU", "device")):
-        yield [label, *(_megabytes(getattr(moment, key)) for moment in moments)]
-    yield ["drop of MemAvailable", *(_megabytes(available_drop(moments[0], moment)) for moment in moments)]
-
-
-def _megabytes(reading: Reading) -> str:
-    return "-" if reading.bytes is None else f"{reading.bytes / 1e6:.1f}"
-
-
-def _methods(report: Report) -> Iterator[str]:
-    memory = report.memory["after_runs"]
-    named = {"PSS": memory.pss, "RSS": memory.rss, "peak RSS": memory.peak_rss, "GPU": memory.device}
-    yield "methods: " + ", ".join(f"{name}: {found.method}" for name, found in named.items() if found.bytes is not None)
-    for name, found in named.items():
-        if found.reason:
-            yield f"no {name}: {found.reason}"
-    if report.machine["is_jetson"]:
-        yield "the GPU uses the system's memory; of these methods only the drop of MemAvailable counts everything"
-
-
-def _device(report: Report) -> Iterator[list[str]]:
-    """Rows only for what could be read: the state before and after, lowest / mean / highest during the runs."""
-    before, after, during = report.device.before, report.device.after, report.device.during
-    rows = []
-    if before.power_mode.value is not None:
-        rows.append(["power mode", _mode(before.power_mode.value), "", _mode(after.power_mode.value)])
-    for name in _clocks(before):
-        seen = during.get("clock_mhz", {}).get(name)
-        ends = [_clock(state, name) for state in (before, after)]
-        rows.append([f"{name} clock, MHz (limits)", ends[0], _series(seen, 0), ends[1]])
-    if after.temperatures.value:
-        name = max(after.temperatures.value, key=after.temperatures.value.__getitem__)
-        seen = during.get("temperature_c", {}).get(name)
-        ends = [f"{(state.temperatures.value or {}).get(name, float('nan')):.1f}" for state in (before, after)]
-        rows.append([f"hottest sensor, C ({name})", ends[0], _series(seen, 1), ends[1]])
-    for name, series in during.get("power_w", {}).items():
-        ends = [f"{value:.2f}" if (value := (state.power.value or {}).get(name)) else "" for state in (before, after)]
-        rows.append([f"power, W ({name})", ends[0], _series(series, 2), ends[1]])
-    counts = [state.throttle_counts.value or {} for state in (before, after)]
-    rows += [
-        [f"throttle events ({name})", f"{counts[0][name]:.0f}", "", f"{counts[1][name]:.0f}"]
-        for name in counts[0].keys() & counts[1].keys()
-    ]
-    if rows:
-        yield ["", "before", "during: low / mean / high", "after"]
-        yield from rows
-
-
-def _mode(mode: PowerMode | None) -> str:
-    return "unknown" if mode is None else mode.name + ("" if mode.id is None else f" ({mode.id})")
-
-
-def _clocks(state: DeviceState) -> Mapping[str, Clock]:
-    """The clocks of both sources; that of the memory is only known to jetson_clocks."""
-    return {**(state.jetson_clocks.value or {}), **(state.clocks.value or {})}
-
-
-def _clock(state: DeviceState, name: str) -> str:
-    clock = _clocks(state).get(name)
-    return "" if clock is None else f"{clock.current:.0f} ({clock.low:.0f}-{clock.high:.0f})"
-
-
-def _series(series: Series | None, digits: int) -> str:
-    if series is None:
-        return ""
-    return " / ".join(f"{value:.{digits}f}" for value in (series.low, series.mean, series.high))
-
-
-def _device_notes(report: Report) -> Iterator[str]:
-    """What makes the numbers hard to repeat, and what could not be read, by reason."""
-    gpu = _clocks(report.device.before).get("gpu")
-    if report.machine["is_jetson"] and gpu is not None and gpu.low < gpu.high:
-        yield "the clocks follow the load: 'sudo jetson_clocks' fixes them, for numbers that can be repeated"
-    missing: dict[str, list[str]] = defaultdict(list)
-    for method, reason in report.device.before.reasons:
-        missing[reason].append(method)
-    for reason, methods in missing.items():
-        yield f"{reason}: {', '.join(methods)}"
-
-
-def _estimates(report: Report) -> Iterator[str]:
-    check = report.estimate
-    yield from (_estimate(entry) for entry in check.estimates)
-    if check.ratio is not None:
-        yield f"measured p50 / estimate: {check.ratio:.2f} ({check.mode} mode)"
-    elif check.estimates:
-        yield f"no comparison with the measurement: {check.reason}"
-
-
-def _estimate(entry: Mapping[str, Any]) -> str:
-    """A line for what the exporter expected. It comes from a file, so nothing in it is taken for granted."""
-    latency = entry.get("latency_ms")
-    value = f"{latency:.2g} ms" if isinstance(latency, float) else "no latency"
-    where = f"{entry.get('profile')}, {entry.get('mode')} mode, {entry.get('precision')}"
-    return printable(f"stored at export for {where}: {value}; {entry.get('note', 'estimate, not measured')}")
+def _milliseconds(entry: Mapping[str, Any]) -> float | None:
+    """The latency of an estimate, which comes from a file that may hold anything."""
+    value = entry.get("latency_ms")
+    return value if isinstance(value, float) and 0 < value < math.inf else None

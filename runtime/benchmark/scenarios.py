@@ -1,8 +1,8 @@
 """The scenarios of the benchmark, named as MLPerf Inference names them, and the phases of a camera frame.
 
-Single stream: one image after the other, judged by its p90. Multi-stream: one query of eight images after the other,
-judged by the p99 of the queries. Offline: as many images as there are, in batches, judged by images per second. The
-runs last seconds, not the ten minutes that MLPerf asks for, so nothing here is an MLPerf result.
+Single stream: one image after the other; the result is the p90. Multi-stream: one query of eight images after the
+other; the result is the p99 of the queries. Offline: all images in batches; the result is images per second. The runs
+last seconds, not the ten minutes that MLPerf asks for, so nothing here is an MLPerf result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.backends.ladder import Run
+from duallora_edge.runtime.backends.contract import Infer
 from duallora_edge.runtime.benchmark.statistics import Latency, Times, runs_least, summarize
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.device.sampler import MIN_SAMPLES, Power, Watch
@@ -23,10 +23,10 @@ from duallora_edge.runtime.preprocess import Pixels
 SINGLE_STREAM, MULTI_STREAM, OFFLINE = SCENARIOS = ("single-stream", "multi-stream", "offline")
 QUERY_IMAGES = 8
 BATCHES = (1, 2, 4, 8, 16)
-# So that a p90, the headline of the single stream, has an interval however short the run.
+# Enough for an interval of the p90, the result of the single stream, in the shortest run.
 MIN_RUNS = runs_least(0.9)
 MIN_BATCHES = 5
-# Warm-up ends when the medians of two blocks that follow each other agree, or at the limits.
+# Warm-up ends when the medians of two consecutive blocks agree, or at the limits.
 BLOCK = 5
 SETTLED = 0.05
 WARMUP_RUNS = 200
@@ -69,7 +69,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Images per second at a batch size, from the total time of ``n`` batches; None with the reason when it failed."""
+    """Images per second for one batch size, from the total time of ``n`` batches; None with the reason if it failed."""
 
     batch: int
     n: int
@@ -79,7 +79,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Offline:
-    """Images per second in the best of the batch sizes of ``sweep``, measured anew, and the latency of its batches."""
+    """Images per second in the best of the batch sizes of ``sweep``, measured again, and the latency of its batches."""
 
     batch: int
     images_per_second: float
@@ -118,53 +118,53 @@ def warm_up(call: Callable[[], Sequence[float]]) -> tuple[int, bool]:
     return len(times), False
 
 
-def run_batch(run: Run, images: Pixels) -> Callable[[], Sequence[float]]:
+def run_batch(infer: Infer, images: Pixels) -> Callable[[], Sequence[float]]:
     """A call for `repeat` that runs a batch, uint8 ``[N, S, S, 3]``, and returns its time."""
 
     def call() -> Sequence[float]:
         start = time.perf_counter()
-        run(images)
+        infer(images)
         return (1000 * (time.perf_counter() - start),)
 
     return call
 
 
-def stream(run: Run, image: Pixels, images: int, seconds: float, watch: Watch) -> Stream:
-    """One query of ``images`` copies of an image, uint8 ``[S, S, 3]``, after the other; ``watch`` knows the power."""
+def stream(infer: Infer, image: Pixels, images: int, seconds: float, watch: Watch) -> Stream:
+    """Run queries of ``images`` copies of an image, uint8 ``[S, S, 3]``; ``watch`` knows the power."""
     batch = np.repeat(image[None], images, axis=0)
     try:
-        runs = repeat(run_batch(run, batch), seconds, MIN_RUNS if images == 1 else MIN_BATCHES)
+        runs = repeat(run_batch(infer, batch), seconds, MIN_RUNS if images == 1 else MIN_BATCHES)
     except BackendError as error:
         return Stream(images, None, None, str(error))
     latency = _latency(runs, -1)
     return Stream(images, latency, _energy(watch, runs, images * len(runs.times)))
 
 
-def offline(run: Run, image: Pixels, seconds: float, watch: Watch) -> Offline:
+def offline(infer: Infer, image: Pixels, seconds: float, watch: Watch) -> Offline:
     """Find the best batch size in half of the time, and measure it in the other half. Raises `BackendError`.
 
-    The best is measured anew because the largest of several noisy numbers is too large.
+    The best batch is measured again, because the largest of several noisy numbers is too large.
     """
-    sweep = throughput(run, image, seconds / 2)
+    sweep = throughput(infer, image, seconds / 2)
     best = max(sweep, key=lambda row: row.images_per_second or 0.0)
     if best.images_per_second is None:
         raise BackendError(f"The model cannot run a single image ({best.reason}); try another backend.")
-    runs = repeat(run_batch(run, np.repeat(image[None], best.batch, axis=0)), seconds / 2, MIN_BATCHES)
+    runs = repeat(run_batch(infer, np.repeat(image[None], best.batch, axis=0)), seconds / 2, MIN_BATCHES)
     images = best.batch * len(runs.times)
     rate = 1000 * images / float(runs.times[:, -1].sum())
     return Offline(best.batch, rate, _latency(runs, -1), _energy(watch, runs, images), sweep)
 
 
-def throughput(run: Run, image: Pixels, seconds: float) -> tuple[Throughput, ...]:
+def throughput(infer: Infer, image: Pixels, seconds: float) -> tuple[Throughput, ...]:
     """Images per second at the batch sizes `BATCHES`, each for its share of ``seconds``, of an image ``[S, S, 3]``.
 
-    The first batch that the device cannot run ends the series.
+    The series ends at the first batch that the device cannot run.
     """
     found = []
     for batch in BATCHES:
-        call = run_batch(run, np.repeat(image[None], batch, axis=0))
+        call = run_batch(infer, np.repeat(image[None], batch, axis=0))
         try:
-            call()  # the first one of a size plans the memory
+            call()  # the first call with a new size allocates memory
             times = timed(call, seconds / len(BATCHES), MIN_BATCHES)[:, -1]
         except BackendError as error:
             found.append(Throughput(batch, 0, None, str(error)))
@@ -194,6 +194,6 @@ def _latency(runs: Runs, column: int) -> Latency:
 def _energy(watch: Watch, runs: Runs, images: int) -> Energy:
     power = watch.power(runs.start, runs.end)
     if power is None:
-        few = f"fewer than {MIN_SAMPLES} readings of the power within {runs.end - runs.start:.1f} s"
-        return Energy(None, None, few if "power_w" in watch.series() else "no power monitor of the whole can be read")
+        few = f"fewer than {MIN_SAMPLES} power readings within {runs.end - runs.start:.1f} s"
+        return Energy(None, None, few if "power_w" in watch.series() else "no monitor of the total power can be read")
     return Energy(1000 * power.watts * (runs.end - runs.start) / images, power)

@@ -1,7 +1,7 @@
 """Statistics of run times: how far a percentile can be trusted, whether the runs were stable, ratios with an interval.
 
-All intervals take the runs as independent. Neighbouring runs on one machine are not quite that, so an interval tells
-how coarse a number is at least.
+All intervals assume independent runs. Neighbouring runs on one machine are not quite independent, so the true
+interval is at least this wide.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Ratio:
 
 
 def runs_needed(share: float) -> int:
-    """How many runs MLPerf Inference asks for to state the percentile ``share`` (0..1).
+    """How many runs MLPerf Inference requires for the percentile ``share`` (0..1).
 
     Its rules allow a margin of (1 - share) / 20 around the share, at a confidence of 99 %:
     z^2 share (1 - share) / margin^2 runs with z = 2.576, rounded up to a multiple of 2^13. (MLCommons,
@@ -84,24 +84,24 @@ def runs_needed(share: float) -> int:
 
 
 def runs_least(share: float) -> int:
-    """From how many runs on the interval of a percentile has an upper end: share^n <= (1 - `CONFIDENCE`) / 2."""
+    """The fewest runs with which a percentile has an upper bound: share^n <= (1 - `CONFIDENCE`) / 2."""
     return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(share))
 
 
-def interval_ranks(n: int, share: float) -> tuple[int, int]:
-    """The ranks (from 0) of the ``n`` ordered runs between which a percentile lies at `CONFIDENCE`.
+def interval_positions(n: int, share: float) -> tuple[int, int]:
+    """The positions (from 0) among the ``n`` ordered runs between which a percentile lies at `CONFIDENCE`.
 
-    For a share from 0.5 and at least `runs_least` runs; with fewer there is no upper rank. The number B of n
-    independent runs below the percentile is binomial, whatever their distribution. So the run of rank l (from 1) lies
-    above the percentile with the probability P(B < l), and that of rank u below it with P(B >= u); each may be
+    For a share from 0.5 and at least `runs_least` runs; with fewer there is no upper position. The number B of n
+    independent runs below the percentile is binomial, whatever their distribution. So the l-th run (from 1) lies
+    above the percentile with the probability P(B < l), and the u-th below it with P(B >= u); each may be
     (1 - `CONFIDENCE`) / 2 at most. (H. A. David, H. N. Nagaraja: Order Statistics, section 7.1.)
     """
-    first, probabilities = _binomial(n, share)
+    least, probabilities = _binomial(n, share)
     tail = (1 - CONFIDENCE) / 2
-    below = np.cumsum(probabilities)  # [k]: P(B <= first + k)
-    above = np.cumsum(probabilities[::-1])[::-1]  # [k]: P(B >= first + k)
-    low = first + int(np.searchsorted(below, tail, side="right"))  # the largest l with P(B <= l - 1) <= tail
-    high = first + int((above > tail).sum())  # the smallest u with P(B >= u) <= tail
+    below = np.cumsum(probabilities)  # [k]: P(B <= least + k)
+    above = np.cumsum(probabilities[::-1])[::-1]  # [k]: P(B >= least + k)
+    low = least + int(np.searchsorted(below, tail, side="right"))  # the largest l with P(B <= l - 1) <= tail
+    high = least + int((above > tail).sum())  # the smallest u with P(B >= u) <= tail
     return low - 1, high - 1
 
 
@@ -124,7 +124,7 @@ def percentile(ordered: Times, share: float) -> Percentile:
     n, least, needed = len(ordered), runs_least(share), runs_needed(share)
     if n < least:
         return Percentile(share, None, None, None, least, needed)
-    low, high = interval_ranks(n, share)
+    low, high = interval_positions(n, share)
     value = float(np.quantile(ordered, share))
     return Percentile(share, value, float(ordered[low]), float(ordered[high]), least, needed)
 
@@ -132,7 +132,7 @@ def percentile(ordered: Times, share: float) -> Percentile:
 def summarize(samples: npt.ArrayLike, warmup: int = 0, settled: bool = True) -> Latency:
     """The statistics of at least two run times, in ms and in the order in which they were measured.
 
-    ``warmup`` and ``settled``: how many runs went before, and whether they became steady.
+    ``warmup``: how many runs came before; ``settled``: whether their times became steady.
     """
     times = np.asarray(samples, dtype=np.float64)
     if times.ndim != 1 or len(times) < 2:
@@ -155,8 +155,8 @@ def summarize(samples: npt.ArrayLike, warmup: int = 0, settled: bool = True) -> 
 def ratio_of_medians(medians: npt.ArrayLike, seed: int = 0) -> Ratio:
     """The median of the first column of ``medians [rounds, 2]`` over that of the second, with a bootstrap interval.
 
-    A row holds what two programs took in the same round; rows are drawn together, `RESAMPLES` times, so that what
-    slows down a whole round changes little. (B. Efron, R. Tibshirani: An Introduction to the Bootstrap, chapter 13.)
+    Each row holds the times of two programs in the same round. Rows are drawn as a whole, `RESAMPLES` times, so that
+    a slow round affects the ratio little. (B. Efron, R. Tibshirani: An Introduction to the Bootstrap, chapter 13.)
     """
     rounds = np.asarray(medians, dtype=np.float64)
     if rounds.ndim != 2 or rounds.shape[1] != 2 or len(rounds) < 2:

@@ -9,40 +9,47 @@ from typing import Any
 
 import click
 
+from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.files import write_atomic, write_json
 from duallora_edge.runtime.benchmark.compare import (
     Comparison,
     check_ratio,
     compare_bundles,
     compare_reports,
+    comparison_answer,
     comparison_blocks,
     read_report,
 )
-from duallora_edge.runtime.benchmark.layout import as_markdown, as_text
-from duallora_edge.runtime.benchmark.measure import check_budgets, run_benchmark
-from duallora_edge.runtime.benchmark.report import markdown, table
+from duallora_edge.runtime.benchmark.measure import run_benchmark
+from duallora_edge.runtime.benchmark.report import answer, check_budgets
 from duallora_edge.runtime.benchmark.scenarios import SCENARIOS, SINGLE_STREAM
+from duallora_edge.runtime.benchmark.table import as_markdown, as_text, markdown, table
 from duallora_edge.runtime.commands.options import backend_options, frame_size
 from duallora_edge.text import escaped
 
+_measurement = option_group("Measurement")
+_output = option_group("Output")
+_limits = option_group("Budgets")
+_comparison = option_group("Comparison")
 
-@click.command()
+
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
+@_measurement(
     "--scenario",
     "scenarios",
     type=click.Choice(SCENARIOS),
     multiple=True,
-    help="Measure only this one; can be given several times. Default: all.",
+    help="Measure only this one; may be repeated. Default: all.",
 )
-@click.option(
+@_measurement(
     "--duration",
     type=click.FloatRange(0.0, 3600.0),
     default=5.0,
     show_default=True,
-    help="Seconds for each scenario and for the phases; of --compare, for each bundle.",
+    help="Seconds for each scenario and for the phases; with --compare, for each bundle.",
 )
-@click.option(
+@_measurement(
     "--frame",
     callback=frame_size,
     metavar="WxH",
@@ -50,17 +57,17 @@ from duallora_edge.text import escaped
     show_default=True,
     help="Size of the camera frame.",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; '-' prints it instead of text.")
-@click.option("--markdown", "markdown_file", metavar="FILE", help="Write Markdown; '-' prints it instead of text.")
-@click.option("--budget-ms", type=click.FloatRange(min=0), help="Exit code 1 when the p90 of one image takes longer.")
-@click.option("--budget-mb", type=click.FloatRange(min=0), help="Exit code 1 when the PSS after the runs is larger.")
-@click.option(
+@_output("--json", "json_file", metavar="FILE", help="Write the report as JSON; '-' prints it instead of text.")
+@_output("--markdown", "markdown_file", metavar="FILE", help="Write Markdown; '-' prints it instead of text.")
+@_limits("--budget-ms", type=click.FloatRange(min=0), help="Exit code 1 when one image takes longer than this (p90).")
+@_limits("--budget-mb", type=click.FloatRange(min=0), help="Exit code 1 when the process takes more memory (PSS).")
+@_comparison(
     "--compare", "other", metavar="OTHER", type=click.Path(path_type=Path), help="Another bundle or report (see above)."
 )
-@click.option(
+@_comparison(
     "--max-ratio",
     type=click.FloatRange(min=0, min_open=True),
-    help="With --compare: exit code 1 when BUNDLE takes more than this many times as long as OTHER.",
+    help="Exit code 1 when BUNDLE takes more than this many times as long as OTHER.",
 )
 @backend_options
 def benchmark(
@@ -80,16 +87,16 @@ def benchmark(
 ) -> None:
     """Measure latency, throughput, energy and memory of the bundle BUNDLE on this machine.
 
-    The scenarios are those of MLPerf Inference, but a run of seconds is no MLPerf result: the report says how many runs
-    there were and how many MLPerf asks for. Where the device tells its power mode, clocks, temperature, throttling and
-    power, they are part of the report; nothing on the device is changed.
+    The scenarios are those of MLPerf Inference, but a run of a few seconds is not an MLPerf result: the report says
+    how many runs there were and how many MLPerf asks for. It also holds the power mode, clocks, temperature,
+    throttling and power, as far as the device reports them. Nothing on the device is changed.
 
-    The latency budget is compared with the p90 of the single stream (the model on one prepared image), the memory
-    budget (1 MB = 10^6 bytes) with the PSS of the whole process after single images.
+    The latency budget applies to the p90 of the single stream (the model on one prepared image), the memory budget
+    (1 MB = 10^6 bytes) to the PSS of the whole process after single images.
 
-    With --compare, BUNDLE and OTHER are bundles or reports (--json). Two bundles run single images in turns on the same
-    backend, and the ratio of their medians is given with its 5-95 % interval. Otherwise the numbers of two reports are
-    compared, and everything that differed is listed; a bundle is measured for that.
+    With --compare, BUNDLE and OTHER may each be a bundle or a report (--json). Two bundles run single images in turns
+    on the same backend, and the result is the ratio of their medians with its 5-95 % interval. Otherwise the numbers
+    of two reports are compared, together with every condition that differed; a bundle is measured first.
 
     \b
     Example:
@@ -103,41 +110,42 @@ def benchmark(
     _check_limits(other is not None, budget_ms, budget_mb, max_ratio, scenarios)
     if other is None:
         report = run_benchmark(bundle, backend, threads, strict, duration, frame, scenarios)
-        _show(table(report), report.to_json(), markdown(report), json_file, markdown_file)
+        summary = answer(report, budget_ms, budget_mb)
+        _show(table(report, summary), report.to_json(), markdown(report, summary), json_file, markdown_file)
         check_budgets(report, budget_ms, budget_mb)
         return
     if bundle.is_dir() and other.is_dir():
         found = compare_bundles(bundle, other, backend, threads, strict, duration)
     else:
         found = _compare(bundle, other, (backend, threads, strict, duration, frame, scenarios))
-    blocks = comparison_blocks(found)
-    page = as_markdown(blocks, "Comparison of two benchmarks")
-    _show(as_text(blocks), found.to_json(), page, json_file, markdown_file)
+    blocks, summary = comparison_blocks(found), comparison_answer(found, max_ratio)
+    page = as_markdown(blocks, "Comparison of two benchmarks", summary)
+    _show(f"{summary}\n\n{as_text(blocks)}", found.to_json(), page, json_file, markdown_file)
     check_ratio(found, max_ratio)
 
 
 def _check_limits(
     comparing: bool, budget_ms: float | None, budget_mb: float | None, max_ratio: float | None, scenarios: Sequence[str]
 ) -> None:
-    """A limit that nothing is measured for is wrong usage, not a check that passes."""
+    """A limit for which nothing is measured is wrong usage, not a check that passes."""
     if not comparing and max_ratio is not None:
         raise click.UsageError("--max-ratio needs --compare.")
     if comparing and (budget_ms is not None or budget_mb is not None):
-        raise click.UsageError("--budget-ms and --budget-mb are of one bundle; with --compare use --max-ratio.")
+        raise click.UsageError("--budget-ms and --budget-mb apply to one bundle; with --compare use --max-ratio.")
     if budget_ms is not None and SINGLE_STREAM not in scenarios:
         raise click.UsageError(f"--budget-ms needs --scenario {SINGLE_STREAM}.")
 
 
 def _compare(first: Path, second: Path, options: tuple[Any, ...]) -> Comparison:
-    """Compare two reports, of which one may be a bundle that is measured now."""
-    # What can be read at once is read first: a wrong path should not cost a measurement.
+    """Compare two reports; either may be a bundle, which is measured now."""
+    # Files are read first: a wrong path should not cost a measurement.
     read = {path: read_report(path) for path in (first, second) if not path.is_dir()}
     reports = [read[path] if path in read else run_benchmark(path, *options).to_json() for path in (first, second)]
     return compare_reports(reports[0], reports[1], (str(first), str(second)))
 
 
 def _show(text: str, document: Mapping[str, Any], page: str, json_file: str | None, markdown_file: str | None) -> None:
-    """Print one form and write those that have a file."""
+    """Print one form, and write the others to their files."""
     if json_file == "-":
         click.echo(json.dumps(document, indent=2, allow_nan=False))
     else:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
+from duallora_edge.runtime.backends.contract import GoldenCheck, UnavailableError
 from duallora_edge.runtime.backends.engine_build import TIMEOUT_S, build_engines
 from duallora_edge.runtime.backends.engine_cache import Engine, EngineError, RefusedModelError
-from duallora_edge.runtime.backends.ladder import Backend, GoldenCheck, UnavailableError, open_backend
+from duallora_edge.runtime.backends.ladder import Backend, open_backend
 from duallora_edge.runtime.backends.tensorrt import load_cudart
 from duallora_edge.runtime.bundle import Bundle
 from duallora_edge.text import escaped
@@ -22,7 +23,7 @@ def _capability(context: click.Context, parameter: click.Parameter, value: str |
         return None
     match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", value.lower())
     if match is None:
-        raise click.BadParameter(f"'{value}' is no compute capability such as sm86.")
+        raise click.BadParameter(f"'{value}' is not a compute capability such as sm86.")
     return f"sm{match[1]}{match[2]}"
 
 
@@ -36,10 +37,16 @@ def _capability(context: click.Context, parameter: click.Parameter, value: str |
     help="Build ahead of time with TensorRT-RTX, for RTX-class GPUs of this compute capability, such as sm86.",
 )
 @click.option(
-    "--workspace-mb", type=click.IntRange(min=16), help="Working memory of the builder. Default: as the bundle says."
+    "--workspace-mb", type=click.IntRange(min=16), help="Working memory for the builder. Default: as in the bundle."
 )
-@click.option("--timeout", type=click.FloatRange(min=1), default=TIMEOUT_S, show_default=True, help="Seconds.")
-@click.option("--force", is_flag=True, help="Build again although the engine is there.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=TIMEOUT_S,
+    show_default=True,
+    help="Seconds to build at most.",
+)
+@click.option("--force", is_flag=True, help="Build again even if the engine exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def build(
     bundle: Path, capability: str | None, workspace_mb: int | None, timeout: float, force: bool, as_json: bool
@@ -47,8 +54,8 @@ def build(
     """Build the TensorRT engine of the bundle BUNDLE for the GPU of this machine, and check it.
 
     The engine is kept in the cache folder, where 'predict', 'benchmark' and applications find it; the golden images of
-    the bundle decide whether it is used. Building with TensorRT on a GPU is untested on a device; building ahead of
-    time with TensorRT-RTX is tested, running what it builds is not. To use an engine that was built ahead of time,
+    the bundle decide whether it is used. Building with TensorRT on a GPU is untested on a device. Building ahead of
+    time with TensorRT-RTX is tested, but running the result is not. To use an engine that was built ahead of time,
     copy its folder into the cache of a computer with the same TensorRT-RTX and operating system.
 
     \b
@@ -76,22 +83,22 @@ def build(
             raise
         wrong = str(error)
     if wrong and precision != "fp32":
-        click.echo(escaped(f"{wrong}\nAn engine in fp32 is made instead."), err=True)
+        click.echo(escaped(f"{wrong}\nAn engine in fp32 is built instead."), err=True)
         engines, backend = make(opened.in_fp32)
     if backend and backend.name != "tensorrt":
         raise EngineError(
-            f"The engine was built, but cannot be used ({backend.not_used['tensorrt']}); '{backend.name}' will "
-            "run instead, so please report this."
+            f"The engine was built, but cannot be used ({backend.not_used['tensorrt']}); '{backend.name}' runs "
+            "instead. Please report this."
         )
     _show(engines, backend.check if backend else None, as_json)
 
 
 def _require_cudart() -> None:
-    """Before minutes of building, see that the engine could be run and checked."""
+    """Make sure, before minutes of building, that the engine can be run and checked."""
     try:
         load_cudart()
     except UnavailableError as error:
-        raise EngineError(f"An engine could be built, but neither checked nor run: {error}.") from error
+        raise EngineError(f"An engine could be built, but not checked or run: {error}.") from error
 
 
 def _show(engines: list[Engine], check: GoldenCheck | None, as_json: bool) -> None:
@@ -103,7 +110,7 @@ def _show(engines: list[Engine], check: GoldenCheck | None, as_json: bool) -> No
     key = engines[0].key
     if check is None:
         click.echo(
-            f"Golden check: not possible here, the engine is for {key.compute_capability}; it is made where the "
+            f"Golden check: not possible here, because the engine is for {key.compute_capability}; it runs where the "
             "engine is loaded."
         )
     else:

@@ -42,7 +42,8 @@ PACKAGES = {
     "cuda-python": ("cuda.bindings.driver,cuda.cuda", "cuda-bindings,cuda-python"),
     "opencv": ("cv2", "opencv-python-headless,opencv-python"),
 }
-QUESTIONS = probes.MODULE  # the module that answers
+QUESTIONS = probes.MODULE  # the module that answers questions about the machine
+LADDER = "duallora_edge.runtime.backends.ladder"  # and about its backends; not imported here: it needs NumPy
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Diagnosis:
 
     @property
     def working(self) -> str | None:
-        """The backend that runs here: the first of those that ``auto`` tries that works, otherwise any."""
+        """The backend that runs here: the first one in the order of ``auto`` that works, otherwise any that works."""
         works = [name for name, answer in self.backends.items() if answer.ok]
         return next((name for name in self._auto if name in works), works[0] if works else None)
 
@@ -82,19 +83,17 @@ class Diagnosis:
     def conclusion(self) -> str:
         """One sentence: what the runtime will use here."""
         if self.bundle is None:
-            return "No backend was tried, for that takes a bundle: duallora-edge doctor BUNDLE"
+            return "No backend was tried, because that needs a bundle: duallora-edge doctor BUNDLE"
         if not self.bundle.ok:
             return f"No backend was tried, because the bundle cannot be used: {self.bundle.reason}"
         if self.working is None:
             return "No backend can run this bundle here."
         if self.working not in self._auto:
-            return f"Use --backend {self.working} here: none that the bundle names runs ({', '.join(self._auto)})."
+            return f"Use --backend {self.working} here: no backend of the bundle works ({', '.join(self._auto)})."
         passed_over = self._auto[: self._auto.index(self.working)]
         fatal = [f"{name} {self.backends[name].state}" for name in passed_over if self.backends[name].state in FATAL]
         if fatal:
-            return (
-                f"Use --backend {self.working} here: by itself the runtime would try others first ({', '.join(fatal)})."
-            )
+            return f"Use --backend {self.working} here: by default the runtime tries others first ({', '.join(fatal)})."
         better = f" (not {', '.join(passed_over)}: see above)" if passed_over else ""
         return f"Here the runtime uses: {self.working} in {self.backends[self.working].values['precision']}{better}"
 
@@ -120,8 +119,8 @@ class Diagnosis:
 def doctor(bundle: Path | None, as_json: bool) -> int:
     """Find out what this machine can really run, by running it.
 
-    With BUNDLE every backend answers its golden images, each in a process of its own, since a broken GPU package
-    may crash or hang. Exit code 1 when none of them does so correctly.
+    With BUNDLE, every backend answers its golden images, each in a child process, because a broken GPU package may
+    crash or hang. The exit code is 1 if no backend answers correctly.
 
     \b
     Example:
@@ -141,11 +140,12 @@ def doctor(bundle: Path | None, as_json: bool) -> int:
 def diagnose(
     bundle: Path | None, root: Path = Path("/"), progress: Callable[[str], None] = lambda name: None
 ) -> Diagnosis:
-    """Ask everything; ``root`` is the file system that describes the device, ``progress`` hears what is asked."""
+    """Ask everything; ``root`` is the file system that describes the device, ``progress`` is told what is asked."""
 
     def question(function: str, *arguments: str, timeout_s: float = PROBE_TIMEOUT_S) -> Answer:
         progress(" ".join([function, *arguments]))
-        return ask(f"{QUESTIONS}:{function}", *arguments, timeout_s=timeout_s)
+        module = LADDER if function in ("rungs", "rung") else QUESTIONS
+        return ask(f"{module}:{function}", *arguments, timeout_s=timeout_s)
 
     detected = detect(root)
     machine, advice = _machine(root, detected)
@@ -186,7 +186,9 @@ def _machine(root: Path, detected: Detected) -> tuple[dict[str, str], list[str]]
     if memory.bytes is not None and memory.bytes < LOW_BYTES:
         advice.append(f"Only {_gib(memory.bytes)} of memory is available: stop other programs or add swap space.")
     if free < LOW_BYTES:
-        advice.append(f"Only {_gib(free)} is free in {folder}: make room, or name another in DUALLORA_EDGE_CACHE.")
+        advice.append(
+            f"Only {_gib(free)} is free in {folder}: make room, or set DUALLORA_EDGE_CACHE to another folder."
+        )
     return lines, advice
 
 
@@ -229,7 +231,7 @@ def _package_advice(name: str, answer: Answer) -> str | None:
         missing = {"onnxruntime": "ONNX Runtime is not installed: pip install 'duallora-edge[cpu]'."}
         return None if answer.ok else missing.get(name)
     if "has no attribute 'bool'" in answer.reason:
-        return f"This {name} is older than NumPy allows: pip install 'numpy<1.24'."
+        return f"This {name} is too old for the installed NumPy: pip install 'numpy<1.24'."
     if "numpy.core.multiarray" in answer.reason or "_ARRAY_API" in answer.reason:
         return f"This {name} was built for NumPy 1: pip install 'numpy<2'."
     return f"{name} is installed, but {answer.state} ({answer.reason}): reinstall the build for this machine."
@@ -245,7 +247,7 @@ def _gpu_advice(detected: Detected, onnxruntime: Answer, cuda: Answer) -> list[s
     if not cuda.ok and (has_cuda or detected.is_jetson or detected.gpu):
         return [
             f"The GPU does not answer ({cuda.reason}): check the driver; a container needs NVIDIA's runtime, and on a "
-            "Jetson the user has to be in the groups video and render."
+            "Jetson the user must be in the groups video and render."
         ]
     return []
 
@@ -256,11 +258,13 @@ def _backend_advice(backends: Mapping[str, Answer], cuda: Answer) -> list[str]:
         if re.search(r"no ?kernel ?image", answer.reason, re.IGNORECASE):
             devices = cuda.values.get("devices") or [{"compute_capability": "unknown"}]
             capability = devices[0]["compute_capability"]
-            advice.append(f"{name}: the wheel has no kernels for compute capability {capability}: install another.")
+            advice.append(
+                f"{name}: this build has no kernels for compute capability {capability}: install another one."
+            )
         elif answer.state in FATAL:
-            advice.append(f"{name} {answer.state} ({answer.reason}): name another backend with --backend.")
+            advice.append(f"{name} {answer.state} ({answer.reason}): choose another backend with --backend.")
         elif "wrong results" in answer.reason:
-            advice.append(f"{name} computes wrong results on this machine, so the runtime passes over it.")
+            advice.append(f"{name} computes wrong results on this machine, so the runtime does not use it.")
     return advice
 
 

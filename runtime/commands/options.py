@@ -8,27 +8,32 @@ from typing import Any, TypeVar
 
 import click
 
+from duallora_edge.cli_groups import option_group
 from duallora_edge.runtime.backends.ladder import BACKENDS
 from duallora_edge.runtime.sources.opening import MAX_SIDE
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+backend_group = option_group("Backend")
+
+
 def backend_options(command: Command) -> Command:
     """The options of every command that runs a model."""
     for option in (
-        click.option("--strict", is_flag=True, help="Fail instead of falling back to a slower backend."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one inference."),
-        click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Default: the best that works."),
+        backend_group("--strict", is_flag=True, help="Fail instead of falling back to a slower backend."),
+        backend_group("--threads", type=click.IntRange(min=1), help="CPU threads for one inference."),
+        backend_group("--backend", type=click.Choice(BACKENDS), default="auto", help="Default: the best that works."),
     ):
         command = option(command)
     return command
 
 
-trial_option = click.option(
+trial_option = backend_group(
     "--trial/--no-trial",
     default=True,
-    help="Try a bundle that was never loaded here in a child process first. [trial]",
+    show_default=True,
+    help="Try a bundle that was never loaded on this machine in a child process first.",
 )
 
 
@@ -39,5 +44,5 @@ def frame_size(context: click.Context, parameter: click.Parameter, value: str | 
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value)
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise click.BadParameter(f"'{value}' is no size such as 1280x720 with sides up to {MAX_SIDE}.")
+        raise click.BadParameter(f"'{value}' is not a size such as 1280x720 with sides up to {MAX_SIDE}.")
     return width, height

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from duallora_edge.cli_groups import GroupedCommand
 from duallora_edge.errors import DataError
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.commands.options import backend_options, trial_option
@@ -16,10 +17,10 @@ from duallora_edge.runtime.sources.files import find_images
 from duallora_edge.text import escaped
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="How many classes to show.")
 @backend_options
 @trial_option
@@ -35,15 +36,15 @@ def predict(
 ) -> None:
     """Classify IMAGES (files, or folders with images) with the bundle BUNDLE.
 
-    One line an image on standard output, separated by tabs: path, label and confidence (for each of --top), task
-    and its confidence, 'novel' or 'known' ('-' without a threshold). An image that cannot be read gives a line on
-    standard error, and exit code 1 at the end.
+    Each image gives one line on standard output, with its fields separated by tabs: path, label and confidence (for
+    each of --top), task and its confidence, 'novel' or 'known' ('-' without a threshold). Images that cannot be read
+    are named on standard error, and the exit code is then 1.
 
     \b
     Example:
       duallora-edge predict bundle photo.jpg more-photos/ --top 3
     """
-    # A file that was named is tried whatever its name ends in.
+    # A file given by name is tried whatever its suffix.
     files = [file for path in images for file in (find_images(path) if path.is_dir() else [path])]
     classifier = Classifier.load(bundle, backend, threads, strict, trial=trial)
     click.echo(escaped(f"backend: {classifier.backend}"), err=True)

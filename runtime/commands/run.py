@@ -16,20 +16,19 @@ from typing import Any
 
 import click
 
+from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.runtime.classifier import Classifier
-from duallora_edge.runtime.commands.options import backend_options, frame_size, trial_option
+from duallora_edge.runtime.commands.options import backend_group, backend_options, frame_size, trial_option
 from duallora_edge.runtime.service.bundle_watcher import BundleWatcher
-from duallora_edge.runtime.service.monitor import Monitor
-from duallora_edge.runtime.service.pipeline import Answer, Pipeline, Region
-from duallora_edge.runtime.service.smoothing import ExponentialSmoothing
-from duallora_edge.runtime.service.systemd import notify, watchdog
+from duallora_edge.runtime.service.monitor import Monitor, notify, watchdog
+from duallora_edge.runtime.service.pipeline import Answer, ExponentialSmoothing, Pipeline, Region
 from duallora_edge.runtime.sources import open_source
 from duallora_edge.text import escaped
 
 SCHEMA = 1
 LISTEN = ("127.0.0.1", 8080)
 STOP_S = 10.0
-_OPEN = "There is no password and no encryption: whoever reaches this address sees {what}."
+_OPEN = "There is no password and no encryption: anyone who can reach this address sees {what}."
 
 
 def _region(context: click.Context, parameter: click.Parameter, value: str | None) -> Region | None:
@@ -40,7 +39,7 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
         left, top, width, height = (float(part) for part in value.split(","))
         return Region(left, top, width, height)
     except ValueError as error:
-        raise click.BadParameter(f"'{value}' is no region such as 0.25,0,0.5,1: {error}.") from error
+        raise click.BadParameter(f"'{value}' is not a region such as 0.25,0,0.5,1: {error}.") from error
 
 
 def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
@@ -49,7 +48,7 @@ def _address(context: click.Context, parameter: click.Parameter, value: str | No
         return None
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise click.BadParameter(f"'{value}' is no address such as 127.0.0.1:8080.")
+        raise click.BadParameter(f"'{value}' is not an address such as 127.0.0.1:8080.")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -59,33 +58,39 @@ def _positive(context: click.Context, parameter: click.Parameter, value: float |
     return value
 
 
-@click.command()
+_source = option_group("Source")
+_answers = option_group("Answers")
+_live = option_group("Live page")
+_updates = option_group("New bundles")
+
+
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--source", required=True, metavar="SOURCE", help="Where frames come from; see above.")
-@click.option("--size", callback=frame_size, metavar="WxH", help="Size of raw frames and pipelines, or of a camera.")
-@click.option("--color", type=click.Choice(["rgb", "bgr", "gray"]), default="rgb", help="Order of raw frames.")
-@click.option("--rate", type=float, callback=_positive, help="Frames a second of files and folders, as of a camera.")
-@click.option("--live/--no-live", default=None, help="Drop frames that come too fast. Default: of cameras and streams.")
-@click.option("--loop", is_flag=True, help="Start files and folders over at their end.")
-@click.option("--wait", is_flag=True, help="Keep trying when a camera or stream is not there at the start.")
-@click.option("--every", type=click.IntRange(min=1), default=1, metavar="N", help="Classify every N-th frame only.")
-@click.option(
-    "--roi", callback=_region, metavar="L,T,W,H", help="Classify a part: left, top, width, height from 0 to 1."
+@_source("--source", required=True, metavar="SOURCE", help="Where frames come from; see above.")
+@_source("--size", callback=frame_size, metavar="WxH", help="Size of raw frames and pipelines, or of a camera.")
+@_source("--color", type=click.Choice(["rgb", "bgr", "gray"]), default="rgb", help="Channel order of raw frames.")
+@_source("--rate", type=float, callback=_positive, help="Read files and folders at this many frames per second.")
+@_source("--live/--no-live", default=None, help="Drop frames that come too fast. Default: for cameras and streams.")
+@_source("--loop", is_flag=True, help="Start files and folders over when they end.")
+@_source("--wait", is_flag=True, help="Keep trying when a camera or stream is not there at the start.")
+@_answers("--every", type=click.IntRange(min=1), default=1, metavar="N", help="Classify only every N-th frame.")
+@_answers("--roi", callback=_region, metavar="L,T,W,H", help="Classify a part: left, top, width, height from 0 to 1.")
+@_answers(
+    "--smooth", type=float, callback=_positive, metavar="SECONDS", help="Average the answers over about this time."
 )
-@click.option("--smooth", type=float, callback=_positive, metavar="SECONDS", help="Exponential moving average.")
-@click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Print only answers so confident.")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
-@click.option("--frames", type=click.IntRange(min=1), help="Stop after so many answers.")
-@click.option("--show", is_flag=True, help="A page with the live picture and the answers.")
-@click.option("--listen", callback=_address, metavar="HOST:PORT", help="Serve health and metrics (and --show) there.")
-@click.option("--watch", type=click.Path(path_type=Path), help="Swap in the newest bundle of this folder, always.")
-@click.option("--budget-ms", type=click.FloatRange(min=0), help="A swapped bundle slower than this (p90) is given up.")
-@click.option("--stop-first", is_flag=True, help="Drop the old bundle before the new one is loaded: less memory.")
-@click.option("--allow-slower", is_flag=True, help="Swap in also what runs on a slower backend than the old bundle.")
-@click.option(
-    "--build", is_flag=True, help="Build a missing TensorRT engine; for a swap, while the old bundle answers."
-)
+@_answers("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Leave out less confident answers.")
+@_answers("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
+@_answers("--frames", type=click.IntRange(min=1), help="Stop after this many answers.")
+@_live("--show", is_flag=True, help="Serve a page with the live picture and the answers.")
+@_live("--listen", callback=_address, metavar="HOST:PORT", help="Serve health and metrics (and --show) there.")
+@_updates("--watch", type=click.Path(path_type=Path), help="Always swap in the newest bundle of this folder.")
+@_updates("--budget-ms", type=click.FloatRange(min=0), help="Give up a new bundle that is slower than this (p90).")
+@_updates("--stop-first", is_flag=True, help="Drop the old bundle before loading the new one: needs less memory.")
+@_updates("--allow-slower", is_flag=True, help="Swap in bundles that run on a slower backend too.")
 @backend_options
+@backend_group(
+    "--build", is_flag=True, help="Build a missing TensorRT engine; for a new bundle, while the old one answers."
+)
 @trial_option
 def run(
     bundle: Path,
@@ -114,15 +119,15 @@ def run(
     strict: bool,
     trial: bool,
 ) -> None:
-    """Classify the frames of a camera, stream or file with the bundle BUNDLE: one JSON line an answer.
+    """Classify the frames of a camera, stream or file with the bundle BUNDLE; each answer is one JSON line.
 
     SOURCE is /dev/video0 or v4l2://0, csi://0 (a Jetson's camera), gst://PIPELINE, rtsp://HOST/PATH or another video
-    address, a video file, an image, a folder of images, or - for raw frames on standard input. Of a camera or stream
-    the newest frame is classified, the others are dropped and counted; it is opened again when it is lost. Of files
-    every frame is.
+    address, a video file, an image, a folder of images, or - for raw frames on standard input. Cameras and streams:
+    the newest frame is classified, older ones are dropped and counted, and a lost source is opened again. Files: every
+    frame is classified.
 
-    Standard output has the answers only, standard error the rest. The command ends with the source, or properly on
-    Ctrl-C and SIGTERM.
+    Only answers go to standard output, everything else to standard error. The command ends when the source does, or on
+    Ctrl-C or SIGTERM, and then finishes in order.
 
     \b
     Example:
@@ -133,7 +138,7 @@ def run(
     watcher: BundleWatcher | None = None
     with ExitStack() as stack:
         classifier = Classifier.load(bundle, backend, threads, strict, build=build, trial=trial)
-        _say(f"backend: {classifier.backend}, {classifier.backend.precision}")
+        _say(f"backend: {classifier.backend}")
         opened = stack.enter_context(
             open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
         )
@@ -193,7 +198,7 @@ def _print_answers(pipeline: Pipeline, monitor: Monitor, min_confidence: float, 
 
 @contextmanager
 def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | None) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the answers, within `STOP_S` seconds; the second of them ends the process."""
+    """Ctrl-C and SIGTERM end the answers within `STOP_S` seconds; the second one ends the process at once."""
 
     def stop(number: int, frame: object) -> None:
         for name in before:
@@ -201,7 +206,7 @@ def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | None) -> It
         pipeline.stop()
         if watcher is not None:
             watcher.cancel()
-        # A model that hangs holds the thread that waits for its answer or its loading, and that is this one.
+        # A model that hangs blocks the thread that waits for it, and that is this one.
         timer = threading.Timer(STOP_S, _end_at_once, (1,))
         timer.daemon = True
         timer.start()
@@ -215,8 +220,8 @@ def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | None) -> It
 
 
 def _end_at_once(code: int) -> None:
-    """End the process although a library does not come back."""
-    _say("Ended while a model was being loaded or did not answer.")
+    """End the process even though a library does not return."""
+    _say("Ended while a model was loading or did not answer.")
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(code)
@@ -230,7 +235,7 @@ def _summary(monitor: Monitor) -> None:
     health = monitor.health()
     source, seconds = health["source"], health["uptime_s"]
     _say(
-        f"{health['answers']} answers in {seconds:.1f} s ({health['answers'] / seconds:.1f} a second), "
+        f"{health['answers']} answers in {seconds:.1f} s ({health['answers'] / seconds:.1f} per second), "
         f"{health['dropped']} frames dropped, {source['refused']} refused, {source['reconnects']} reconnects"
     )
     for line in (*source["refusals"], source["note"], source["last_error"]):

@@ -1,7 +1,7 @@
-"""Questions about this machine, each answered in a process of its own.
+"""Questions about this machine, each answered in a child process.
 
-A broken GPU package can kill the process that imports it, or never come back. So a question is a function that a
-short-lived child runs; the parent learns the answer, the reason for none, which signal killed it, or that it hung.
+A broken GPU package can crash the process that imports it, or hang forever. So each question is a function that a
+short-lived child runs; the parent learns the answer, why there is none, which signal killed the child, or that it hung.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duallora_edge.errors import BackendError, DualLoraEdgeError
+from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.runtime.device.cuda import Driver, NoGpuError
 
 MODULE = "duallora_edge.runtime.device.probes"
 NOT_INSTALLED = "not installed"
@@ -38,7 +39,7 @@ _MARK = "duallora-edge answers: "
 class Answer:
     """What came back: ``"ok"`` with JSON values, otherwise the reason.
 
-    ``state`` is ``"no"`` (asked properly, and it does not work), ``"crashed"`` (the process died) or ``"hung"``.
+    ``state`` is ``"no"`` (the question ran, and it does not work), ``"crashed"`` (the process died) or ``"hung"``.
     """
 
     state: str
@@ -52,7 +53,7 @@ class Answer:
 
 
 class NoAnswerError(Exception):
-    """What was asked for is not here; the message is the reason."""
+    """There is no answer; the message is the reason."""
 
 
 def ask(
@@ -66,7 +67,7 @@ def ask(
 
     The function returns a dict of JSON values; whatever it raises is a "no" with the error's first line. A process
     that comes to hold more than ``memory_bytes`` is ended (Linux; memory of a GPU does not count), and so is one whose
-    answer is not wanted any more because ``cancel`` was set.
+    answer is no longer wanted because ``cancel`` was set.
     """
     # The child searches where this process does; "-m" would put the current folder in front.
     program = (
@@ -94,7 +95,7 @@ def ask(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            # Not for ever: a process that hangs inside a driver does not even die.
+            # With a limit: a process that hangs inside a driver cannot be killed.
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=KILL_WAIT_S)
     return _read(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
@@ -110,8 +111,8 @@ def _resident_bytes(process: int) -> int:
 def _read(code: int, output: str, errors: str) -> Answer:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        memory = ", as Linux does when memory runs out" if name == "SIGKILL" else ""
-        return Answer("crashed", reason=f"the process was killed by {name}{memory}")
+        cause = ", as Linux does when memory runs out" if name == "SIGKILL" else ""
+        return Answer("crashed", reason=f"the process was killed by {name}{cause}")
     marked = [line for line in output.splitlines() if line.startswith(_MARK)]
     if code or not marked:
         said = next((f" ({line.strip()[:200]})" for line in reversed(errors.splitlines()) if line.strip()), "")
@@ -120,18 +121,18 @@ def _read(code: int, output: str, errors: str) -> Answer:
 
 
 def answer(parent: int, arguments: Sequence[str]) -> None:
-    """The child's side of `ask`: call the function and print what it says; not to outlive the ``parent``."""
+    """The child's side of `ask`: call the function, print the result, and end with the ``parent``."""
     _end_with(parent)
     module, function = arguments[0].split(":")
     try:
         result = Answer("ok", getattr(importlib.import_module(module), function)(*arguments[1:]))
-    except Exception as error:  # whatever it is, it is the answer
+    except Exception as error:  # any error is the answer
         result = Answer("no", reason=first_line(error))
     print(f"\n{_MARK}{json.dumps(asdict(result))}", flush=True)
 
 
 def _end_with(parent: int) -> None:
-    """End when the parent does, however it does (Linux), and before it when the system runs out of memory."""
+    """End when the parent ends (Linux), and before it when the system runs out of memory."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # gone before it could be watched
@@ -151,7 +152,7 @@ def first_line(error: Exception) -> str:
 def package(modules: str, distributions: str) -> dict[str, Any]:
     """Import the first of ``modules`` that exists; its version, or that of the first distribution (comma-separated).
 
-    Of ONNX Runtime also the providers that are compiled in, which says nothing about whether they run.
+    For ONNX Runtime also the providers that are compiled in, which need not work.
     """
     for name in modules.split(","):
         try:
@@ -174,7 +175,7 @@ def package(modules: str, distributions: str) -> dict[str, Any]:
 
 
 def _version(distributions: Sequence[str]) -> str | None:
-    from importlib import metadata  # here, for it takes longer to import than the rest of the runtime's own code
+    from importlib import metadata  # here, because it takes longer to import than the rest of the runtime
 
     for name in distributions:
         with suppress(metadata.PackageNotFoundError):
@@ -183,67 +184,25 @@ def _version(distributions: Sequence[str]) -> str | None:
 
 
 def cuda() -> dict[str, Any]:
-    """Ask the driver's own library: its CUDA version and the devices it can see (memory in bytes)."""
+    """The CUDA version of the driver and the devices it can see (memory in bytes)."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise NoAnswerError(f"no NVIDIA driver ({error})") from error
-
-    def call(name: str, *arguments: object) -> None:
-        code = getattr(driver, name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            driver.cuGetErrorName(code, ctypes.byref(text))
-            raise NoAnswerError(f"{name} failed with {(text.value or b'error').decode()} ({code})")
-
-    def integer(name: str, *arguments: object) -> int:
-        value = ctypes.c_int()
-        call(name, ctypes.byref(value), *arguments)
-        return value.value
-
-    call("cuInit", 0)
-    version = integer("cuDriverGetVersion")
-    devices = []
-    for index in range(integer("cuDeviceGetCount")):
-        device, text, size = integer("cuDeviceGet", index), ctypes.create_string_buffer(256), ctypes.c_size_t()
-        call("cuDeviceGetName", text, len(text), device)
-        call("cuDeviceTotalMem_v2", ctypes.byref(size), device)
-        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        major, minor = (integer("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76))
-        name = text.value.decode(errors="replace")
-        devices.append({"name": name, "compute_capability": f"{major}.{minor}", "memory_bytes": size.value})
-    if not devices:
-        raise NoAnswerError("the driver sees no device")
-    return {"version": f"{version // 1000}.{version % 1000 // 10}", "devices": devices}
+        driver = Driver()
+        version, gpus = driver.cuda_version, list(driver.gpus())
+    except NoGpuError as error:
+        raise NoAnswerError(str(error)) from error
+    devices = [
+        {
+            "name": gpu.name,
+            "compute_capability": f"{gpu.compute_capability[2:-1]}.{gpu.compute_capability[-1]}",
+            "memory_bytes": gpu.memory_bytes,
+        }
+        for gpu in gpus
+    ]
+    return {"version": version, "devices": devices}
 
 
 def tensorrt_start(module: str) -> dict[str, Any]:
-    """Create TensorRT's runtime; only for machines whose driver answers, for without one TensorRT crashes."""
+    """Create TensorRT's runtime; only for machines whose driver answers, because TensorRT crashes without one."""
     trt = importlib.import_module(module)
     trt.Runtime(trt.Logger(trt.Logger.ERROR))
     return {}
-
-
-def rungs(bundle: str) -> dict[str, Any]:
-    """Verify a bundle; the names of all ``rungs`` of the ladder, and of those that ``auto`` tries, best first."""
-    from duallora_edge.runtime.backends.ladder import LADDER
-    from duallora_edge.runtime.bundle import Bundle
-
-    manifest = Bundle.open(bundle).manifest
-    return {"rungs": list(LADDER), "auto": [name for name in manifest.backends if name in LADDER] or list(LADDER)}
-
-
-def rung(bundle: str, name: str) -> dict[str, Any]:
-    """Run the golden images on the rung ``name`` alone."""
-    from duallora_edge.runtime.backends import ladder as backends
-    from duallora_edge.runtime.bundle import Bundle
-
-    # Without 'strict', which would leave out a second try in fp32; this process opens nothing else afterwards.
-    backends.LADDER = {name: backends.LADDER[name]}
-    try:
-        backend = backends.open_backend(Bundle.open(bundle), name)
-    except BackendError as error:
-        # "No backend can run ... (NAME: REASON); REMEDY.": here only the reason is of interest.
-        _, found, rest = str(error).partition(f"({name}: ")
-        raise NoAnswerError(rest.rpartition("); ")[0] if found else str(error)) from error
-    return {"check": str(backend.check), **backend.to_json()}

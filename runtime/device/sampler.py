@@ -1,6 +1,6 @@
-"""What a device does while something runs on it: clocks, temperatures, power and throttling, twice a second.
+"""What a device does while something runs on it: clocks, temperatures, power and throttling, two times per second.
 
-A thread reads the files of `device_state`, and on a Jetson tegrastats runs beside it as a process of its own.
+A thread reads the files of `state`; on a Jetson, tegrastats also runs as a child process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Power:
-    """Mean power in W over ``n`` readings, and of what: the names of the rails or processor packages."""
+    """Mean power in W over ``n`` readings; ``of`` names the rails or processor packages."""
 
     watts: float
     of: str
@@ -66,7 +66,7 @@ class Power:
 
 
 class Watch:
-    """Collects readings from the start of a ``with`` block to its end; ``root`` as in `device_state.read_state`.
+    """Collects readings from the start of a ``with`` block to its end; ``root`` as in `state.read_state`.
 
     Attribute: ``samples``, pairs of the time (``time.perf_counter``) and what was read.
     """
@@ -156,7 +156,7 @@ class Watch:
 
 
 def _read(root: Path) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """One reading of every kind that there is."""
+    """One reading of every available kind."""
     clock = {name: found.current for name, found in (clocks(root).value or {}).items()}
     kinds = (
         ("temperature_c", temperatures(root).value),
@@ -179,7 +179,7 @@ def _watts(
 
 
 def throttling(before: DeviceState, during: Mapping[str, Mapping[str, Series]], after: DeviceState) -> tuple[str, ...]:
-    """Warnings, one sentence each, for everything that slowed the device down, or changed, between two moments."""
+    """One warning for each thing that slowed the device down, or changed, between two moments."""
     found = []
     counts = before.throttle_counts.value or {}
     for name, count in (after.throttle_counts.value or {}).items():
@@ -191,12 +191,12 @@ def throttling(before: DeviceState, during: Mapping[str, Mapping[str, Series]], 
             states[name] = max(value, states.get(name, 0.0))
     slowed = ", ".join(sorted(name for name, value in states.items() if value > 0))
     if slowed:
-        found.append(f"throttled: the device held its clocks down ({slowed}); improve the cooling")
+        found.append(f"throttled: the device lowered its clocks ({slowed}); improve the cooling")
     limit = before.clocks.value or {}
     for name, clock in (after.clocks.value or {}).items():
         if name in limit and clock.high < limit[name].high:
             found.append(
-                f"throttled: the {name} may now run at {clock.high:.0f} MHz, before {limit[name].high:.0f} MHz"
+                f"throttled: the limit of the {name} clock fell from {limit[name].high:.0f} to {clock.high:.0f} MHz"
             )
     if before.power_mode.value != after.power_mode.value:
         found.append("the power mode was changed during the run; measure again")

@@ -1,10 +1,10 @@
 """What slows a device down or speeds it up at one moment: power mode, clocks, temperatures, power and throttling.
 
-Two sources. Files below /sys, which every Linux has in part: thermal zones and cooling devices, hwmon (the INA power
-monitors of Jetson boards, the sensors of other processors), cpufreq, devfreq (GPU clocks) and RAPL. And the programs of
-Jetson Linux: nvpmodel and jetson_clocks. Nothing is changed, and nothing is run with more rights than ours. A reader
-gives what it found, or None with the reason. The formats are those that NVIDIA and the Linux kernel document; on a
-Jetson all this is untested.
+There are two sources. Files below /sys, some of which every Linux has: thermal zones and cooling devices, hwmon (the
+INA power monitors of Jetson boards, the sensors of other processors), cpufreq, devfreq (GPU clocks) and RAPL. And the
+programs of Jetson Linux: nvpmodel and jetson_clocks. Nothing is changed, and nothing runs with additional rights. Each
+reader returns what it found, or None with the reason. The formats follow the documentation of NVIDIA and the Linux
+kernel; on a Jetson all this is untested.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def energy(root: Path = ROOT) -> Finding[Mapping[str, float]]:
 
 
 def energy_range(root: Path = ROOT) -> Mapping[str, float]:
-    """Up to how many J each counter of `energy` goes."""
+    """The largest value of each counter of `energy`, in J."""
     return {
         _text(package / "name") or package.name: (_number(package / "max_energy_range_uj") or 0.0) / 1e6
         for package in _packages(root)
@@ -236,7 +236,7 @@ def limits(root: Path = ROOT) -> Finding[Mapping[str, float]]:
 
 
 def throttle_counts(root: Path = ROOT) -> Finding[Mapping[str, float]]:
-    """How often the device was slowed down by heat (x86: thermal_throttle) or over-current (Jetson: oc*_event_cnt).
+    """How often heat (x86: thermal_throttle) or over-current (Jetson: oc*_event_cnt) slowed the device down.
 
     Sums over all cores.
     """

@@ -15,13 +15,13 @@ from duallora_edge.runtime.closing import Closing
 from duallora_edge.runtime.trial import engines_of
 
 INTERVAL_S = 2.0
-CLOSE_S = 5.0  # a model that is being loaded cannot be interrupted, a trial can
+CLOSE_S = 5.0  # loading a model cannot be interrupted, a trial can
 
 
 def bundle_paths(folder: Path) -> list[Path]:
     """The bundle that ``folder`` is, or the folders in it that look like one.
 
-    Names that begin with a dot do not count: that is how files look that are still being written.
+    Names that begin with a dot do not count, because unfinished folders are named so.
     """
     if (folder / MANIFEST).is_file():
         return [folder.resolve()]
@@ -31,12 +31,12 @@ def bundle_paths(folder: Path) -> list[Path]:
 class BundleWatcher(Closing):
     """Swaps in the newest bundle of a folder, in a thread of its own.
 
-    Of a folder of bundles that is the one with the highest version that is fit to answer, and never one of a lower
-    version than the one that answers: that a bundle went away is no reason to go back. A folder that is a bundle
-    itself, or a link to one, is followed wherever it leads.
+    In a folder of bundles, the newest is the one with the highest version that is fit to answer. A lower version than
+    the current one is never swapped in, even if the current bundle disappears from the folder. If the folder is a
+    bundle itself, or a link to one, that bundle is followed whatever its version.
 
-    A bundle is tried once it was the same at two looks: one that is still being copied is left alone. What was refused
-    is not tried again before it, or an engine of it, changes.
+    A bundle is tried once two checks have found it unchanged, because it may still be being copied. A refused bundle is
+    not tried again until it or one of its engines changes.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class BundleWatcher(Closing):
         allow_slower: bool = False,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        """Begin to look at ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`.
+        """Begin to check ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`.
 
-        ``say`` gets a line about every swap, in the thread of the watcher.
+        ``say`` gets one line about every swap, in the thread of the watcher.
         """
         self._classifier = classifier
         self._folder = folder
@@ -61,18 +61,18 @@ class BundleWatcher(Closing):
         self._allow_slower = allow_slower
         self._interval_s = interval_s
         self._known: dict[Path, tuple[tuple[int, ...], Bundle]] = {}
-        self._seen: dict[Path, str | None] = {}  # at the last look
+        self._seen: dict[Path, str | None] = {}  # at the last check
         self._tried: dict[Path, str] = {}  # as it was when it was swapped in or refused
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="duallora-edge watch", daemon=True)
         self._thread.start()
 
     def cancel(self) -> None:
-        """Look no more, and end a trial; a signal handler may call it."""
+        """Stop checking, and end a trial; a signal handler may call it."""
         self._closing.set()
 
     def close(self) -> None:
-        """Look no more; a trial in progress is ended, and a model that is being loaded waited for, but not for ever."""
+        """Stop checking; a trial in progress is ended, and a model that is loading is waited for, within limits."""
         self.cancel()
         self._thread.join(CLOSE_S)
 
@@ -83,9 +83,9 @@ class BundleWatcher(Closing):
 
     def _watch(self) -> None:
         while not self._closing.wait(self._interval_s):
-            self._look()
+            self._swap_newest()
 
-    def _look(self) -> None:
+    def _swap_newest(self) -> None:
         wanted = [bundle for bundle in self._newest_first() if self._is_wanted(bundle)]
         seen, self._seen = self._seen, {bundle.path: _signature(bundle) for bundle in wanted}
         for bundle in wanted:
@@ -99,7 +99,7 @@ class BundleWatcher(Closing):
                 return
 
     def _newest_first(self) -> list[Bundle]:
-        """The bundles of the folder by their manifests, which are read again only where they changed."""
+        """The bundles of the folder by their manifests, which are read again only if they changed."""
         known, self._known = self._known, {}
         for path in bundle_paths(self._folder):
             with suppress(BundleError, OSError):
@@ -132,7 +132,7 @@ class BundleWatcher(Closing):
 
 
 def _signature(bundle: Bundle) -> str | None:
-    """Something that changes with any file of the bundle and with its engines; None while it is being replaced."""
+    """A digest that changes with any file of the bundle and with its engines; None while it is being replaced."""
     try:
         facts = [
             (file.name, file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino)

@@ -1,8 +1,7 @@
-"""A page with the live picture and what the model says about it, and the same for programs, over HTTP.
+"""A page with the live picture and the answers of the model, and the same data for programs, over HTTP.
 
-Whoever reaches the address sees what the camera sees, so that it is this machine alone unless another is asked for.
-Nothing can be changed over it. Clients get copies of what the monitor knows at that moment, and the pipeline never
-waits for one of them.
+Anyone who can reach the address sees what the camera sees, so by default only this machine can. The interface is
+read-only. Clients get copies of what the monitor knows at that moment, and the pipeline never waits for them.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ PAGE = "live_page.html"
 TOP = 5
 MAX_SIDE = 960  # pixels of a picture
 QUALITY = 80
-STREAM_RATE = 15  # pictures a second
+STREAM_RATE = 15  # pictures per second
 MAX_VIEWERS = 8  # of the stream
 MAX_CONNECTIONS = 64
-MAX_HEAD = 16384  # bytes of a request
+MAX_HEADER = 16384  # bytes of a request
 TIMEOUT_S = 10.0
-# The stream repeats a picture when there is no new one, to find out who has left.
+# The stream repeats a picture when there is no new one, to notice clients that have left.
 _REPEAT_S = 2.0
-# What waits in the network is old when it arrives.
+# Small, because pictures that wait in the network are old when they arrive.
 _STREAM_BUFFER = 128 * 1024
 _BOUNDARY = "picture"
 _TEXT = "text/plain; charset=utf-8"
@@ -52,7 +51,7 @@ _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    "Cross-Origin-Resource-Policy": "same-origin",  # pages of others cannot show the picture as theirs
+    "Cross-Origin-Resource-Policy": "same-origin",  # pages of other sites cannot embed the picture
 }
 _POLICY = (
     "default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none'; "
@@ -67,15 +66,15 @@ class ServerError(DualLoraEdgeError):
 class LiveServer(Closing):
     """Serves what a monitor knows, from threads of its own, until `close`.
 
-    ``/`` is a page, ``/frame.jpg`` the latest picture, ``/stream.mjpg`` all of them as they come, ``/state.json`` the
-    latest answer and the health, ``/health`` the health with status 200 or 503, and ``/metrics`` for Prometheus.
+    ``/`` is a page, ``/frame.jpg`` the latest picture, ``/stream.mjpg`` every new picture, ``/state.json`` the latest
+    answer and the health, ``/health`` the health with status 200 or 503, and ``/metrics`` is for Prometheus.
     """
 
     def __init__(self, monitor: Monitor, host: str = "127.0.0.1", port: int = 8080, pictures: bool = True) -> None:
         """Listen at the address or name ``host``, on ``port`` (0: any that is free).
 
         Without ``pictures`` there are only the last three of these. Raises `ServerError` when the address or the port
-        cannot be had.
+        is not available.
         """
         if not 0 <= port <= 65535:
             raise ValueError(f"port must be from 0 to 65535, not {port}")
@@ -84,7 +83,7 @@ class LiveServer(Closing):
             self._server = _Server(host, port, site)
         except (OSError, UnicodeError) as error:
             raise _explained(error, host, port) from error
-        # How often it looks whether it shall end, in seconds, is how long `close` takes.
+        # The interval in seconds at which it checks for the end is how long `close` takes.
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="duallora-edge live", daemon=True
         )
@@ -92,13 +91,13 @@ class LiveServer(Closing):
 
     @property
     def url(self) -> str:
-        """Where the page is; with the name of this machine when all its addresses are served."""
+        """The address of the page; with the name of this machine if all its addresses are served."""
         address, port = self._server.address, self._server.server_address[1]
         name = f"[{address}]" if address.version == 6 else str(address)
         return f"http://{socket.gethostname() if address.is_unspecified else name}:{port}/"
 
     def close(self) -> None:
-        """Stop at once, also for those who watch. Does nothing the second time."""
+        """Stop at once and disconnect viewers. Does nothing the second time."""
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
@@ -110,8 +109,8 @@ def _explained(error: OSError | UnicodeError, host: str, port: int) -> ServerErr
     if number == errno.EADDRINUSE:
         return ServerError(f"Port {port} of {host} is in use; choose another one with --listen.")
     if number == errno.EACCES:
-        return ServerError(f"Port {port} is not for this user; choose one above 1023 with --listen.")
-    return ServerError(f"'{host}' is no address of this machine ({error}); choose one with --listen.")
+        return ServerError(f"This user may not use port {port}; choose one above 1023 with --listen.")
+    return ServerError(f"'{host}' is not an address of this machine ({error}); choose one with --listen.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class _Reply:
 
 
 class _Site:
-    """What there is to see."""
+    """The pages, and how each is made."""
 
     def __init__(self, monitor: Monitor, pictures: bool) -> None:
         self._monitor = monitor
@@ -191,7 +190,7 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 
 def _state(answer: Answer | None, health: dict[str, Any]) -> str:
-    """The one word that matters most."""
+    """The state in one word."""
     source, status = health["source"], str(health["classifier"]["status"])
     if status in ("failed", "loading"):
         return status
@@ -214,10 +213,10 @@ def _refusal(status: HTTPStatus, words: str) -> _Reply:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread a connection, and not too many of them."""
+    """One thread per connection, up to a limit."""
 
     daemon_threads = True
-    request_queue_size = MAX_CONNECTIONS  # who comes while others do waits here, not for TCP to try again
+    request_queue_size = MAX_CONNECTIONS  # new connections wait here, not for TCP to try again
 
     def __init__(self, host: str, port: int, site: _Site) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -234,7 +233,7 @@ class _Server(ThreadingHTTPServer):
             self._names |= {machine, f"{machine}.local"}
 
     def server_bind(self) -> None:
-        # The method of HTTPServer asks the name service who we are, which can take seconds and is of no use here.
+        # HTTPServer's method looks up this machine's name, which can take seconds and is not needed.
         TCPServer.server_bind(self)
 
     def is_named(self, host: str) -> bool:
@@ -254,7 +253,7 @@ class _Server(ThreadingHTTPServer):
         return address.is_loopback or not self.address.is_loopback
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room. The client that has waited for longest makes it, so that slow ones block nobody."""
+        """Whether there is room. If not, the connection that has been silent for longest is closed."""
         if len(self._connections) < MAX_CONNECTIONS:
             return True
         for silent in list(self._waiting):
@@ -270,7 +269,7 @@ class _Server(ThreadingHTTPServer):
         self._waiting[connection] = None
 
     def ends_waiting(self, connection: socket.socket) -> bool:
-        """Whether it was still waiting: only the first who asks is told so."""
+        """Whether it was still waiting; only the first caller gets True."""
         try:
             del self._waiting[connection]
         except KeyError:
@@ -311,27 +310,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._received = b""
 
     def handle(self) -> None:
-        with suppress(OSError):  # clients come and go as they like
+        with suppress(OSError):  # clients may disconnect at any time
             super().handle()
 
     def handle_one_request(self) -> None:
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
         self.close_connection = True
-        head = self._read_head()
-        if len(head) >= MAX_HEAD:
+        header = self._read_header()
+        if len(header) >= MAX_HEADER:
             return self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        self.rfile = io.BytesIO(head)
+        self.rfile = io.BytesIO(header)
         super().handle_one_request()
 
-    def _read_head(self) -> bytes:
-        """A request up to its empty line, at least `MAX_HEAD` bytes of one that is too long, nothing at the end.
+    def _read_header(self) -> bytes:
+        """A request up to its empty line; at least `MAX_HEADER` bytes if it is too long; nothing at the end.
 
         The base class limits each line and each wait by itself, so that a client could go on for hours.
         """
         deadline = time.monotonic() + self.timeout
         self.server.waits(self.connection)
         while b"\r\n\r\n" not in self._received:
-            if len(self._received) >= MAX_HEAD:
+            if len(self._received) >= MAX_HEADER:
                 return self._received
             self.connection.settimeout(max(deadline - time.monotonic(), 1e-3))
             received = self.connection.recv(4096)
@@ -341,17 +340,17 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.server.ends_waiting(self.connection):
             return b""
         self.connection.settimeout(self.timeout)
-        head, end, self._received = self._received.partition(b"\r\n\r\n")
-        return head + end
+        header, end, self._received = self._received.partition(b"\r\n\r\n")
+        return header + end
 
     def do_GET(self) -> None:
-        # What follows the request is not read, so that it must not be taken for the next one.
+        # The body of a request is not read, and must not be taken for the next request.
         self.close_connection |= "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         path = self.path.partition("?")[0]
         hosts = self.headers.get_all("Host", [])
         page = self.server.site.pages.get(path)
         if len(hosts) != 1 or not self.server.is_named(hosts[0]):
-            self._send(_refusal(HTTPStatus.FORBIDDEN, "This is not the name of this server; open it by its address."))
+            self._send(_refusal(HTTPStatus.FORBIDDEN, "This server does not have that name; open it by its address."))
         elif path == self.server.site.stream:
             self._stream()
         elif page is None:
@@ -373,7 +372,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "duallora-edge"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Not on standard error, where the answers of the model may go."""
+        """Keep standard error free of requests."""
 
     def _send(self, reply: _Reply) -> None:
         tag = reply.headers.get("ETag")
@@ -398,7 +397,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.site.jpeg() is None:
             return self._send(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, "There is no picture yet."))
         if not viewers.acquire(blocking=False):
-            return self._send(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, f"{MAX_VIEWERS} watch already; try later."))
+            return self._send(
+                _refusal(HTTPStatus.SERVICE_UNAVAILABLE, f"There are {MAX_VIEWERS} viewers already; try later.")
+            )
         try:
             self.close_connection = True
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _STREAM_BUFFER)
@@ -416,7 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
             if latest is None or (latest[0] is shown and time.monotonic() - sent < _REPEAT_S):
                 continue
             shown, jpeg = latest
-            head = f"Content-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n".encode()
+            header = f"Content-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n".encode()
             # A picture is shown when the boundary after it has come, so it comes with it.
-            self.wfile.write(head + jpeg + f"\r\n--{_BOUNDARY}\r\n".encode())
+            self.wfile.write(header + jpeg + f"\r\n--{_BOUNDARY}\r\n".encode())
             sent = time.monotonic()

@@ -1,10 +1,19 @@
-"""How a pipeline is doing, for a page, a supervisor, or a time series."""
+"""How a pipeline is doing, for a page, for systemd, and for Prometheus.
+
+The formats: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4) and
+https://www.freedesktop.org/software/systemd/man/sd_notify.html.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -13,15 +22,37 @@ import numpy as np
 from duallora_edge import __version__
 from duallora_edge.runtime.process_memory import read_pss
 from duallora_edge.runtime.service.pipeline import Answer, Pipeline
-from duallora_edge.runtime.service.prometheus import Histogram, counter, gauge, histogram, info
 
 WINDOW_S = 10.0
-# A live source that gave no answer for so long is told as unhealthy.
+# A live source without an answer for this long counts as unhealthy.
 SILENCE_S = 30.0
+BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+PREFIX = "duallora_edge_"
+NOTIFY_SOCKET = "NOTIFY_SOCKET"
+WATCHDOG = "WATCHDOG_USEC"
+
+
+class Histogram:
+    """Counts of values in seconds up to each of `BUCKETS_S`, and above."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS_S) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(BUCKETS_S, seconds)] += 1
+        self.sum += seconds
+
+    def copy(self) -> Histogram:
+        """A copy of the current counts."""
+        other = Histogram()
+        other.counts, other.sum = list(self.counts), self.sum
+        return other
 
 
 class Monitor:
-    """Counts what a pipeline answers. `add` is for the thread that iterates; everything else may be asked from any."""
+    """Counts the answers of a pipeline. Call `add` from the thread that iterates, everything else from any thread."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -39,7 +70,11 @@ class Monitor:
         return self._last
 
     def add(self, answer: Answer) -> None:
-        """Count an answer."""
+        """Count an answer.
+
+        Args:
+            answer: What the pipeline just gave.
+        """
         now = time.monotonic()
         with self._lock:
             self._answers += 1
@@ -54,10 +89,11 @@ class Monitor:
             self._recent.popleft()
 
     def health(self) -> dict[str, Any]:
-        """Everything at this moment, as JSON values.
+        """The current state as JSON values.
 
-        ``ok`` is false when there is no model, or a live source gave no answer for `SILENCE_S` seconds. ``rate``
-        (answers a second) and ``age_ms`` are over the last `WINDOW_S` seconds.
+        Returns:
+            A dict. ``ok`` is false if there is no model, or a live source had no answer for `SILENCE_S` seconds.
+            ``rate`` (answers per second) and ``age_ms`` cover the last `WINDOW_S` seconds.
         """
         now = time.monotonic()
         with self._lock:
@@ -79,9 +115,9 @@ class Monitor:
         }
 
     def is_working(self) -> bool:
-        """False when only a new start can help: there is no model, or frames come and no answers.
+        """False if only a restart can help: there is no model, or frames come in but no answers come out.
 
-        A source that is lost is none of it, for it is opened again and again.
+        A lost source does not count, because it is opened again and again.
         """
         stuck = self._is_silent() and self._pipeline.source.stats.connected
         return self._pipeline.classifier.health().status != "failed" and not stuck
@@ -90,7 +126,11 @@ class Monitor:
         return self._pipeline.source.live and time.monotonic() - self._last_at > SILENCE_S
 
     def metrics(self) -> str:
-        """Everything in the text format of Prometheus (version 0.0.4)."""
+        """Everything in the text format of Prometheus (version 0.0.4).
+
+        Returns:
+            The text of one scrape.
+        """
         classifier, source = self._pipeline.classifier.health(), self._pipeline.source.stats
         dropped = source.dropped + self._pipeline.dropped
         runs = {"bundle": classifier.bundle, "backend": classifier.backend, "precision": classifier.precision}
@@ -102,16 +142,16 @@ class Monitor:
         return "".join(
             (
                 info("build_info", "Version of duallora-edge.", {"version": __version__}),
-                info("bundle_info", "The bundle that answers, and what runs it.", runs),
-                counter("frames_captured_total", "Frames that the source gave.", source.captured),
+                info("bundle_info", "The bundle in use, and what runs it.", runs),
+                counter("frames_captured_total", "Frames that the source delivered.", source.captured),
                 counter("frames_dropped_total", "Frames replaced by newer ones before the model was free.", dropped),
                 counter("frames_refused_total", "Pictures that could not be used.", source.refused),
-                gauge("source_connected", "Whether the source gives frames.", int(source.connected)),
+                gauge("source_connected", "Whether the source delivers frames.", int(source.connected)),
                 counter("source_reconnects_total", "Times a lost source came back.", source.reconnects),
                 counter("answers_total", "Frames answered.", answers),
                 counter("failures_total", "Runs of the model that failed.", classifier.failures),
                 counter("swaps_confirmed_total", "Bundles swapped in for good.", classifier.swaps.get("confirmed", 0)),
-                counter("swaps_returned_total", "Bundles given up again.", classifier.swaps.get("returned", 0)),
+                counter("swaps_returned_total", "Bundles rolled back.", classifier.swaps.get("returned", 0)),
                 counter("swaps_refused_total", "Bundles not fit to answer.", classifier.swaps.get("refused", 0)),
                 info("last_swap_info", "The last change of bundles, with backends.", swapped) if swapped else "",
                 histogram("answer_age_seconds", "From the capture of a frame to its answer.", ages),
@@ -119,3 +159,69 @@ class Monitor:
                 gauge("memory_pss_bytes", "Memory of the process (PSS).", pss),
             )
         )
+
+
+def counter(name: str, words: str, value: float) -> str:
+    """A number that only increases; ``name`` ends in ``_total``."""
+    return f"{_declaration(name, 'counter', words)}{PREFIX}{name} {value}\n"
+
+
+def gauge(name: str, words: str, value: float | None) -> str:
+    """A number that may rise and fall; empty for None."""
+    return "" if value is None else f"{_declaration(name, 'gauge', words)}{PREFIX}{name} {value}\n"
+
+
+def info(name: str, words: str, labels: Mapping[str, str]) -> str:
+    """Texts, as labels of a gauge that is always 1."""
+    pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
+    return f"{_declaration(name, 'gauge', words)}{PREFIX}{name}{{{pairs}}} 1\n"
+
+
+def histogram(name: str, words: str, values: Histogram) -> str:
+    """Counts in buckets, their sum and number."""
+    lines, total = [_declaration(name, "histogram", words)], 0
+    for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), values.counts, strict=True):
+        total += count
+        lines.append(f'{PREFIX}{name}_bucket{{le="{bound}"}} {total}\n')
+    return "".join((*lines, f"{PREFIX}{name}_sum {values.sum}\n", f"{PREFIX}{name}_count {total}\n"))
+
+
+def _declaration(name: str, kind: str, words: str) -> str:
+    return f"# HELP {PREFIX}{name} {words}\n# TYPE {PREFIX}{name} {kind}\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def notify(text: str) -> None:
+    """Send lines such as ``READY=1`` to systemd; does nothing if systemd did not start this process."""
+    address = os.environ.get(NOTIFY_SOCKET, "")
+    if not address.startswith(("/", "@")):
+        return
+    # A leading "@" stands for an address without a file.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
+        connection.sendto(text.encode(), address.replace("@", "\0", 1))
+
+
+@contextmanager
+def watchdog(healthy: Callable[[], bool]) -> Iterator[None]:
+    """Tell systemd twice per ``WatchdogSec`` that the service is alive, as long as ``healthy`` returns True."""
+    interval = os.environ.get(WATCHDOG, "")
+    if not interval.isdecimal() or int(interval) == 0:
+        yield
+        return
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(int(interval) / 2e6):
+            if healthy():
+                notify("WATCHDOG=1")
+
+    thread = threading.Thread(target=tell, name="duallora-edge watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

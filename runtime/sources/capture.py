@@ -20,7 +20,7 @@ class Picture(NamedTuple):
 class Capture:
     """Something open that gives pictures; read and closed in one thread.
 
-    ``note`` says, after the end, what was not as it should be.
+    ``note`` says, after the end, what went wrong.
     """
 
     note: str | None = None
@@ -34,10 +34,10 @@ class Capture:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release camera, file and threads."""
 
 
-# Opens a capture or raises; what waits for long looks at the event, which is set when nobody wants the capture.
+# Opens a capture or raises; long waits end when the event is set, because the capture is not wanted any more.
 Opener = Callable[[threading.Event], Capture]
 
 _USER = re.compile(r"://\S*@")

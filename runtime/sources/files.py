@@ -1,4 +1,4 @@
-"""Captures of what is already there: images in files, arrays in memory."""
+"""Captures of existing images: files, and arrays in memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Images(Capture):
 
 
 class Arrays(Capture):
-    """Arrays that Python code gives, of every layout that `to_rgb` takes."""
+    """Arrays from Python code, in any layout that `to_rgb` accepts."""
 
     def __init__(self, arrays: Iterable[Any], color: str) -> None:
         self._arrays = iter(arrays)
@@ -57,7 +57,7 @@ class Arrays(Capture):
             try:
                 array = np.asarray(item)
             except ValueError as error:
-                raise DataError(f"A frame must be an array, which this is not ({error}).") from error
+                raise DataError(f"A frame must be an array; this cannot be converted to one ({error}).") from error
             pixels = to_rgb(array, self._color)
             if np.may_share_memory(pixels, array):  # the caller may fill the same array again
                 pixels = to_rgb(array.copy(), self._color)

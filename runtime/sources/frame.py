@@ -13,13 +13,14 @@ from duallora_edge.runtime.preprocess import Pixels
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One picture, ``pixels`` ``uint8 [H, W, 3]`` in RGB order, which nobody writes to.
+    """One picture. NumPy accepts it as an array: ``np.asarray(frame)``.
 
-    ``sequence`` counts the frames of the source from 0, with those that were dropped; ``captured`` is the moment at
-    which the source handed it over, in seconds of `time.monotonic`, and ``timestamp`` the same in seconds since 1970.
-    ``name`` is the file it came from, None for a stream.
-
-    NumPy takes a frame as its array: ``np.asarray(frame)``.
+    Attributes:
+        pixels: ``uint8 [H, W, 3]`` in RGB order; do not write to it.
+        sequence: Number of the frame in its source, from 0, counting dropped frames.
+        captured: When the source handed the frame over, in seconds of `time.monotonic`.
+        timestamp: The same moment in seconds since 1970.
+        name: The file the frame came from, None for a stream.
     """
 
     pixels: Pixels = field(repr=False)

@@ -1,4 +1,4 @@
-"""GStreamer pipelines, run by gst-launch-1.0 in a child process: a camera stack that crashes takes nothing with it."""
+"""GStreamer pipelines, run by gst-launch-1.0 in a child process, so that a crashing camera stack harms nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def launch_arguments(pipeline: str, size: tuple[int, int], fd: int) -> list[str]
     try:
         words = shlex.split(pipeline)
     except ValueError as error:
-        raise SourceError(f"The pipeline '{mask(pipeline)}' cannot be read ({error}); correct it.") from error
+        raise SourceError(f"The pipeline '{mask(pipeline)}' cannot be parsed ({error}); correct it.") from error
     caps = f"video/x-raw,format=RGB,width={size[0]},height={size[1]}"
     return ["-q", *words, "!", "videoconvert", "!", "videoscale", "!", caps, "!", "fdsink", f"fd={fd}"]
 
@@ -100,7 +100,7 @@ class Pipeline(Capture):
         return None
 
     def _drain(self) -> None:
-        """Keep the end of what the program has printed; it would stop if nobody took it."""
+        """Keep the end of the program's output; a full pipe would stop the program."""
         with suppress(BlockingIOError):
             self._log = (self._log + os.read(self._messages, 2**16))[-LOG_BYTES:]
 
@@ -114,7 +114,7 @@ class Pipeline(Capture):
         if code == 0:
             return
         lines = [line.strip() for line in self._log.decode(errors="replace").splitlines() if line.strip()]
-        # The first error is the cause; those after it say that nothing works without it.
+        # The first error is the cause; the later ones follow from it.
         said = next((line for line in lines if line.startswith(("ERROR", "WARNING: err"))), (lines or [""])[-1])
         ended = "closed its output" if code is None else f"ended with code {code}"
         ended = f"was killed by signal {-code}" if code and code < 0 else ended
@@ -126,7 +126,7 @@ class Pipeline(Capture):
             if self._process.poll() is None:
                 with suppress(ProcessLookupError):
                     os.killpg(self._process.pid, number)
-                # Not for ever: a process that hangs inside a driver does not even die.
+                # With a limit: a process that hangs inside a driver cannot be killed.
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(END_S if number == signal.SIGINT else KILL_WAIT_S)
         os.close(self._frames)

@@ -1,4 +1,4 @@
-"""From what a user types to a source."""
+"""Opens a source from its address."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def open_source(
     max_backoff: float = 30.0,
     wait: bool = False,
 ) -> Source:
-    """Open a camera, stream, video, folder, or anything that gives arrays, as a source of RGB frames.
+    """Open a camera, stream, video, folder, or anything that yields arrays, as a source of RGB frames.
 
     ``uri`` is one of
 
@@ -58,19 +58,29 @@ def open_source(
     - ``-``: raw frames ``uint8 [H, W, 3]`` (or ``[H, W]``, see ``color``) on standard input
     - an iterable of arrays: uint8 or uint16, ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``
 
-    Cameras and streams are live: when the reader is slow, the oldest of ``buffer`` frames that wait is dropped. One
-    that is lost, or gives no frame for ``stall`` seconds, is opened again, after 0.5 s and then after pauses that
-    double up to ``max_backoff`` seconds; reads only time out meanwhile. Of all else every frame is delivered, read
-    ahead by ``buffer`` frames. ``live`` overrides that: frames of a file are dropped as those of a camera are, and
-    of a camera or stream none is dropped, and its end is the end.
+    Cameras and streams are live: if the reader is slow, the oldest waiting frame is dropped. A lost one is opened
+    again, after 0.5 s and then after pauses that double up to ``max_backoff`` seconds; meanwhile reads time out. From
+    all other sources every frame is delivered. A damaged picture is counted and left out.
 
-    ``size`` is (width, height), needed for ``-`` and for ``gst://`` without width and height. ``color`` is the order
-    of the channels of ``-`` (``"rgb"``, ``"bgr"``, ``"gray"``) and of an iterable (``"rgb"``, ``"bgr"``). ``rate``
-    hands over so many frames a second as a camera would, and ``loop`` starts over at the end; both are not for cameras
-    and streams. ``wait`` keeps trying when a camera or stream cannot be opened, instead of raising.
+    Args:
+        uri: Where frames come from, as above.
+        size: (width, height), needed for ``-``, and for ``gst://`` without width and height.
+        color: Channel order: ``"rgb"``, ``"bgr"`` or ``"gray"`` for ``-``, ``"rgb"`` or ``"bgr"`` for an iterable.
+        live: Overrides what is live: with True, frames of a file are dropped like those of a camera; with False, no
+            frame of a camera or stream is dropped, and its end is the end of the source.
+        rate: Deliver this many frames per second; not for cameras and streams.
+        loop: Start over at the end; not for cameras and streams.
+        buffer: How many frames may wait for the reader.
+        stall: Seconds without a frame after which a camera or stream counts as lost.
+        max_backoff: The longest pause before a lost camera or stream is opened again, in seconds.
+        wait: Keep trying if a camera or stream cannot be opened, instead of raising.
 
-    A picture that is damaged or no frame is counted and left out. Raises `SourceError` when the source cannot be
-    opened as asked, `ValueError` for a number out of its range.
+    Returns:
+        The open source.
+
+    Raises:
+        SourceError: The source cannot be opened as asked.
+        ValueError: A number is out of its range.
     """
     if buffer < 1:
         raise ValueError(f"buffer must be at least 1 frame, not {buffer}")
@@ -81,9 +91,9 @@ def open_source(
         _check_size(size)
     opener, description, stream = _route(uri, size, color, stall)
     if stream and (rate is not None or loop):
-        raise SourceError(f"{mask(description)} sets its own pace and has no start; leave out rate and loop.")
+        raise SourceError(f"{mask(description)} sets its own pace and cannot start over; leave out rate and loop.")
     if loop and (isinstance(uri, Iterator) or (isinstance(uri, str) and uri == "-")):
-        raise SourceError("What can be read only once cannot loop; give a list, a folder or a video.")
+        raise SourceError("A source that can be read only once cannot loop; give a list, a folder or a video.")
     live = stream if live is None else live
     return Source(opener, description, Policy(live, stream and live, buffer, rate, loop, stall, max_backoff, wait))
 
@@ -91,7 +101,7 @@ def open_source(
 def _route(
     uri: str | Path | Iterable[Any], size: tuple[int, int] | None, color: str, stall: float
 ) -> tuple[Opener, str, bool]:
-    """How to open ``uri``, how to call it, and whether it is a camera or stream."""
+    """How to open ``uri``, its name in messages, and whether it is a camera or stream."""
     text = str(uri) if isinstance(uri, (str, Path)) else ""
     if text == "-":
         return (*_standard_input(size, color), False)
@@ -113,7 +123,7 @@ def _route(
     if not separator:
         return (*_path(Path(text).expanduser()), False)
     if scheme not in SCHEMES:
-        raise SourceError(f"'{scheme}://' is no source.{did_you_mean(scheme, SCHEMES)} A source is {FORMS}.")
+        raise SourceError(f"'{scheme}://' is not a source.{did_you_mean(scheme, SCHEMES)} A source is {FORMS}.")
     from duallora_edge.runtime.sources.video import Stream
 
     return lambda stop: Stream(text, stall), text, True
@@ -126,11 +136,15 @@ def _leave_out(name: str, given: bool, users: str) -> None:
 
 def _arrays(arrays: object, color: str) -> tuple[Opener, str]:
     if not isinstance(arrays, Iterable) or isinstance(arrays, (bytes, bytearray)):
-        raise SourceError(f"A {type(arrays).__name__} is no source; give an iterable of arrays, or {FORMS}.")
+        raise SourceError(
+            f"An object of type {type(arrays).__name__} is not a source; give an iterable of arrays, or {FORMS}."
+        )
     if isinstance(arrays, np.ndarray) and arrays.ndim != 4:
-        raise SourceError(f"An array of shape {arrays.shape} is no sequence of frames; put a single frame into a list.")
+        raise SourceError(
+            f"An array of shape {arrays.shape} is not a sequence of frames; put a single frame into a list."
+        )
     if color not in ("rgb", "bgr"):
-        raise SourceError(f"color must be 'rgb' or 'bgr' for arrays, not {color!r}; leave it out for grey ones.")
+        raise SourceError(f"color must be 'rgb' or 'bgr' for arrays, not {color!r}; leave it out for grey arrays.")
     return lambda stop: Arrays(arrays, color), f"frames from {type(arrays).__name__}"
 
 
@@ -166,7 +180,7 @@ def _v4l2(rest: str, size: tuple[int, int] | None) -> Opener:
     device, _, query = rest.partition("?")
     device = f"/dev/video{device}" if device.isdecimal() else device
     if not device.startswith("/dev/"):
-        raise SourceError(f"'{device}' is no camera; write v4l2:///dev/video0 or v4l2://0.")
+        raise SourceError(f"'{device}' is not a camera; write v4l2:///dev/video0 or v4l2://0.")
     options = _options(query, _V4L2)
     if size is not None:
         options = {"width": size[0], "height": size[1], **options}
@@ -178,7 +192,7 @@ def _v4l2(rest: str, size: tuple[int, int] | None) -> Opener:
 def _csi(rest: str, size: tuple[int, int] | None) -> Opener:
     sensor, _, query = rest.partition("?")
     if not sensor.isdecimal():
-        raise SourceError(f"'{sensor}' is no number of a sensor; write csi://0 for the first camera.")
+        raise SourceError(f"'{sensor}' is not a sensor number; write csi://0 for the first camera.")
     options = _options(query, _CSI)
     width, height = size or CSI_SIZE
     size = options.get("width", width), options.get("height", height)
@@ -190,7 +204,7 @@ def _csi(rest: str, size: tuple[int, int] | None) -> Opener:
 
 
 def _gstreamer(rest: str, size: tuple[int, int] | None) -> Opener:
-    # A pipeline may hold '?' itself, so only a query at the end that can be nothing else is taken for one.
+    # A pipeline may contain '?', so only an unmistakable query at the end counts as one.
     match = re.fullmatch(r"(.*)\?((?:(?:width|height)=\d+&?)+)", rest, re.DOTALL)
     pipeline, query = match.groups() if match else (rest, "")
     options = _options(query, _SIDES)
@@ -201,7 +215,7 @@ def _gstreamer(rest: str, size: tuple[int, int] | None) -> Opener:
     _check_size(size)
     from duallora_edge.runtime.sources.gstreamer import Pipeline, launch_arguments
 
-    launch_arguments(pipeline, size, 1)  # a pipeline that cannot be read is known before it is tried
+    launch_arguments(pipeline, size, 1)  # refuses an unreadable pipeline before it is started
     return lambda stop: Pipeline(pipeline, size, stop)
 
 
@@ -211,7 +225,7 @@ def _options(query: str, allowed: dict[str, Any]) -> dict[str, Any]:
     for name, text in parse_qsl(query, keep_blank_values=True):
         if name not in allowed:
             hint = did_you_mean(name, allowed)
-            raise SourceError(f"'{name}' is no option of this source.{hint} There are: {', '.join(allowed)}.")
+            raise SourceError(f"'{name}' is not an option of this source.{hint} Options: {', '.join(allowed)}.")
         if allowed[name] is None:
             if not re.fullmatch(r"[ -~]{4}", text):
                 raise SourceError(f"{name} must be four characters such as MJPG, not '{text}'.")
@@ -228,5 +242,5 @@ def _check_size(size: tuple[int, int]) -> None:
     width, height = size
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE and width * height <= MAX_PIXELS):
         raise SourceError(
-            f"A size must be 1..{MAX_SIDE} wide and high and have at most {MAX_PIXELS:,} pixels, not {width}x{height}."
+            f"A size must have sides from 1 to {MAX_SIDE} and at most {MAX_PIXELS:,} pixels, not {width}x{height}."
         )

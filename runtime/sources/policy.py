@@ -1,4 +1,4 @@
-"""How a source treats its frames, and what it tells about them."""
+"""How a source treats its frames, and what it counts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Statistics:
     ``captured`` frames are ``delivered`` to the reader, ``dropped`` because it was slow, or wait in the buffer.
     ``refused`` are pictures that could not be used, the last of them with the reason in ``refusals``. ``timeouts``
     counts reads without a frame, ``reconnects`` how often a lost capture gave frames again. ``last_error`` is why a
-    capture was last lost or could not be opened, ``note`` what was not as it should be at the end.
+    capture was last lost or could not be opened, ``note`` says what went wrong at the end.
     """
 
     captured: int = 0

@@ -14,7 +14,7 @@ from duallora_edge.runtime.preprocess import Pixels, to_rgb
 from duallora_edge.runtime.sources.capture import Capture, Picture
 
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1}
-LOOK_MS = 100  # how often a read that waits looks whether it is still wanted
+POLL_MS = 100  # how often a waiting read checks whether it is still wanted
 
 
 def fill(fd: int, buffer: Pixels, stop: threading.Event, idle: Callable[[], None] = lambda: None) -> int:
@@ -26,7 +26,7 @@ def fill(fd: int, buffer: Pixels, stop: threading.Event, idle: Callable[[], None
     poll.register(fd, select.POLLIN)
     view, filled = buffer.data, 0
     while filled < len(view) and not stop.is_set():
-        if not poll.poll(LOOK_MS):
+        if not poll.poll(POLL_MS):
             idle()
             continue
         count = os.readv(fd, [view[filled:]])
@@ -37,7 +37,7 @@ def fill(fd: int, buffer: Pixels, stop: threading.Event, idle: Callable[[], None
 
 
 class RawFrames(Capture):
-    """Frames ``uint8 [H, W, C]`` one after the other, without any header.
+    """Frames ``uint8 [H, W, C]`` one after the other, without a header.
 
     ``size`` is (width, height), ``color`` a key of `CHANNELS`. The descriptor stays open. Raises `SourceError` when
     the input ends before the first frame does.
@@ -48,7 +48,7 @@ class RawFrames(Capture):
         self._fd, self._stop = fd, stop
         self._shape = (height, width, CHANNELS[color])
         self._color = "rgb" if color == "gray" else color
-        self._empty = True  # not one frame so far
+        self._empty = True  # no frame so far
 
     def read(self) -> Picture | None:
         buffer = np.empty(int(np.prod(self._shape)), np.uint8)
@@ -58,9 +58,9 @@ class RawFrames(Capture):
             return Picture(to_rgb(buffer.reshape(self._shape), self._color))
         if self._empty and not self._stop.is_set():
             raise SourceError(
-                f"Not one whole frame came: {count:,} of {buffer.size:,} bytes; check the program that writes them, "
-                "and the size."
+                f"The input ended before the first frame was complete ({count:,} of {buffer.size:,} bytes); check the "
+                "program that writes it, and the size."
             )
         if count and not self._stop.is_set():
-            self.note = f"the last frame was left out: {count:,} of its {buffer.size:,} bytes came"
+            self.note = f"the last frame was incomplete and left out ({count:,} of {buffer.size:,} bytes)"
         return None

@@ -43,11 +43,15 @@ class _Session:
 class Source(Closing):
     """Frames of one camera, stream, video, folder or sequence; made by `open_source`.
 
-    ``for frame in source`` gives all frames until the end; `read` one of them. May be used from several threads.
+    ``for frame in source`` gives all frames until the end, `read` a single one. Several threads may use it.
+
+    Attributes:
+        description: What the source reads from, without passwords.
+        live: Whether frames are dropped if the reader is slow.
     """
 
     def __init__(self, opener: Opener, description: str, policy: Policy) -> None:
-        """Open, and return when that has worked. Raises `SourceError` when not (with ``policy.wait``: keep trying)."""
+        """Open the source. Raises `SourceError` when that fails (with ``policy.wait``: keep trying)."""
         self.description = mask(description)
         self.live = policy.live
         self._opener = opener
@@ -57,7 +61,7 @@ class Source(Closing):
         self._statistics = Statistics()
         self._session: _Session | None = None
         self._opened = self._ended = self._closed = False
-        self._error: Exception | None = None  # why it has ended, unless that is as it should be
+        self._error: Exception | None = None  # why it has ended, unless it ended normally
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="duallora-edge source", daemon=True)
         self._thread.start()
@@ -76,14 +80,21 @@ class Source(Closing):
 
     @property
     def stats(self) -> Statistics:
-        """The counts at this moment."""
+        """The current counts."""
         return self._statistics
 
     def read(self, timeout: float = 1.0) -> Frame | None:
-        """The next frame, or None when there is none within ``timeout`` seconds, which is no error.
+        """Wait for the next frame.
 
-        Raises `EndOfStream` after the last frame and after `close`, and `SourceError` when a source that does not
-        reconnect broke before its end.
+        Args:
+            timeout: How many seconds to wait.
+
+        Returns:
+            The frame, or None if none came in time, which is not an error.
+
+        Raises:
+            EndOfStream: After the last frame, and after `close`.
+            SourceError: A source that does not reconnect broke before its end.
         """
         with self._condition:
             self._condition.wait_for(lambda: self._buffer or self._ended or self._closed, timeout)
@@ -135,9 +146,9 @@ class Source(Closing):
         if isinstance(error, DualLoraEdgeError):
             raise SourceError(mask(str(error)))
         reason = mask(first_line(error))
-        raise SourceError(f"{self.description} broke off ({reason}); correct what it reads.") from error
+        raise SourceError(f"{self.description} failed ({reason}); check what it reads.") from error
 
-    # What follows runs in the threads of the source.
+    # The rest runs in the threads of the source.
 
     def _supervise(self) -> None:
         backoff, stuck = FIRST_BACKOFF_S, list[threading.Thread]()
@@ -147,7 +158,7 @@ class Source(Closing):
                 session, error = self._run(stuck)
                 if self._closing.is_set() or not self._policy.reopens:
                     return self._end(error)
-                lost = error or SourceError(f"{self.description} sends nothing more; check the camera.")
+                lost = error or SourceError(f"{self.description} stopped sending frames; check the camera.")
                 if not (self._opened or self._policy.wait):
                     return self._end(lost)
                 backoff = FIRST_BACKOFF_S if session.frames else backoff
@@ -195,13 +206,13 @@ class Source(Closing):
         try:
             while self._capture(session) and self._policy.loop and not session.stop.is_set():
                 pass
-        except Exception as error:  # cameras, libraries and the user's iterables raise what they like
+        except Exception as error:  # cameras, libraries and the user's iterables may raise anything
             session.error = error
         finally:
             session.over.set()
 
     def _capture(self, session: _Session) -> bool:
-        """Open, hand over the pictures until the end, close. False when there was not one."""
+        """Open, hand over the pictures until the end, close. False if there were none."""
         capture, before = self._opener(session.stop), session.frames
         try:
             if not self._policy.reopens:  # a camera is open when it gives a frame
@@ -235,7 +246,7 @@ class Source(Closing):
                 self._condition.notify_all()
 
     def _offer(self, session: _Session, picture: Picture) -> bool:
-        """Put a frame into the buffer. False when it is not wanted any more."""
+        """Put a frame into the buffer. False if it is no longer wanted."""
         if self._policy.rate is not None:
             session.due = max(session.due + 1 / self._policy.rate, time.monotonic())
             session.stop.wait(session.due - time.monotonic())

@@ -47,7 +47,7 @@ class _OpenCV(Capture):
 
 
 class Video(_OpenCV):
-    """All frames of a video file. Raises `SourceError` when there is not one."""
+    """All frames of a video file. Raises `SourceError` when it has none."""
 
     def __init__(self, path: Path) -> None:
         cv2 = import_cv2()
@@ -57,13 +57,15 @@ class Video(_OpenCV):
         self._first = super().read()
         if self._first is None:
             self.close()
-            raise SourceError(f"Not one frame of {path} can be read; it is damaged, cut off or not a video.")
+            raise SourceError(f"No frame of {path} can be read; it is damaged, cut off or not a video.")
 
     def read(self) -> Picture | None:
         picture, self._first = self._first, None
         picture = picture or super().read()
         if picture is None and self.frames + max(1.0, self._expected * COUNT_TOLERANCE) < self._expected:
-            self.note = f"{self._name} gave {self.frames} of {self._expected:.0f} frames; it may be damaged"
+            self.note = (
+                f"only {self.frames} of {self._expected:.0f} frames of {self._name} could be read; it may be damaged"
+            )
         return picture
 
 
@@ -87,9 +89,11 @@ class Camera(_OpenCV):
         cv2 = import_cv2()
         if not Path(device).exists():
             there = ", ".join(map(str, sorted(Path("/dev").glob("video*")))) or "none"
-            raise SourceError(f"{device} does not exist; connect the camera or give another one (there: {there}).")
+            raise SourceError(
+                f"{device} does not exist; connect the camera or choose another one (available: {there})."
+            )
         if not os.access(device, os.R_OK | os.W_OK):
-            raise SourceError(f"{device} may not be used by this user; add the user to the group 'video'.")
+            raise SourceError(f"This user may not use {device}; add the user to the group 'video'.")
         super().__init__(cv2.VideoCapture(device, cv2.CAP_V4L2))
         if not self._capture.isOpened():
             raise SourceError(f"{device} cannot be opened; another program uses it, or it is not a camera.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from duallora_edge.errors import ProfileError
 from duallora_edge.runtime.backends.ladder import LADDER
 
 PROFILES = list_profiles()
+ORIN: dict[str, Any] = yaml.safe_load((FOLDER / "orin-nano-8gb.yaml").read_text())
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast where it exists
 GPUS = [profile for profile in PROFILES if profile.kind != "cpu"]
 
 # advertised dense fp16 multiply-adds per clock and tensor core; None: two per CUDA core
@@ -29,13 +32,12 @@ def names(profile: DeviceProfile) -> str:
 
 @pytest.fixture
 def data() -> dict[str, Any]:
-    value: dict[str, Any] = yaml.safe_load((FOLDER / "orin-nano-8gb.yaml").read_text())
-    return value
+    return deepcopy(ORIN)
 
 
 def write(folder: Path, value: object) -> Path:
     path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump(value))
+    path.write_text(yaml.dump(value, Dumper=DUMPER))
     return path
 
 
@@ -205,12 +207,10 @@ JSON = st.recursive(
 KEYS = ["name", "kind", "gpu", "memory", "modes", "precisions", "jetpack", "detect", "export", "derived", "sources"]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1))
+@settings(max_examples=80, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=2))
 def test_any_damage_ends_in_a_profile_error(tmp_path_factory: pytest.TempPathFactory, damage: dict[str, Any]) -> None:
-    value = yaml.safe_load((FOLDER / "orin-nano-8gb.yaml").read_text()) | damage
-    path = tmp_path_factory.getbasetemp() / "damaged.yaml"
-    path.write_text(yaml.safe_dump(value))
+    path = write(tmp_path_factory.getbasetemp(), ORIN | damage)
     try:
         DeviceProfile.from_file(path)
     except ProfileError as error:

@@ -242,7 +242,7 @@ def test_http_service_is_not_stopped_by_slow_clients(web: Web) -> None:
         stop(web.process)
 
 
-def test_http_service_answers_eight_clients_as_one(web: Web, colour_bundle: Path) -> None:
+def test_http_service_answers_eight_clients_as_one(shared_web: Web, colour_bundle: Path) -> None:
     bodies = [
         image((40 * n, 30 * n % 256, 255 - 30 * n), kind, (20 + n, 90)) for n in range(6) for kind in ("PNG", "JPEG")
     ]
@@ -251,7 +251,7 @@ def test_http_service_answers_eight_clients_as_one(web: Web, colour_bundle: Path
 
     def client(_: int) -> list[dict[str, Any]]:
         answers = []
-        with closing(web.connect()) as connection:  # one for all of them
+        with closing(shared_web.connect()) as connection:  # one for all of them
             for body in bodies:
                 connection.request("POST", "/classify", body)
                 answers.append(json.loads(connection.getresponse().read()))
@@ -260,7 +260,6 @@ def test_http_service_answers_eight_clients_as_one(web: Web, colour_bundle: Path
     with ThreadPoolExecutor(8) as clients:
         for answers in clients.map(client, range(8)):
             assert [{**answer, "timings": None} for answer in answers] == [{**one, "timings": None} for one in expected]
-    stop(web.process)
 
 
 def test_http_service_swaps_on_sighup(web: Web, colour_bundle: Path, tmp_path: Path, until: Until) -> None:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from duallora_edge import __version__
 from duallora_edge.device_profiles import resolve_target
 from duallora_edge.errors import BundleError, ExportError
-from duallora_edge.export.bundle import GENERATED_IMAGES, GOLDEN_IMAGES, README, RECIPE, export_run
+from duallora_edge.export.bundle import GENERATED_IMAGES, GOLDEN_IMAGES, README, RECIPE, write_bundle
 from duallora_edge.export.graph import build_model
 from duallora_edge.export.parity import generated_images, torch_outputs
 from duallora_edge.files import read_json, write_json
@@ -42,7 +42,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def bundle(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> Path:
     """A bundle of version 1."""
-    export_run(run, model, TARGET, tmp_path / "out" / "bundle", None)
+    write_bundle(run, model, TARGET, tmp_path / "out" / "bundle", None)
     return tmp_path / "out" / "bundle"
 
 
@@ -51,7 +51,7 @@ def test_the_runtime_answers_as_pytorch(
     run: RunDirectory, model: ComposedModel, tmp_path: Path, name: str, jetpack: str | None
 ) -> None:
     target = resolve_target(name, jetpack)
-    exported = export_run(run, model, target, tmp_path / "bundle", REAL)
+    exported = write_bundle(run, model, target, tmp_path / "bundle", REAL)
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest.to_json() == json.loads(json.dumps(exported.manifest.to_json()))
     recipe = {RECIPE} if jetpack == "5.1" else set()  # its Python is too old for the runtime
@@ -70,7 +70,7 @@ def test_the_runtime_answers_as_pytorch(
 
 
 def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
-    exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL)
+    exported = write_bundle(run, model, TARGET, tmp_path / "bundle", REAL)
     manifest = read_json(tmp_path / "bundle" / MANIFEST)
     assert (manifest["name"], manifest["bundle_version"]) == ("site", 1)
     assert manifest["classes"] == ["a", "b", "c", "d"]
@@ -103,7 +103,7 @@ def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> No
 
 
 def test_half_precision_is_a_second_graph(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
-    exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL, precision="fp16", batch=2)
+    exported = write_bundle(run, model, TARGET, tmp_path / "bundle", REAL, precision="fp16", batch=2)
     bundle = Bundle.open(tmp_path / "bundle")
     assert (bundle.manifest.precision, bundle.manifest.batch) == ("fp16", 2)
     assert bundle.graph("fp32") == bundle.model_path and bundle.graph("fp16").name == MODEL_FP16
@@ -121,19 +121,19 @@ def test_half_precision_is_a_second_graph(run: RunDirectory, model: ComposedMode
 def test_a_split_bundle_keeps_its_prefix_after_a_new_task(
     run: RunDirectory, model: ComposedModel, tiny_backbone: Backbone, tmp_path: Path, precision: str
 ) -> None:
-    exported = export_run(run, model, TARGET, tmp_path / "bundle", REAL, precision=precision, batch=1, split=True)
+    exported = write_bundle(run, model, TARGET, tmp_path / "bundle", REAL, precision=precision, batch=1, split=True)
     before = Bundle.open(tmp_path / "bundle")
     assert [path.name for path in before.gpu_graphs] == [f"prefix-{precision}.onnx", f"suffix-{precision}.onnx"]
     assert f"real_{precision}_split" in exported.manifest.parity
     earlier = compose(tiny_backbone, run.records()[:1]).eval()
-    export_run(run, earlier, TARGET, tmp_path / "other", None, precision=precision, batch=1, split=True)
+    write_bundle(run, earlier, TARGET, tmp_path / "other", None, precision=precision, batch=1, split=True)
     after = Bundle.open(tmp_path / "other")
     digests = [[bundle.manifest.files[path.name].sha256 for path in bundle.gpu_graphs] for bundle in (before, after)]
     assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
     document = read_json(tmp_path / "bundle" / MANIFEST)
     del document["files"][f"suffix-{precision}.onnx"]
     write_json(tmp_path / "bundle" / MANIFEST, document)
-    with pytest.raises(BundleError, match=r"engine\.split: asks for suffix-"):
+    with pytest.raises(BundleError, match=r"engine\.split: needs suffix-"):
         Bundle.open(tmp_path / "bundle")
 
 
@@ -143,7 +143,7 @@ def test_the_recipe_of_jetpack_5(
 ) -> None:
     """trtexec gets the right file and shapes, and is told what must stay fp32, by names that the graph has."""
     target = resolve_target("xavier-nx", "5.1")
-    export_run(run, model, target, tmp_path / "bundle", None, precision=precision, batch=batch)
+    write_bundle(run, model, target, tmp_path / "bundle", None, precision=precision, batch=batch)
     arguments = tmp_path / "arguments"
     fake = tmp_path / "trtexec"
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {arguments}\n')
@@ -167,7 +167,7 @@ def test_the_recipe_of_jetpack_5(
 def test_parity_on_real_images_is_claimed_only_when_there_were_any(
     run: RunDirectory, model: ComposedModel, tmp_path: Path, real: np.ndarray | None
 ) -> None:
-    parity = export_run(run, model, TARGET, tmp_path / "bundle", real).manifest.parity
+    parity = write_bundle(run, model, TARGET, tmp_path / "bundle", real).manifest.parity
     assert "generated" in parity and "real" not in parity
 
 
@@ -203,12 +203,12 @@ def test_readme_says_what_the_bundle_is(bundle: Path) -> None:
 
 
 def test_an_export_replaces_the_bundle_as_a_whole(run: RunDirectory, model: ComposedModel, bundle: Path) -> None:
-    second = export_run(run, model, resolve_target("x86-cpu"), bundle, None)
+    second = write_bundle(run, model, resolve_target("x86-cpu"), bundle, None)
     assert second.manifest.bundle_version == Bundle.open(bundle).manifest.bundle_version == 2
     assert sorted(path.name for path in bundle.iterdir()) == sorted((GOLDEN, MANIFEST, MODEL, README))
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"] and not second.kept
-    assert export_run(run, model, TARGET, bundle, None, version=9).manifest.bundle_version == 9
-    assert export_run(run, model, TARGET, bundle, None).manifest.bundle_version == 10
+    assert write_bundle(run, model, TARGET, bundle, None, version=9).manifest.bundle_version == 9
+    assert write_bundle(run, model, TARGET, bundle, None).manifest.bundle_version == 10
 
 
 def test_foreign_files_in_a_bundle_are_named_and_stay(run: RunDirectory, model: ComposedModel, bundle: Path) -> None:
@@ -216,7 +216,7 @@ def test_foreign_files_in_a_bundle_are_named_and_stay(run: RunDirectory, model: 
     (bundle / "photos").mkdir()
     before = content(bundle)
     with pytest.raises(ExportError, match=r"also holds what no export wrote \(notes\.txt, photos\); move it away"):
-        export_run(run, model, TARGET, bundle, None)
+        write_bundle(run, model, TARGET, bundle, None)
     assert content(bundle) == before
 
 
@@ -228,7 +228,7 @@ def test_what_comes_while_a_bundle_is_replaced_is_kept(
         return open_backend(*arguments)
 
     monkeypatch.setattr("duallora_edge.export.bundle.open_backend", late)
-    (kept,) = export_run(run, model, TARGET, bundle, None).kept
+    (kept,) = write_bundle(run, model, TARGET, bundle, None).kept
     assert [(path.name, path.read_text()) for path in kept.iterdir()] == [("notes.txt", "mine")]
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle", kept.name}
 
@@ -244,13 +244,13 @@ def test_what_was_written_is_read_back_before_it_replaces_anything(
 
     monkeypatch.setattr(Path, "write_bytes", forgetful)
     with pytest.raises(ExportError, match=r"as written cannot be used, so nothing was replaced: .*model\.onnx was alt"):
-        export_run(run, model, TARGET, bundle, None)
+        write_bundle(run, model, TARGET, bundle, None)
     assert content(bundle.parent) == before
 
 
 def test_an_empty_folder_is_used(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
-    assert export_run(run, model, TARGET, tmp_path / "new", None).manifest.bundle_version == 1
+    assert write_bundle(run, model, TARGET, tmp_path / "new", None).manifest.bundle_version == 1
     Bundle.open(tmp_path / "new")
 
 
@@ -264,14 +264,14 @@ def test_a_folder_of_somebody_else_is_refused_and_untouched(
     (folder / name).write_text('{"name": "a web page"}')
     before = content(tmp_path)
     with pytest.raises(ExportError, match=r"(is not a bundle; give another name|holds no readable bundle)"):
-        export_run(run, model, TARGET, folder, None, version)
+        write_bundle(run, model, TARGET, folder, None, version)
     assert content(tmp_path) == before
 
 
 def test_a_file_is_refused_and_untouched(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("words")
     with pytest.raises(ExportError, match="exists and is not a bundle"):
-        export_run(run, model, TARGET, tmp_path / "mine", None)
+        write_bundle(run, model, TARGET, tmp_path / "mine", None)
     assert (tmp_path / "mine").read_text() == "words"
 
 
@@ -291,10 +291,10 @@ def test_a_graph_that_answers_otherwise_leaves_the_old_bundle(
     before = content(bundle.parent)
     monkeypatch.setattr("duallora_edge.export.bundle.build_model", damaged)
     with pytest.raises(ExportError, match="graph differs from the trained model on generated images"):
-        export_run(run, model, TARGET, bundle, None)
+        write_bundle(run, model, TARGET, bundle, None)
     assert content(bundle.parent) == before
     with pytest.raises(ExportError, match="nothing was written"):
-        export_run(run, model, TARGET, bundle.with_name("other"), None)
+        write_bundle(run, model, TARGET, bundle.with_name("other"), None)
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
@@ -312,7 +312,7 @@ def test_a_graph_that_fails_on_real_images_alone_is_refused(
 
     monkeypatch.setattr("duallora_edge.export.bundle.torch_outputs", on_real_images_only)
     with pytest.raises(ExportError, match="on real images"):
-        export_run(run, model, TARGET, bundle, REAL)
+        write_bundle(run, model, TARGET, bundle, REAL)
     assert content(bundle.parent) == before
 
 
@@ -329,7 +329,7 @@ def test_a_full_disk_leaves_the_old_bundle(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
-        export_run(run, model, TARGET, bundle, None)
+        write_bundle(run, model, TARGET, bundle, None)
     assert content(bundle.parent) == before
 
 
@@ -337,5 +337,5 @@ def test_a_damaged_bundle_is_not_replaced_without_a_word(run: RunDirectory, mode
     (bundle / MODEL).write_bytes(b"short")
     before = content(bundle)
     with pytest.raises(ExportError, match=r"holds no readable bundle \(.*model.onnx has 5 bytes"):
-        export_run(run, model, TARGET, bundle, None)
+        write_bundle(run, model, TARGET, bundle, None)
     assert content(bundle) == before

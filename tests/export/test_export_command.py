@@ -15,8 +15,11 @@ from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.bundle import MANIFEST, MODEL, MODEL_FP16
 from duallora_edge.runtime.preprocess import read_image
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 Call = Callable[..., tuple[int, str, str]]
-TRAIN = ("--size", 32, "--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--device", "cpu")
+TRAIN = ("--size", 32, "--rank-orthogonal", 2, "--rank-residual", 2, "--summaries", 1, "--epochs", 1)
+TRAIN = (*TRAIN, "--min-steps", 4, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def test_nonsense_batches(call: Call, learned: Path, tmp_path: Path, batch: str)
         (("--target", "orin-nano-8g"), "No device profile is called 'orin-nano-8g'. Did you mean 'orin-nano-8gb'?"),
         (("--target", "nano-4gb"), "nano-4gb with JetPack 4.6 cannot be exported for: JetPack 4 ships TensorRT 8.2"),
         (("--target", "xavier-nx", "--jetpack", "4.6"), "update the device to JetPack 5.1"),
-        (("--target", "x86-cpu", "--jetpack", "6.2"), "x86-cpu has no JetPack; leave the JetPack version out"),
+        (("--target", "x86-cpu", "--jetpack", "6.2"), "x86-cpu has no JetPack; leave out the JetPack version"),
         (("--target", "orin-nano-8gb", "--jetpack", "9.9"), "JetPack '9.9' is unknown; known are"),
         (("--target", "mine.yaml"), "mine.yaml"),
         (("--precision", "int8"), "int8 is not exported for orin-nano-8gb: TensorRT users report INT8 vision"),

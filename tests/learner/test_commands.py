@@ -17,9 +17,11 @@ import torch
 from duallora_edge.learner.commands import folder_bytes
 from duallora_edge.learner.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--precision", "fp32")
-QUICK = (*QUICK, "--device", "cpu")
+QUICK = (*QUICK, "--summaries", 1, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +291,18 @@ def test_a_task_that_later_ones_build_on_is_not_removed(
     call: Callable[..., tuple[int, str, str]], image_stream: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    options = ["--method", "task_arithmetic", "--epochs", "0", "--min-steps", "1", "--device", "cpu"]
+    options = [
+        "--method",
+        "task_arithmetic",
+        "--epochs",
+        "0",
+        "--min-steps",
+        "1",
+        "--summaries",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert call("train", "--data", image_stream, "--run", run, *options)[0] == 0
     code, _, errors = call("remove", run, "01-round")
     assert code == 1

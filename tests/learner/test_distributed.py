@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from torch.distributed import TCPStore
 
 from duallora_edge.errors import ConfigError
 from duallora_edge.learner import distributed
+from duallora_edge.learner.device import pick_device
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import pick_device
 
 LOST = "Another process of this training ended or did not answer in time; run the same command again"
-SETTINGS = "checkpoint_steps: 3\nmin_steps: 15\nepochs: 1\nbatch_size: 16\n"
+SETTINGS = "summaries: 1\ncheckpoint_steps: 3\nmin_steps: 15\nepochs: 1\nbatch_size: 16\n"
 PROGRAM = """
 import os
 os.environ.update(environment)
@@ -36,6 +36,8 @@ os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 import torch
 torch.set_num_threads(1)
 from duallora_edge.cli import main
+from duallora_edge.learner.report import page
+page.accuracy_png = page.matrix_png = page.reliability_png = lambda *_: b""
 main(arguments)
 """
 
@@ -68,13 +70,11 @@ Start = Callable[..., Started]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(tmp_path_factory: pytest.TempPathFactory, processes: ForkServerContext) -> Start:
     """``start(run, data, count, *flags, caches=None, **environment)``: `train` in processes as of torchrun.
 
-    ``caches`` names the folder of decoded images of each rank. A fork server spares the imports.
+    ``caches`` names the folder of decoded images of each rank. Reports have no plots.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["duallora_edge.learner.terminal"])
 
     def run(
         path: Path, data: Path, count: int, *flags: str, caches: Sequence[Path] = (), **environment: str
@@ -99,7 +99,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
                 "errors": str(folder / f"{rank}.txt"),
                 "arguments": [*words, "--precision", "fp32", "--device", "cpu", *flags],
             }
-            process = context.Process(target=exec, args=(PROGRAM, variables))
+            process = processes.Process(target=exec, args=(PROGRAM, variables))
             process.start()
             started.processes.append(process)
             started.errors.append(folder / f"{rank}.txt")

@@ -205,6 +205,7 @@ def test_constant_features(
             assert accuracy(records, tasks[0]) == 1
 
 
+@pytest.mark.usefixtures("few_random_features")
 @pytest.mark.parametrize("classifier", ["lda_f", "mean_f", "ridge", "heads"])
 def test_constant_features_in_every_classifier(tiny_backbone: Backbone, learn: Learn, classifier: str) -> None:
     task = flat("flat", {"black": (0, 8), "white": (255, 8)})
@@ -214,30 +215,31 @@ def test_constant_features_in_every_classifier(tiny_backbone: Backbone, learn: L
 
 
 MANY = [
-    ("frozen", {}),
-    ("dual_lora", {"energy": 0.99}),
-    ("inflora", {"energy": 0.99}),
-    ("sequential", {}),
-    ("task_arithmetic", {"memory_per_class": 1}),
+    ("frozen", 20, {}),
+    ("dual_lora", 50, {"energy": 0.99}),
+    ("inflora", 20, {"energy": 0.99}),
+    ("sequential", 20, {}),
+    ("task_arithmetic", 20, {"memory_per_class": 1}),
 ]
 
 
-@pytest.mark.parametrize(("method", "settings"), MANY, ids=[method for method, _ in MANY])
-def test_fifty_tasks(
+@pytest.mark.parametrize(("method", "count", "settings"), MANY, ids=[method for method, *_ in MANY])
+def test_many_tasks(
     tiny_backbone: Backbone,
     make_task: MakeTask,
     learn: Learn,
     accuracy: Accuracy,
     method: str,
+    count: int,
     settings: dict[str, Any],
 ) -> None:
     """The space fills up: the rank of new orthogonal adapters falls to 0, and everything still answers."""
-    tasks = pairs(make_task, 50, train=4, held=1)
+    tasks = pairs(make_task, count, train=4, held=1)
     records = learn(tasks, method=method, min_steps=1, epochs=0, **settings)
     assert_finite(records)
-    assert answers(tiny_backbone, records, tasks[0]).probabilities.shape == (8, 100)
+    assert answers(tiny_backbone, records, tasks[0]).probabilities.shape == (8, 2 * count)
     mean = sum(accuracy(records, task) for task in tasks[::7]) / len(tasks[::7])
-    assert mean > 0.1 or method not in CLOSED_FORM  # chance is 0.01
+    assert mean > 0.1 or method not in CLOSED_FORM  # chance is 0.025 or less
     for index in range(len(tiny_backbone.suffix)):
         blocks = [record.blocks[index] for record in records]
         for bases in ([block.q_basis for block in blocks], [block.v_basis for block in blocks]):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
 import time
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,22 +16,26 @@ from duallora_edge.cli import main
 from duallora_edge.errors import RunError
 from duallora_edge.learner.run_directory import RunDirectory
 
-KILLS = 5
+KILLS = 3
+PROGRAM = """
+from duallora_edge.cli import main
+from duallora_edge.learner.report import page
+page.accuracy_png = page.matrix_png = page.reliability_png = lambda *_: b""
+main(arguments)
+"""
 
 
-def spawn(*arguments: str) -> BaseProcess:
-    """The command line in a process of its own; a fork server spares it the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["duallora_edge.learner.terminal"])
-    process = context.Process(target=main, args=(list(arguments),))
+def spawn(processes: ForkServerContext, *arguments: str) -> BaseProcess:
+    """The command line in a process of its own; its reports have no plots."""
+    process = processes.Process(target=exec, args=(PROGRAM, {"arguments": list(arguments)}))
     process.start()
     return process
 
 
-def start(run: Path, data: Path, steps: int) -> BaseProcess:
-    (run.parent / "train.yaml").write_text(f"checkpoint_steps: 3\nmin_steps: {steps}\nepochs: 1\n")
+def start(processes: ForkServerContext, run: Path, data: Path, steps: int) -> BaseProcess:
+    (run.parent / "train.yaml").write_text(f"summaries: 1\ncheckpoint_steps: 3\nmin_steps: {steps}\nepochs: 1\n")
     flags = ["--config", str(run.parent / "train.yaml"), "--precision", "fp32", "--device", "cpu"]
-    return spawn("train", "--data", str(data), "--run", str(run), *flags)
+    return spawn(processes, "train", "--data", str(data), "--run", str(run), *flags)
 
 
 def kill(process: BaseProcess) -> None:
@@ -40,23 +44,25 @@ def kill(process: BaseProcess) -> None:
     process.join()
 
 
-def test_killed_training_ends_in_the_same_state(tmp_path: Path, image_stream: Path) -> None:
-    spawn("--version").join()  # the imports shall not count
+def test_killed_training_ends_in_the_same_state(
+    processes: ForkServerContext, tmp_path: Path, image_stream: Path
+) -> None:
+    spawn(processes, "--version").join()  # the imports shall not count
     begun = time.monotonic()
-    whole = start(tmp_path / "whole", image_stream, 24)
+    whole = start(processes, tmp_path / "whole", image_stream, 24)
     whole.join()
     length = time.monotonic() - begun
     assert whole.exitcode == 0
     moments = random.Random(0)
     for _ in range(KILLS):
-        process = start(tmp_path / "killed", image_stream, 24)
+        process = start(processes, tmp_path / "killed", image_stream, 24)
         process.join(moments.uniform(0.1, 0.7) * length)
         kill(process)
         if RunDirectory.exists(tmp_path / "killed"):
             with pytest.raises(SystemExit) as stopped:
                 main(["status", str(tmp_path / "killed")])
             assert not stopped.value.code
-    last = start(tmp_path / "killed", image_stream, 24)
+    last = start(processes, tmp_path / "killed", image_stream, 24)
     last.join()
     assert last.exitcode == 0
     whole_run, killed = RunDirectory.open(tmp_path / "whole"), RunDirectory.open(tmp_path / "killed")
@@ -65,8 +71,10 @@ def test_killed_training_ends_in_the_same_state(tmp_path: Path, image_stream: Pa
     assert left == {path.relative_to(whole_run.path) for path in whole_run.path.rglob("*")}
 
 
-def test_the_lock_names_its_process_and_dies_with_it(tmp_path: Path, image_stream: Path) -> None:
-    process = start(tmp_path / "run", image_stream, 100_000)
+def test_the_lock_names_its_process_and_dies_with_it(
+    processes: ForkServerContext, tmp_path: Path, image_stream: Path
+) -> None:
+    process = start(processes, tmp_path / "run", image_stream, 100_000)
     try:
         deadline = time.monotonic() + 60
         while not RunDirectory.exists(tmp_path / "run") or RunDirectory.open(tmp_path / "run").training_steps() is None:

@@ -13,6 +13,8 @@ import torch
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import BEFORE, PHASES, Profile, phase, profiling, start_task, timed
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 CPU = torch.device("cpu")
 
 
@@ -66,7 +68,20 @@ def test_nothing_is_measured_outside(clock: Callable[[float], None]) -> None:
 def test_training_with_a_profile_ends_in_the_same_state(
     tmp_path: Path, image_stream: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
-    quick = ("--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--precision", "fp32")
+    quick = (
+        "--rank-orthogonal",
+        2,
+        "--rank-residual",
+        2,
+        "--epochs",
+        1,
+        "--min-steps",
+        4,
+        "--precision",
+        "fp32",
+        "--summaries",
+        1,
+    )
     digests = []
     for name, flags in (("plain", ()), ("profiled", ("--profile",))):
         code, _, err = call(

@@ -15,18 +15,30 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from duallora_edge.errors import ConfigError, DataError, RunError
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.device import pick_device, pick_precision
+from duallora_edge.learner.evaluate import measure_run
 from duallora_edge.learner.report.metrics import Row
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import Listener, measure_run, pick_device, pick_precision, train_run
+from duallora_edge.learner.train import train_run
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 QUICK = TrainConfig(
-    device="cpu", precision="fp32", rank_orthogonal=2, rank_residual=2, epochs=1, min_steps=4, batch_size=16
+    device="cpu",
+    precision="fp32",
+    rank_orthogonal=2,
+    rank_residual=2,
+    summaries=1,
+    epochs=1,
+    min_steps=4,
+    batch_size=16,
 )
-GIVEN = ("rank_orthogonal", "rank_residual", "epochs", "min_steps", "batch_size", "precision")
+GIVEN = ("rank_orthogonal", "rank_residual", "summaries", "epochs", "min_steps", "batch_size", "precision")
 
 
-class Notes(Listener):
+class Notes(Callback):
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.rows: list[int] = []
@@ -39,8 +51,8 @@ class Notes(Listener):
         assert 0 < done <= total
         self.stages.add(stage)
 
-    def row(self, state: int, row: Row) -> None:
-        self.rows.append(state)
+    def measured(self, tasks: int, row: Row) -> None:
+        self.rows.append(tasks)
 
 
 def train(run: Path, data: Path | str = "", **settings: object) -> Notes:

@@ -6,6 +6,7 @@ The golden outputs come from NumPy, so that they are a second implementation of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ BIAS = np.array([0, 0, 0, 10], dtype=np.float32)
 TASK_SHARES = np.array([[1, 0], [0.5, 0.5], [0, 1], [0, 1]], dtype=np.float32)
 
 
-def write_model(path: Path) -> None:
+@cache
+def model_bytes() -> bytes:
     constants = {
         "weights": WEIGHTS,
         "bias": BIAS,
@@ -56,7 +58,7 @@ def write_model(path: Path) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
-    path.write_bytes(model.SerializeToString())
+    return model.SerializeToString()
 
 
 def numpy_outputs(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -83,7 +85,7 @@ def seal(folder: Path) -> None:
 
 def write_bundle(folder: Path, novelty_threshold: float | None, target: dict[str, Any]) -> Path:
     folder.mkdir()
-    write_model(folder / MODEL)
+    (folder / MODEL).write_bytes(model_bytes())
     flat = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [0, 0, 0]], dtype=np.uint8)
     images = np.broadcast_to(flat[:, None, None], (4, SIZE, SIZE, 3)) + np.arange(SIZE, dtype=np.uint8)[:, None] % 5
     np.savez(folder / GOLDEN, image=images, **numpy_outputs(images))

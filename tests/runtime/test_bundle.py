@@ -120,7 +120,7 @@ def test_what_is_no_manifest(bundle: Path, content: bytes, message: str) -> None
     ("path", "value", "message"),
     [
         ("classes", ["red", "green", "blue"], "tasks\\[1\\].classes"),
-        ("classes", ["red", "green", "blue", "dark", "extra"], "leave out 1 of the 5 classes"),
+        ("classes", ["red", "green", "blue", "dark", "extra"], "do not cover 1 of the 5 classes"),
         ("classes", ["red", "red", "blue", "dark"], "same name twice"),
         ("classes", ["red\x1b[2J", "green", "blue", "dark"], "control characters"),
         ("classes", ["\ud800", "green", "blue", "dark"], "not valid"),
@@ -143,9 +143,9 @@ def test_what_is_no_manifest(bundle: Path, content: bytes, message: str) -> None
         ("bundle_version", 0, "bundle_version"),
         ("bundle_version", 1.0, "bundle_version"),
         ("files", {}, "must list model.onnx; files: must list golden.npz"),
-        ("files./etc/hostname", {"sha256": "0" * 64, "bytes": 1}, "is not the name of a file"),
-        ("files.a/../../b", {"sha256": "0" * 64, "bytes": 1}, "is not the name of a file"),
-        ("files.a\\b", {"sha256": "0" * 64, "bytes": 1}, "is not the name of a file"),
+        ("files./etc/hostname", {"sha256": "0" * 64, "bytes": 1}, "is not a valid file name"),
+        ("files.a/../../b", {"sha256": "0" * 64, "bytes": 1}, "is not a valid file name"),
+        ("files.a\\b", {"sha256": "0" * 64, "bytes": 1}, "is not a valid file name"),
         ("files.model.onnx", {"sha256": "0" * 63 + "G", "bytes": 1}, "64 hexadecimal digits"),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_link_in_the_bundle_is_refused(bundle: Path, target: str) -> None:
     for other in (bundle.parent / "model.onnx", bundle / "other.onnx"):
         other.write_bytes(model)
     (bundle / "model.onnx").symlink_to(target)
-    with pytest.raises(BundleError, match=r"model\.onnx is missing or leads out of the bundle"):
+    with pytest.raises(BundleError, match=r"model\.onnx is missing or leads outside the bundle"):
         Bundle.open(bundle)
 
 
@@ -202,7 +202,7 @@ def test_what_was_hashed_is_what_is_used(bundle: Path) -> None:
         (bundle / name).write_bytes(b"replaced meanwhile")
     assert len(opened.golden().image) == 4
     assert open_backend(opened, "cpu", 1).check.passed
-    with pytest.raises(BundleError, match="not at hand any more; open the bundle again"):
+    with pytest.raises(BundleError, match="no longer in memory; open the bundle again"):
         opened.without_contents.golden()
 
 

@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as arrays
 
 from duallora_edge.errors import BackendError, DataError
 from duallora_edge.runtime import Classifier, Prediction
-from duallora_edge.runtime.backends.ladder import Backend, GoldenCheck
+from duallora_edge.runtime.backends.contract import GoldenCheck
+from duallora_edge.runtime.backends.ladder import Backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
 
 

@@ -1,4 +1,4 @@
-"""Memory readings: the right line of the right file, or the reason why there is none."""
+"""MemoryReadings readings: the right line of the right file, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from duallora_edge.runtime.process_memory import Memory, Reading, available_drop, read_memory
+from duallora_edge.runtime.process_memory import MemoryReadings, Reading, available_drop, read_memory
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_without_a_gpu(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_drop_of_available_memory() -> None:
-    def at(available: Reading) -> Memory:
+    def at(available: Reading) -> MemoryReadings:
         none = Reading("x", None, "no")
-        return Memory(none, none, none, available, none)
+        return MemoryReadings(none, none, none, available, none)
 
     assert available_drop(at(Reading("a", 500)), at(Reading("a", 380))).bytes == 120
     lost = available_drop(at(Reading("a", 500)), at(Reading("a", None, "gone")))

@@ -96,7 +96,7 @@ def test_the_pixels_of_training(
     make: Callable[[Pixels, Path], Any],
     tolerance: int,
 ) -> None:
-    classifier = Classifier.load(shared_bundle, "cpu", 1)
+    classifier = Classifier.load(shared_bundle, "cpu", 1, trial=False)
     (tmp_path / "source").mkdir()
     live = False if make is pipeline else None
     with open_source(make(picture, tmp_path / "source"), live=live) as source:

@@ -21,6 +21,7 @@ from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime import Classifier, trial
 from duallora_edge.runtime.backends.ladder import Rung
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
+from duallora_edge.runtime.device.probes import Answer
 from duallora_edge.runtime.trial import MAX_DEATHS, MAX_RECORDS, Opening, RefusedError, Trial
 
 CPU = Opening("cpu", 1)
@@ -37,7 +38,8 @@ class Child:
     """What the child does in place of a trial, which it counts; the limits are small."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.module, self.count = folder / "fake_trial.py", folder / "count"
+        self.module, self.count, self.asked = folder / "fake_trial.py", folder / "count", 0
+        self.monkeypatch = monkeypatch
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.setattr(trial, "QUESTION", "fake_trial:attempt")
         monkeypatch.setattr(trial, "TIMEOUT_S", 10.0)
@@ -50,9 +52,18 @@ class Child:
             f"    open({str(self.count)!r}, 'a').write('x')\n{lines}\n"
         )
 
+    def answers(self, **values: str) -> None:
+        """This at once, without a process."""
+
+        def ask(*_: object, **__: object) -> Answer:
+            self.asked += 1
+            return Answer("ok", values)
+
+        self.monkeypatch.setattr(trial, "ask", ask)
+
     @property
     def trials(self) -> int:
-        return len(self.count.read_text()) if self.count.exists() else 0
+        return self.asked + (len(self.count.read_text()) if self.count.exists() else 0)
 
 
 @pytest.fixture
@@ -135,7 +146,7 @@ def test_another_bundle_installation_or_engine_is_tried_again(
     make_bundle: Callable[..., Path], cache: Path, child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle()
-    child.does("return {'refused': 'wrong results'}")
+    child.answers(refused="wrong results")
 
     def is_tried() -> bool:
         before = child.trials
@@ -168,7 +179,7 @@ def test_what_kills_the_process_is_given_up(shared_bundle: Path, cache: Path) ->
         done = subprocess.run([sys.executable, "-c", DYING, str(shared_bundle)], timeout=120)
         assert done.returncode == -signal.SIGKILL
         assert (record(cache)["state"], record(cache)["deaths"]) == ("trying", deaths)
-    with pytest.raises(RefusedError, match="the process died 2 times while it was loaded"):
+    with pytest.raises(RefusedError, match="the process died 2 times while loading it"):
         Classifier.load(shared_bundle, "cpu", 1)
 
 
@@ -223,7 +234,7 @@ NONSENSE = [
 def test_a_record_that_is_nonsense_counts_as_none(
     shared_bundle: Path, cache: Path, child: Child, content: bytes
 ) -> None:
-    child.does("return {'backend': 'cpu', 'precision': 'fp32'}")
+    child.answers(backend="cpu", precision="fp32")
     with Trial(CPU).passed(Bundle.peek(shared_bundle)):
         pass
     (file,) = (cache / "trials").glob("*.json")
@@ -236,7 +247,7 @@ def test_a_record_that_is_nonsense_counts_as_none(
 def test_without_a_cache_every_load_is_a_trial(
     shared_bundle: Path, cache: Path, child: Child, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    child.does("return {'backend': 'cpu', 'precision': 'fp32'}")
+    child.answers(backend="cpu", precision="fp32")
     (cache / "trials").mkdir(parents=True)
     (cache / "trials").chmod(0o777)  # anybody could say what is good
     for trials in (1, 2):
@@ -245,7 +256,8 @@ def test_without_a_cache_every_load_is_a_trial(
     assert not list((cache / "trials").iterdir())
 
 
-def test_only_so_many_records_and_no_other_files(shared_bundle: Path, cache: Path) -> None:
+def test_only_so_many_records_and_no_other_files(shared_bundle: Path, cache: Path, child: Child) -> None:
+    child.answers(backend="cpu", precision="fp32")
     folder = cache / "trials"
     folder.mkdir(parents=True)
     (folder / "notes.json").write_text("of the user")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import ConfigError, RunError
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS, compose, learn_task
@@ -106,7 +107,7 @@ def test_a_second_task_is_refused_where_all_is_learned_at_once(
 ) -> None:
     config = TrainConfig(method=method, device="cpu", precision="fp32")
     with pytest.raises(ConfigError, match=rf"The method {method} learns all tasks at once; it cannot learn two"):
-        learn_task(tiny_backbone, learned(method), tasks[1], config, None, lambda *_: None)  # type: ignore[arg-type]
+        learn_task(tiny_backbone, learned(method), tasks[1], config, None, Callback())  # type: ignore[arg-type]
 
 
 def leak(rows: Tensor, update: Tensor) -> float:
@@ -271,6 +272,7 @@ def test_a_curve_follows_what_the_statistics_predict_of_the_logits(
     assert asked.temperature == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.usefixtures("few_random_features")
 @pytest.mark.parametrize("classifier", ["lda", "lda_f", "mean_f", "ridge", "heads"])
 def test_the_classifier_of_the_configuration_wins(
     tiny_backbone: Backbone, learn: Learn, tasks: list[PreparedTask], classifier: str

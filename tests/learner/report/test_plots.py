@@ -38,7 +38,7 @@ def decode(png: bytes) -> np.ndarray:
     return pixels
 
 
-@pytest.mark.parametrize("size", [1, 7, 10, 50])
+@pytest.mark.parametrize("size", [1, 10, 50])
 def test_streams_of_every_length(size: int) -> None:
     decode(matrix_png(stream(size)))
     decode(accuracy_png(stream(size), "dual_lora", [("frozen", stream(max(1, size - 1)))]))

@@ -14,8 +14,8 @@ import pytest
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends import ladder as backends
-from duallora_edge.runtime.backends.ladder import Rung, UnavailableError, check_golden, open_backend
-from duallora_edge.runtime.backends.tensorrt_api import Gpu
+from duallora_edge.runtime.backends.contract import UnavailableError, check_golden
+from duallora_edge.runtime.backends.ladder import Rung, open_backend
 from duallora_edge.runtime.bundle import (
     MAX_DIFFERENCE,
     MAX_FEATURE_DIFFERENCE,
@@ -26,20 +26,21 @@ from duallora_edge.runtime.bundle import (
     Golden,
     Outputs,
 )
+from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.preprocess import Pixels
 
 CPU = backends.LADDER["cpu"]
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def failing(error: Exception) -> Callable[[Bundle, int | None], backends.Run]:
-    def opener(bundle: Bundle, threads: int | None) -> backends.Run:
+def failing(error: Exception) -> Callable[[Bundle, int | None], backends.Infer]:
+    def opener(bundle: Bundle, threads: int | None) -> backends.Infer:
         raise error
 
     return opener
 
 
-def wrong(bundle: Bundle, threads: int | None) -> backends.Run:
+def wrong(bundle: Bundle, threads: int | None) -> backends.Infer:
     """A rung that starts and computes, but not the right numbers."""
     run = CPU(bundle, threads)
 
@@ -58,7 +59,7 @@ def test_outputs_equal_the_reference(
 ) -> None:
     opened = open_backend(Bundle.open(shared_bundle), backend, threads=1)
     frames = np.random.default_rng(images).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
-    outputs = opened.run(frames)
+    outputs = opened.infer(frames)
     for name, expected in numpy_outputs(frames).items():
         np.testing.assert_allclose(getattr(outputs, name), expected, atol=1e-5)
     assert opened.check.passed and opened.check.images == 4
@@ -70,7 +71,7 @@ def test_a_missing_provider_is_told(shared_bundle: Path) -> None:
     opened = open_backend(bundle, "cuda")
     assert opened.name == "cpu"
     assert "built without CUDAExecutionProvider" in opened.not_used["cuda"]
-    assert str(opened).startswith("cpu (not cuda: ")
+    assert str(opened).startswith("cpu (ONNX Runtime); not cuda: ")
     assert open_backend(bundle, "cpu", strict=True).not_used == {}
     assert open_backend(bundle, "auto", strict=True).name == "cpu"
     with pytest.raises(BackendError, match=r"cuda: .* built without .*leave out 'strict'"):
@@ -95,7 +96,7 @@ def test_cuda_gives_the_golden_outputs(shared_bundle: Path) -> None:
 def test_the_ladder(
     shared_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
-    opener: Callable[[Bundle, int | None], backends.Run],
+    opener: Callable[[Bundle, int | None], backends.Infer],
     reason: str,
     is_fallback: bool,
 ) -> None:
@@ -192,7 +193,7 @@ def test_wrong_arguments(shared_bundle: Path, backend: str, threads: int | None)
 @pytest.mark.parametrize("images", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 16, 16, 3), np.float32)])
 def test_a_run_that_fails(shared_bundle: Path, images: Pixels) -> None:
     with pytest.raises(BackendError, match="The model failed on CPUExecutionProvider"):
-        open_backend(Bundle.open(shared_bundle)).run(images)
+        open_backend(Bundle.open(shared_bundle)).infer(images)
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.backends import engine_build as engine
 from duallora_edge.runtime.backends import tensorrt as tensorrt_backend
 from duallora_edge.runtime.backends import tensorrt_api
+from duallora_edge.runtime.backends.contract import UnavailableError
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
 from duallora_edge.runtime.backends.engine_cache import RefusedModelError
-from duallora_edge.runtime.backends.ladder import Backend, UnavailableError, open_backend
-from duallora_edge.runtime.backends.tensorrt_api import Gpu
+from duallora_edge.runtime.backends.ladder import Backend, open_backend
 from duallora_edge.runtime.bundle import (
     BETWEEN,
     INPUT,
@@ -45,6 +45,7 @@ from duallora_edge.runtime.bundle import (
     FileRecord,
     Manifest,
 )
+from duallora_edge.runtime.device.cuda import Gpu
 
 GPU = Gpu("Imaginary Orin", "sm87", 8, 8 * 10**9)
 Compute = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -286,7 +287,7 @@ def frames(count: int, seed: int = 0) -> np.ndarray:
 
 
 def assert_right(backend: Backend, compute: Compute, images: np.ndarray) -> None:
-    outputs = backend.run(images)
+    outputs = backend.infer(images)
     for name, expected in compute(images).items():
         np.testing.assert_allclose(getattr(outputs, name), expected, atol=1e-6)
 
@@ -387,7 +388,7 @@ def test_without_cuda_python(
     with pytest.raises(UnavailableError, match="cuda-python is not installed: pip install cuda-python"):
         tensorrt_backend.load_cudart()
     assert "cuda-python" in open_backend(built, threads=1).not_used["tensorrt"]
-    assert call("build", built.path)[2].startswith("Error: An engine could be built, but neither checked nor run")
+    assert call("build", built.path)[2].startswith("Error: An engine could be built, but not checked or run")
 
 
 def test_the_older_name_of_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,15 +432,15 @@ def no_memory(trt: Imitation) -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (wrong_dtype, "other tensors than the bundle .*features float16.*export the run again"),
+        (wrong_dtype, "tensors of the engine differ .*features float16.*export the run again"),
         (wrong_output, r"returns 'probabilities' as \[1, 5\] instead of \[1, 4\]; export"),
         (wrong_input, r"takes images of shape \[-1, 8, 8, 3\]; run 'duallora-edge build --force'"),
-        (missing_output, "other tensors"),
+        (missing_output, "tensors of the engine differ"),
         (wrong_numbers, "wrong results in fp32, largest difference"),
         (no_numbers, "wrong results"),
         (lambda trt: setattr(trt, "loads", False), r"cannot load the engine \(The plan file is not compatible\)"),
         (lambda trt: setattr(trt, "fails", True), "could not start the model"),
-        (lambda trt: setattr(trt, "most_contexts", 0), "no memory for another run"),
+        (lambda trt: setattr(trt, "most_contexts", 0), "no memory for another inference"),
         (no_memory, "GPU failed with cudaErrorMemoryAllocation"),
     ],
 )
@@ -528,7 +529,7 @@ def test_eight_threads(trt: Imitation, built: Bundle) -> None:
     backend = open_backend(built)
     batches = [frames(1 + index % 3, index) for index in range(120)]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(backend.run, batches))
+        together = list(pool.map(backend.infer, batches))
     for outputs, images in zip(together, batches, strict=True):
         expected = trt.compute(images)
         for name in OUTPUTS:
@@ -561,7 +562,7 @@ def test_a_gpu_that_fails_later(trt: Imitation, built: Bundle, function: str) ->
     backend = open_backend(built)
     trt.cuda.fail[function] = CudaError.cudaErrorLaunchFailure
     with pytest.raises(BackendError, match="GPU failed with cudaErrorLaunchFailure; try a smaller batch"):
-        backend.run(frames(1))
+        backend.infer(frames(1))
     trt.cuda.fail.clear()
     assert_right(backend, trt.compute, frames(1))
 
@@ -572,7 +573,7 @@ def test_a_gpu_that_fails_later(trt: Imitation, built: Bundle, function: str) ->
 def test_images_that_do_not_fit(trt: Imitation, built: Bundle, shape: tuple[int, ...], dtype: type) -> None:
     images = np.zeros(shape, dtype)
     with pytest.raises(BackendError, match=r"takes uint8 images \[N, 16, 16, 3\], not"):
-        open_backend(built).run(images)
+        open_backend(built).infer(images)
 
 
 def test_memory_of_many_batch_sizes_is_bounded_and_given_back(trt: Imitation, built: Bundle) -> None:

@@ -25,9 +25,11 @@ import pytest
 from duallora_edge.files import sha256_file
 from duallora_edge.runtime.backends import engine_worker, tensorrt_api
 from duallora_edge.runtime.backends import tensorrt as tensorrt_backend
+from duallora_edge.runtime.backends.contract import UnavailableError
 from duallora_edge.runtime.backends.engine_worker import BuildError, Job
-from duallora_edge.runtime.backends.ladder import UnavailableError
-from duallora_edge.runtime.backends.tensorrt_api import Gpu, TensorRT, find_gpu, load_tensorrt, make_runtime
+from duallora_edge.runtime.backends.tensorrt_api import TensorRT, find_gpu, load_tensorrt, make_runtime
+from duallora_edge.runtime.device import cuda
+from duallora_edge.runtime.device.cuda import Gpu
 
 MODULES = (tensorrt_api, engine_worker, tensorrt_backend)
 # The names of variables in these modules, and what they hold.
@@ -159,8 +161,8 @@ def test_the_gpu_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None
     ("driver", "reason"),
     [
         (FakeDriver(devices=0), "lists no GPU"),
-        (FakeDriver(broken={"cuInit": 100}), "answered cuInit with error 100"),
-        (FakeDriver(broken={"cuDeviceGetAttribute": 1}), "cuDeviceGetAttribute with error 1"),
+        (FakeDriver(broken={"cuInit": 100}), "cuInit failed with error .100"),
+        (FakeDriver(broken={"cuDeviceGetAttribute": 1}), "cuDeviceGetAttribute failed with error .1"),
     ],
 )
 def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, reason: str) -> None:
@@ -170,8 +172,8 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver
 
 
 def test_no_runtime_is_made_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_api, "LIBCUDA", "libnone.so")
-    with pytest.raises(UnavailableError, match=r"no NVIDIA driver here \(libnone.so"):
+    monkeypatch.setattr(cuda, "LIBCUDA", "libnone.so")
+    with pytest.raises(UnavailableError, match=r"no NVIDIA driver \(libnone.so"):
         make_runtime(SimpleNamespace(Runtime=lambda logger: pytest.fail("the process would have ended")), None)
 
 

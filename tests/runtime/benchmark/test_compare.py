@@ -22,8 +22,8 @@ from duallora_edge.runtime.benchmark.compare import (
     comparison_blocks,
     read_report,
 )
-from duallora_edge.runtime.benchmark.layout import as_text
 from duallora_edge.runtime.benchmark.measure import run_benchmark
+from duallora_edge.runtime.benchmark.table import as_text
 
 NAMES = ("a.json", "b.json")
 
@@ -93,9 +93,9 @@ def test_two_reports(document: dict[str, Any]) -> None:
 def test_only_what_both_reports_have_is_compared(document: dict[str, Any]) -> None:
     less = changed(document, "single_stream", None)
     assert MEDIAN not in [row.name for row in compare_reports(less, document, NAMES).rows]
-    with pytest.raises(BudgetError, match="a report has no single stream"):
+    with pytest.raises(BudgetError, match="one report lacks the single stream"):
         check_ratio(compare_reports(less, document, NAMES), 1.0)
-    with pytest.raises(ReportError, match=r"a\.json and b\.json have no number in common"):
+    with pytest.raises(ReportError, match=r"a\.json and b\.json have no numbers in common"):
         compare_reports({"load_ms": None}, document, NAMES)
 
 
@@ -140,9 +140,9 @@ def test_a_report_is_read_as_it_was_written(document: dict[str, Any], tmp_path: 
         ("[" * 100_000, "cannot be read as a report"),
         ('{"load_ms": ' + "9" * 5000 + "}", "cannot be read as a report"),
         (" " * (4 * 2**20 + 1), "is larger than"),
-        ("[]", "is no report of a benchmark"),
-        ("{}", "is no report of a benchmark"),
-        ('{"schema": 1}', "is no report of a benchmark"),
+        ("[]", "is not a benchmark report"),
+        ("{}", "is not a benchmark report"),
+        ('{"schema": 1}', "is not a benchmark report"),
         ('{"load_ms": 1}', "has the report schema unknown, this version reads 1"),
         ('{"load_ms": 1, "schema": 2}', "has the report schema 2, this version reads 1; measure again"),
         ('{"load_ms": 1, "schema": true}', "has the report schema True"),

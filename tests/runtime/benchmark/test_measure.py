@@ -14,11 +14,18 @@ import pytest
 
 from duallora_edge.device_profiles.catalog import packaged
 from duallora_edge.errors import BackendError, BudgetError
-from duallora_edge.runtime.backends.ladder import Backend, GoldenCheck
+from duallora_edge.runtime.backends.contract import GoldenCheck
+from duallora_edge.runtime.backends.ladder import Backend
 from duallora_edge.runtime.benchmark import scenarios as benchmark_scenarios
-from duallora_edge.runtime.benchmark.estimate import EstimateCheck, check_estimates
-from duallora_edge.runtime.benchmark.measure import Device, Report, check_budgets, run_benchmark
-from duallora_edge.runtime.benchmark.report import markdown, table
+from duallora_edge.runtime.benchmark.measure import run_benchmark
+from duallora_edge.runtime.benchmark.report import (
+    Device,
+    EstimateCheck,
+    Report,
+    answer,
+    check_budgets,
+    check_estimates,
+)
 from duallora_edge.runtime.benchmark.scenarios import (
     BATCHES,
     MIN_BATCHES,
@@ -31,6 +38,7 @@ from duallora_edge.runtime.benchmark.scenarios import (
     throughput,
 )
 from duallora_edge.runtime.benchmark.statistics import Latency, summarize
+from duallora_edge.runtime.benchmark.table import as_text, blocks, markdown
 from duallora_edge.runtime.bundle import Outputs
 from duallora_edge.runtime.device.sampler import Series, Watch
 from duallora_edge.runtime.device.state import Clock, DeviceState, Finding, read_state
@@ -52,6 +60,10 @@ def report(shared_bundle: Path) -> Report:
     found = run_benchmark(shared_bundle, threads=1, seconds=0.02, frame=(64, 48))
     estimate = EstimateCheck((ESTIMATE,), None, None, "it is of another device")
     return dataclasses.replace(found, estimate=estimate)
+
+
+def table(report: Report) -> str:
+    return as_text(blocks(report))
 
 
 def limited_to(images: int) -> Callable[[Pixels], Outputs]:
@@ -95,7 +107,7 @@ def test_energy_is_power_times_time() -> None:
     # 10 W for the mean time of a query of 8, and the little that passes between queries.
     assert found.energy.millijoules >= 10 * found.latency.mean / 8
     assert stream(limited_to(1), IMAGE, 1, 0.0, Watch()).energy == benchmark_scenarios.Energy(
-        None, None, "no power monitor of the whole can be read"
+        None, None, "no monitor of the total power can be read"
     )
 
 
@@ -166,14 +178,14 @@ def test_a_percentile_of_too_few_runs_is_not_shown(report: Report) -> None:
     assert re.search(r"20.500 \(14.000-27.000\)\* +36.100 \(32.000-40.000\)\* +n/a", line(few))
     assert line(many).count("*") == 1 and "n/a" not in line(many)  # only the p99 lacks what MLPerf asks for
     multi = Stream(8, few, None)
-    assert "a p99 takes 368 queries; here --duration" in table(dataclasses.replace(report, multi_stream=multi))
+    assert "a p99 needs 368 queries; --duration" in as_text(blocks(dataclasses.replace(report, multi_stream=multi)))
     failed = Stream(8, None, None, "out of memory")
     assert "multi-stream failed: out of memory" in table(dataclasses.replace(report, multi_stream=failed))
 
 
 def test_markdown_has_the_same_blocks(report: Report) -> None:
-    page = markdown(report)
-    assert page.startswith("# Benchmark of colours: quick local measurement, not MLPerf\n")
+    page = markdown(report, "Quick.")
+    assert page.startswith("# Benchmark of colours: quick local measurement, not MLPerf\n\nQuick.\n")
     for title in ("Bundle and machine", "Scenarios", "Latency, ms", "Memory, MB", "Device", "Estimate"):
         assert f"\n## {title}" in page
     for table_rows in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
@@ -233,10 +245,10 @@ def state_with(tmp_path: Path, gpu_mhz: float | None) -> DeviceState:
         ({}, 1020, "tensorrt", {}, 2.0, None),
         ({}, 1019.9, "cuda", {}, 2.0, None),
         ({}, 624.75, "tensorrt", {}, None, "no estimate for tensorrt in fp16, normal mode"),
-        ({}, 408, "tensorrt", {}, None, "no estimate is for the GPU clock that is set here"),
-        ({}, None, "tensorrt", {}, None, "no estimate is for the GPU clock"),
+        ({}, 408, "tensorrt", {}, None, "no estimate is for the current GPU clock"),
+        ({}, None, "tensorrt", {}, None, "no estimate is for the current GPU clock"),
         ({}, 1020, "cpu", {}, None, "no estimate for cpu in fp16"),
-        ({"profile": "agx-orin-64gb"}, 1020, "tensorrt", {}, None, "of another device: this machine is orin-nano-8gb"),
+        ({"profile": "agx-orin-64gb"}, 1020, "tensorrt", {}, None, "for another device: this machine is orin-nano-8gb"),
         ({"estimates": 3}, 1020, "tensorrt", {}, None, "holds no estimate"),
         ({}, 1020, "tensorrt", {"latency_ms": float("inf")}, None, "no estimate for tensorrt"),
         ({}, 1020, "tensorrt", {"latency_ms": "1"}, None, "no estimate for tensorrt"),
@@ -281,3 +293,30 @@ def test_budgets(report: Report) -> None:
         check_budgets(dataclasses.replace(report, memory=memory), None, 1e6)
     with pytest.raises(BudgetError, match="the single stream was not measured"):
         check_budgets(dataclasses.replace(report, single_stream=None), 1.0, None)
+
+
+def test_the_answer_comes_with_its_verdict(report: Report) -> None:
+    words = r"One image takes [\d.]+ ms \(p90\){} on cpu in fp32; memory \(PSS\) [\d.]+ MB{}\."
+    assert re.fullmatch(words.format("", "; no budget given"), answer(report, None, None))
+    within, over = ", within the budget of 1e+06 {}", ", over the budget of 0 {}"
+    found = answer(report, 1e6, 0)
+    assert within.format("ms") in found and over.format("MB") in found
+    assert answer(dataclasses.replace(report, single_stream=None), None, None).startswith("The single stream was not")
+
+
+def test_warnings_come_last_and_each_once(report: Report) -> None:
+    noisy, calm = summarize([1.0, 2.0] * 20, warmup=7, settled=False), summarize([1.0] * 40)
+    changed = dataclasses.replace(
+        report,
+        single_stream=Stream(1, noisy, None),
+        multi_stream=Stream(8, calm, None),
+        offline=None,
+        phases={**report.phases, "end_to_end": summarize([1.0, 1.0, 2.0, 2.0] * 10)},
+    )
+    last = blocks(changed)[-1]
+    assert last.title == "Warnings"
+    assert list(last.lines)[-2:] == [
+        "single stream: unstable: after 7 runs of warm-up the times had not settled",
+        "single stream, end to end: unstable: the runs vary by 34%, 34% of their mean; close other programs, "
+        "fix the clocks",
+    ]

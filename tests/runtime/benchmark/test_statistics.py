@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from duallora_edge.runtime.benchmark.statistics import (
     SHARES,
-    interval_ranks,
+    interval_positions,
     percentile,
     ratio_of_medians,
     runs_least,
@@ -56,7 +56,7 @@ def test_the_runs_that_mlperf_asks_for(share: float, needed: int) -> None:
     assert runs_needed(share) == needed  # the first three: table in MLCommons' inference_rules.adoc
 
 
-def exact_ranks(n: int, share: Fraction) -> tuple[int, int | None]:
+def exact_positions(n: int, share: Fraction) -> tuple[int, int | None]:
     """The two ranks by their definition, with whole numbers; None where no upper rank exists."""
     up, whole = share.numerator, share.denominator
     below = [0, *accumulate(comb(n, k) * up**k * (whole - up) ** (n - k) for k in range(n + 1))]
@@ -66,16 +66,16 @@ def exact_ranks(n: int, share: Fraction) -> tuple[int, int | None]:
 
 
 @pytest.mark.parametrize("share", [Fraction(1, 2), Fraction(9, 10), Fraction(99, 100)])
-def test_interval_ranks_equal_exact_fractions(share: Fraction) -> None:
+def test_interval_positions_equal_exact_fractions(share: Fraction) -> None:
     least = runs_least(float(share))
-    assert exact_ranks(least - 1, share)[1] is None
+    assert exact_positions(least - 1, share)[1] is None
     for n in (least, least + 1, least + 7, 2 * least):
-        assert interval_ranks(n, float(share)) == exact_ranks(n, share)
+        assert interval_positions(n, float(share)) == exact_positions(n, share)
 
 
 def test_an_interval_covers_the_true_percentile_as_often_as_it_says() -> None:
     times = np.sort(np.random.default_rng(0).exponential(size=(2000, 50)))
-    low, high = interval_ranks(50, 0.9)
+    low, high = interval_positions(50, 0.9)
     covered = ((times[:, low] <= np.log(10)) & (times[:, high] >= np.log(10))).mean()
     assert 0.95 <= covered < 0.99  # at least what it promises: ranks are whole numbers
 

@@ -96,13 +96,13 @@ def test_smoothing(capsys: pytest.CaptureFixture[str], shared_bundle: Path, phot
         (("--source", "absent"), 1, "'absent' does not exist"),
         (("--source", "rstp://camera"), 1, "Did you mean 'rtsp'?"),
         (("--source", "photos", "--roi", "0,0,2,1"), 2, "must lie in the picture"),
-        (("--source", "photos", "--roi", "0,0,1"), 2, "is no region such as"),
-        (("--source", "photos", "--size", "640"), 2, "is no size such as 1280x720"),
+        (("--source", "photos", "--roi", "0,0,1"), 2, "is not a region such as"),
+        (("--source", "photos", "--size", "640"), 2, "is not a size such as 1280x720"),
         (("--source", "photos", "--size", "64x48"), 1, "size is only for cameras"),
         (("--source", "photos", "--smooth", "0"), 2, "0.0 is not above 0"),
         (("--source", "photos", "--rate", "nan"), 2, "nan is not above 0"),
-        (("--source", "photos", "--listen", "8080"), 2, "is no address such as"),
-        (("--source", "photos", "--listen", "127.0.0.1:99999"), 2, "is no address such as"),
+        (("--source", "photos", "--listen", "8080"), 2, "is not an address such as"),
+        (("--source", "photos", "--listen", "127.0.0.1:99999"), 2, "is not an address such as"),
     ],
 )
 def test_what_cannot_be_done(
@@ -125,7 +125,7 @@ def test_raw_frames(shared_bundle: Path) -> None:
     done = subprocess.run(command, input=frames + b"odd", capture_output=True, timeout=60)
     assert done.returncode == 0
     assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == list(COLORS)
-    assert b"the last frame was left out: 3 of its 2,304 bytes came" in done.stderr
+    assert b"the last frame was incomplete and left out (3 of 2,304 bytes)" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

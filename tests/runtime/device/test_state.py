@@ -337,7 +337,7 @@ def test_throttling_is_told(tree: Tree) -> None:
     words = (
         "5 events (over-current, oc3)",
         "(cpu-throttle-alert)",
-        "gpu may now run at 625 MHz",
+        "limit of the gpu clock fell from 1020 to 625 MHz",
         "power mode was changed",
     )
     assert len(found) == 4 and all(word in text for word, text in zip(words, found, strict=True))

@@ -39,6 +39,11 @@ def write(make_bundle: Callable[..., Path]) -> Write:
     return put
 
 
+def load(folder: Path) -> Classifier:
+    """Without trials, which cost a process each: two tests have them."""
+    return Classifier.load(folder, "cpu", 1, trial=False)
+
+
 class Watching:
     def __init__(self, classifier: Classifier, folder: Path, **options: object) -> None:
         self.classifier = classifier
@@ -58,7 +63,7 @@ class Watching:
 @pytest.mark.parametrize("stop_first", [False, True])
 def test_a_bundle_that_is_replaced(tmp_path: Path, write: Write, stop_first: bool) -> None:
     folder = write(tmp_path / "bundle", 1)
-    watching = Watching(Classifier.load(folder, "cpu", 1), folder, stop_first=stop_first)
+    watching = Watching(load(folder), folder, stop_first=stop_first)
     with watching.watcher:
         for lines, version in enumerate((2, 3, 2), start=1):
             write(folder, version)
@@ -75,7 +80,7 @@ def test_the_highest_version_of_a_folder(tmp_path: Path, write: Write) -> None:
     folder = tmp_path / "bundles"
     folder.mkdir()
     first = write(folder / "a", 5)
-    watching = Watching(Classifier.load(first, "cpu", 1), folder)
+    watching = Watching(load(first), folder)
     with watching.watcher:
         write(folder / "b", 4)
         time.sleep(0.2)
@@ -91,7 +96,7 @@ def test_the_highest_version_of_a_folder(tmp_path: Path, write: Write) -> None:
 def test_a_broken_version_does_not_hide_a_good_one(tmp_path: Path, write: Write) -> None:
     folder = tmp_path / "bundles"
     folder.mkdir()
-    watching = Watching(Classifier.load(write(folder / "7", 7), "cpu", 1), folder)
+    watching = Watching(load(write(folder / "7", 7)), folder)
     with watching.watcher:
         write(tmp_path / "9", 9)
         (tmp_path / "9" / MODEL).write_bytes(b"broken")
@@ -155,7 +160,7 @@ def test_a_slower_bundle_where_it_is_allowed(tmp_path: Path, write: Write) -> No
 def test_a_link_that_is_turned_round(tmp_path: Path, write: Write) -> None:
     link, one, two = tmp_path / "current", write(tmp_path / "1", 1), write(tmp_path / "2", 2)
     link.symlink_to(one)
-    watching = Watching(Classifier.load(link, "cpu", 1), link)
+    watching = Watching(load(link), link)
     with watching.watcher:
         (tmp_path / "next").symlink_to(two)
         (tmp_path / "next").replace(link)
@@ -185,7 +190,7 @@ def test_a_newer_bundle_that_is_there_from_the_start(tmp_path: Path, write: Writ
     folder.mkdir()
     first = write(folder / "1", 1)
     write(folder / "2", 2)
-    watching = Watching(Classifier.load(first, "cpu", 1), folder)
+    watching = Watching(load(first), folder)
     with watching.watcher:
         watching.until_said(1)
     assert watching.version() == 2
@@ -194,7 +199,7 @@ def test_a_newer_bundle_that_is_there_from_the_start(tmp_path: Path, write: Writ
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"bundle_version": "9"}', b"\xff"])
 def test_what_is_no_bundle(tmp_path: Path, write: Write, content: bytes) -> None:
     folder = tmp_path / "bundles"
-    watching = Watching(Classifier.load(write(tmp_path / "first", 1), "cpu", 1), folder)
+    watching = Watching(load(write(tmp_path / "first", 1)), folder)
     with watching.watcher:
         (folder / "odd").mkdir(parents=True)
         (folder / "odd" / MANIFEST).write_bytes(content)

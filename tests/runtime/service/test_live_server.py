@@ -392,9 +392,9 @@ def test_so_many_connections_and_no_more(known: Known, server: LiveServer, monke
     ("host", "port", "message"),
     [
         ("127.0.0.1", None, r"Port \d+ of 127\.0\.0\.1 is in use; choose another one with --listen\."),
-        ("192.0.2.1", 0, r"'192\.0\.2\.1' is no address of this machine .*; choose one with --listen\."),
-        ("no such host", 0, "'no such host' is no address of this machine .* --listen"),
-        ("x" * 70, 0, "is no address of this machine .* --listen"),
+        ("192.0.2.1", 0, r"'192\.0\.2\.1' is not an address of this machine .*; choose one with --listen\."),
+        ("no such host", 0, "'no such host' is not an address of this machine .* --listen"),
+        ("x" * 70, 0, "is not an address of this machine .* --listen"),
     ],
 )
 def test_where_nothing_can_be_served(

@@ -14,9 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from duallora_edge.errors import SwapError
 from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.service import monitor
-from duallora_edge.runtime.service.monitor import Monitor
+from duallora_edge.runtime.service.monitor import BUCKETS_S, Histogram, Monitor, gauge, histogram, info
 from duallora_edge.runtime.service.pipeline import Pipeline
-from duallora_edge.runtime.service.prometheus import BUCKETS_S, Histogram, gauge, histogram, info
 from duallora_edge.runtime.sources import open_source
 
 FRAME = np.full((20, 30, 3), (250, 5, 5), np.uint8)

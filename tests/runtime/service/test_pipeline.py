@@ -14,8 +14,7 @@ from duallora_edge.errors import BackendError, SourceError
 from duallora_edge.runtime import Classifier, Prediction
 from duallora_edge.runtime.classifier import Prepared
 from duallora_edge.runtime.prediction import Timings
-from duallora_edge.runtime.service.pipeline import MAX_FAILURES, Pipeline, Region
-from duallora_edge.runtime.service.smoothing import ExponentialSmoothing
+from duallora_edge.runtime.service.pipeline import MAX_FAILURES, ExponentialSmoothing, Pipeline, Region
 from duallora_edge.runtime.sources import Frame, open_source
 
 COLORS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250), "dark": (0, 0, 0)}

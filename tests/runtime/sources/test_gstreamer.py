@@ -61,7 +61,7 @@ def test_the_arguments_of_the_program(pipeline: str, words: list[str]) -> None:
 
 
 def test_quotes_that_do_not_match() -> None:
-    with pytest.raises(SourceError, match=r"cannot be read \(No closing quotation\)"):
+    with pytest.raises(SourceError, match=r"cannot be parsed \(No closing quotation\)"):
         open_source("gst://filesrc location='a?width=4&height=4")
 
 
@@ -127,7 +127,7 @@ def test_a_process_that_is_killed_is_started_again(until: Until) -> None:
     [
         ("nosuchelement", 'no element "nosuchelement"'),
         ("filesrc location=/nonexistent ! decodebin", "Resource not found"),
-        ("videotestsrc num-buffers=0", "sends nothing more"),
+        ("videotestsrc num-buffers=0", "stopped sending frames"),
     ],
 )
 def test_a_pipeline_that_does_not_work_tells_why(pipeline: str, reason: str) -> None:

@@ -62,7 +62,7 @@ def test_not_one_frame_is_an_error(pipe: io.FileIO, size: int) -> None:
     pipe.close()
     with (
         open_source("-", size=(WIDTH, HEIGHT)) as source,
-        pytest.raises(SourceError, match=rf"Not one whole frame came: {size} of 105 bytes; check the program"),
+        pytest.raises(SourceError, match=rf"first frame was complete \({size} of 105 bytes\); check the program"),
     ):
         list(source)
 
@@ -72,7 +72,7 @@ def test_an_incomplete_last_frame_is_told(pipe: io.FileIO) -> None:
     pipe.close()
     with open_source("-", size=(WIDTH, HEIGHT)) as source:
         assert len(list(source)) == 1
-        assert source.stats.note == "the last frame was left out: 50 of its 105 bytes came"
+        assert source.stats.note == "the last frame was incomplete and left out (50 of 105 bytes)"
 
 
 def test_closing_ends_a_wait_for_bytes(pipe: io.FileIO, until: Callable[[Callable[[], object]], None]) -> None:

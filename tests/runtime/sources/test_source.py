@@ -206,7 +206,7 @@ def test_what_breaks_in_the_middle_is_an_error_after_the_good_frames() -> None:
     with Source(Scripts([1, 2, OSError("disk gone")]), "film", FILE) as source:
         assert (grey(source), grey(source)) == (1, 2)
         for _ in range(2):
-            with pytest.raises(SourceError, match=r"film broke off \(OSError: disk gone\)"):
+            with pytest.raises(SourceError, match=r"film failed \(OSError: disk gone\)"):
                 source.read()
         assert source.stats.last_error == "OSError: disk gone"
 

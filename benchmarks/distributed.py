@@ -25,6 +25,7 @@ from torch import Tensor
 
 from duallora_edge.files import write_json
 from duallora_edge.learner import distributed
+from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PixelSet, PreparedTask
 from duallora_edge.learner.methods import learn_task
@@ -58,12 +59,12 @@ def measure(images: int, steps: int, batch: int) -> dict[str, float]:
     prefix = images / (time.perf_counter() - started)
     moments: list[float] = []
 
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage == "train":
+    class Clock(Callback):
+        def step(self, step: int, steps: int, loss: Tensor, rate: float) -> None:
             moments.append(time.perf_counter())
 
     config = TrainConfig(device="cpu", precision="fp32", epochs=0, min_steps=steps, batch_size=batch)
-    learn_task(backbone, [], PreparedTask("noise", train, none, none, ""), config, NoCheckpoint(), progress)
+    learn_task(backbone, [], PreparedTask("noise", train, none, none, ""), config, NoCheckpoint(), Clock())
     return {"prefix": prefix, "training": (steps - 5) * batch / (moments[-1] - moments[4])}
 
 

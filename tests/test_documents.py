@@ -1,0 +1,195 @@
+"""The documents tell the truth: what they name exists, every stored key is explained, and the README's code runs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from duallora_edge.device_profiles import resolve_target
+from duallora_edge.export.bundle import write_bundle
+from duallora_edge.learner.callbacks import Callback
+from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.methods import METHODS, compose
+from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.train import train_run
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("examples/*.md"),
+        *ROOT.glob("learner/**/*.md"),
+    ]
+)
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+
+FENCE = re.compile(r"^(?P<indent> *)```.*?^(?P=indent)```", re.M | re.S)
+FOLDERS = "benchmarks|device_profiles|docs|duallora_edge|examples|export|learner|runtime|scripts|tests"
+FILE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|sh|sbatch|service|png))(?:: ([\w.]+))?`")
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+@each_document
+def test_files_and_functions_that_a_document_names_exist(document: Path) -> None:
+    missing = [
+        f"{file}: {name}" if name else file
+        for file, name in FILE.findall((ROOT / document).read_text(encoding="utf-8"))
+        if "NAME" not in file and not ((ROOT / file).is_file() and (not name or defines(ROOT / file, name)))
+    ]
+    assert not missing
+
+
+@each_document
+def test_links_of_a_document_lead_somewhere(document: Path) -> None:
+    text = FENCE.sub("", (ROOT / document).read_text(encoding="utf-8"))
+    broken = []
+    for target, anchor in LINK.findall(text):
+        path = (ROOT / document).parent / target if target else ROOT / document
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(f"{target}#{anchor}")
+    assert not broken
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a source file defines a dotted name such as ``GaussianClassifier.fit``, without importing it."""
+    node: Any = ast.parse(file.read_text(encoding="utf-8"))
+    for part in name.split("."):
+        node = next((child for child in node.body if part in names(child)), None)
+        if node is None:
+            return False
+    return True
+
+
+def names(node: ast.stmt) -> list[str]:
+    """The names that a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of the headings of a page, as GitHub and MkDocs make them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    slugs = [re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading)).strip().lower() for heading in headings]
+    return {re.sub(r"\s", "-", slug) for slug in slugs}
+
+
+# -- formats ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_and_bundle(image_stream: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of two small tasks with every report, and the bundle of it."""
+    folder = tmp_path_factory.mktemp("formats")
+    config = TrainConfig(data=str(image_stream), device="cpu", precision="fp32", epochs=1, min_steps=2)
+    train_run(folder / "run", config, ["data"], Callback())
+    run = RunDirectory.open(folder / "run")
+    model = compose(run.backbone(), run.records()).eval()
+    write_bundle(run, model, resolve_target("jetson"), folder / "bundle", None, precision="fp16", split=True)
+    return folder / "run", folder / "bundle"
+
+
+def test_every_key_of_a_run_and_a_bundle_is_explained(run_and_bundle: tuple[Path, Path]) -> None:
+    run, bundle = run_and_bundle
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    explained = set(re.split(r"[\s`,:;/|()]+", text))
+    found: dict[str, set[str]] = {}
+    for path in [*run.rglob("*.json"), *bundle.rglob("*.json")]:
+        found[path.name] = set(keys(json.loads(path.read_text(encoding="utf-8"))))
+    found["run.yaml"] = set(re.findall(r"^(\w+):", (run / "run.yaml").read_text(encoding="utf-8"), re.M))
+    for path in run.glob("tasks/*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found[path.name] = {re.sub(r"\d+", "N", name) for name in file.keys()}  # noqa: SIM118
+    for path in [*run.rglob("*"), *bundle.rglob("*")]:
+        if path.is_file() and not path.name.startswith(("prefix-", "suffix-")):
+            found.setdefault("files", set()).add(path.name)
+    assert {"HEAD.json", "task.json", "metrics.json", "rows.json", "manifest.json"} <= found.keys()
+    missing = {
+        name: [key for key in sorted(known) if not {key, f".{key.rpartition('.')[2]}"} & explained]
+        for name, known in found.items()
+    }
+    assert not {name: known for name, known in missing.items() if known}
+
+
+def keys(value: Any, parent: str = "") -> Iterator[str]:
+    """All keys of a JSON value that the format gives: not names of classes, tasks and files, digests and operators."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            given = re.fullmatch(r"[a-z][a-z0-9_]*", key) and not re.fullmatch(r"[0-9a-f]{64}", key)
+            if given and parent not in ("counts", "details"):
+                yield key
+            yield from keys(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from keys(inner, parent)
+
+
+# -- the README's code ----------------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+QUICK = ("--epochs", "1", "--min-steps", "2", "--device", "cpu", "--no-evaluate")
+
+
+def test_the_code_of_the_readme_runs(
+    image_task: Callable[..., Path],
+    call: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In order, on generated photos; blocks that cannot run here say why in a comment above them."""
+    image_task(tmp_path / "photos", {"disc": 0, "square": 1}, train=6, test=2)
+    image_task(tmp_path / "new-products", {"cross": 2, "ring": 3}, train=6, test=2)
+    shutil.copy(tmp_path / "photos" / "test" / "disc" / "00.png", tmp_path / "some-photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    run: list[str] = []
+    for block in BLOCK.finditer((ROOT / "README.md").read_text(encoding="utf-8")):
+        language, code = block["language"], block["code"]
+        assert language in ("sh", "python", "text"), f"a block of code without a known language: {code}"
+        if block["reason"] or language == "text":
+            continue
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), {})
+            assert len(capfd.readouterr().out.splitlines()) > 8  # the backend, and one line for each photo
+            run.append(language)
+            continue
+        for line in code.splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "duallora-edge"
+            exit_code, _, err = call(*arguments, *(QUICK if arguments[0] == "train" else ()))
+            assert exit_code == 0, f"{line}: {err}"
+            run.append(arguments[0])
+    assert run == ["train", "train", "status", "export", "predict", "python"]
+
+
+def test_the_code_of_the_python_page_runs(
+    image_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one program, on generated photos."""
+    image_task(tmp_path / "photos", {"disc": 0, "square": 1}, train=6, test=2)
+    image_task(tmp_path / "new-products", {"cross": 2, "ring": 3}, train=6, test=2)
+    shutil.copy(tmp_path / "photos" / "test" / "disc" / "00.png", tmp_path / "some-photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    blocks = list(BLOCK.finditer((ROOT / "docs" / "python.md").read_text(encoding="utf-8")))
+    assert {block["language"] for block in blocks} == {"python"}
+    try:
+        exec(compile("\n".join(block["code"] for block in blocks), "python.md", "exec"), {})
+    finally:
+        METHODS.pop("free", None)
+    said = capfd.readouterr().out
+    assert "['photos', 'new-products']" in said and "learned new-products in" in said and "loss " in said
+    assert RunDirectory.open(tmp_path / "runs" / "site-b").config.method == "free"
