@@ -139,17 +139,17 @@ class Encoded:
         if self._file is not None and room < len(tokens):
             self._file.write(tokens[room:].numpy().data)
 
-    def _kept(self, indices: Tensor, memory: Tensor) -> Tensor:
+    def _kept(self, indices: Tensor, in_memory: Tensor) -> Tensor:
         """Stored tokens float16 [B, L, d]. Rows of the file are read, since mapped ones would count as memory."""
         if self._file is None:
-            return memory[indices]
-        tokens = torch.empty(len(indices), *memory.shape[1:], dtype=torch.float16)
-        row = memory[:1].nbytes if len(memory) else tokens[:1].nbytes
+            return in_memory[indices]
+        tokens = torch.empty(len(indices), *in_memory.shape[1:], dtype=torch.float16)
+        row = in_memory[:1].nbytes if len(in_memory) else tokens[:1].nbytes
         for image, index in zip(tokens, indices.tolist(), strict=True):
-            if index < len(memory):
-                image.copy_(memory[index])
+            if index < len(in_memory):
+                image.copy_(in_memory[index])
             else:
-                os.preadv(self._file.fileno(), [image.numpy().data], (index - len(memory)) * row)
+                os.preadv(self._file.fileno(), [image.numpy().data], (index - len(in_memory)) * row)
         return tokens
 
     def _pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
