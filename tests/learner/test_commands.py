@@ -177,10 +177,10 @@ def without_torch(*arguments: object) -> tuple[int, str, str]:
 
 
 def test_help_and_status_need_no_torch(run: Path) -> None:
-    sections = {"train": "Ablations:", "evaluate": "Output:", "export": "Graph:"}
-    for arguments, shown in (
-        (("--help",), "Commands:"), (("status", run), "Run: "), *(((name, "--help"), sections[name]) for name in sections),
-    ):  # fmt: skip
+    calls: list[tuple[tuple[object, ...], str]] = [(("--help",), "Commands:"), (("status", run), "Run: ")]
+    for name, section in {"train": "Ablations:", "evaluate": "Output:", "export": "Graph:"}.items():
+        calls.append(((name, "--help"), section))
+    for arguments, shown in calls:
         code, out, err = without_torch(*arguments)
         assert (code, err) == (0, "") and shown in out
 
