@@ -329,7 +329,7 @@ def test_a_damaged_engine_is_built_again(shared_bundle: Path) -> None:
     bundle, lines = Bundle.open(shared_bundle), list[str]()
     flip(build_engine(bundle, "sm86").plan.parent)
     again = build_engine(bundle, "sm86", say=lines.append)
-    assert not again.from_cache and lines[0] == "the stored engine is damaged: it is deleted and built again"
+    assert not again.from_cache and lines[0] == "the stored engine is damaged; it is deleted and built again"
     assert build_engine(bundle, "sm86").from_cache
 
 
@@ -670,7 +670,7 @@ def test_the_command(call: Call, shared_bundle: Path, cache: Path) -> None:
     code, out, err = call("build", shared_bundle, "--compute-capability", "8.6")
     assert code == 0 and "building" in err.splitlines()
     check, last = out.splitlines()
-    assert check.startswith("Golden check: not possible here, the engine is for sm86")
+    assert check.startswith("Golden check: not possible here, because the engine is for sm86")
     plan = next(cache.rglob("engine.plan"))
     assert last.startswith(f"Engine: {plan} (") and "built in" in last
     code, out, err = call("build", shared_bundle, "--compute-capability", "sm_86")
