@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import duallora_edge
 
@@ -20,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_package_is_installed() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     found = {"duallora_edge"}
     for part in ("learner", "export", "runtime", "device_profiles"):
         folders = {file.parent.relative_to(ROOT) for file in (ROOT / part).rglob("*.py")}
         found |= {f"duallora_edge.{'.'.join(folder.parts)}" for folder in folders}
-    assert set(settings["packages"]) == set(settings["package-dir"]) == found
+    assert set(setuptools.find_packages(str(ROOT), **settings)) == found
 
 
 BIN = Path(sys.executable).parent
