@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 
 from duallora_edge.files import write_atomic, write_json
 from duallora_edge.learner.report.definitions import DEFINITIONS
 from duallora_edge.learner.report.metrics import Metrics, TaskResult
 from duallora_edge.learner.report.plots import accuracy_png, matrix_png, printable, reliability_png
-from duallora_edge.learner.report.style import CSS
 
 Comparisons = Sequence[tuple[str, Metrics]]
 
@@ -84,23 +85,8 @@ def _page(metrics: Metrics, about: About, comparisons: Comparisons, images: Mapp
         _class_names(metrics),
         _definitions(metrics),
     ]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title} – duallora-edge report</title>
-<style>{CSS}</style>
-</head>
-<body>
-<main>
-{"".join(sections)}
-</main>
-</body>
-</html>
-"""
+    template, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("report.html", "report.css"))
+    return Template(template).substitute(title=title, style=style, sections="".join(sections))
 
 
 def _text(name: str, limit: int | None = None) -> str:
