@@ -69,12 +69,17 @@ class LazyGroup(click.Group):
         try:
             command: click.Command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            extra = COMMANDS[cmd_name][1]
-            raise click.ClickException(
-                f"'{cmd_name}' needs the package {error.name}, which is not installed: "
-                f"pip install 'duallora-edge[{extra}]'."
-            ) from error
+            raise _not_installed(cmd_name, error) from error
         return _with_debug(command)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. What it imports on the way may be missing as well."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if ctx.invoked_subcommand not in COMMANDS or str(error.name).startswith("duallora_edge"):
+                raise
+            raise _not_installed(ctx.invoked_subcommand, error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -90,6 +95,14 @@ class LazyGroup(click.Group):
             hint = f" Did you mean '{near[0]}'?" if near else " 'duallora-edge --help' lists the commands."
             ctx.fail(f"No command '{args[0]}'.{hint}")
         return super().resolve_command(ctx, args)
+
+
+def _not_installed(command: str, error: ModuleNotFoundError) -> click.ClickException:
+    """The error that names the extra which brings a missing package."""
+    return click.ClickException(
+        f"'{command}' needs the package {error.name}, which is not installed: "
+        f"pip install 'duallora-edge[{COMMANDS[command][1]}]'."
+    )
 
 
 def _with_debug(command: click.Command) -> click.Command:

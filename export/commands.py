@@ -9,7 +9,6 @@ import click
 
 from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.device_profiles.profile import PRECISIONS
-from duallora_edge.export.export import export_run
 from duallora_edge.runtime.bundle import MAX_BATCH
 from duallora_edge.text import escaped
 
@@ -78,6 +77,8 @@ def export(
       duallora-edge export runs/site-a --target jetson -o bundle
       duallora-edge export runs/site-a --target orin-nx-16gb --jetpack 6.2 -o bundle
     """
+    from duallora_edge.export.export import export_run  # PyTorch takes seconds to import
+
     exported = export_run(
         run,
         output,

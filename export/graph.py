@@ -131,7 +131,7 @@ class Builder:
         added = None if bias is None else self.weight(f"{name}.bias", bias)
         if not self.half:
             return self.node("Gemm", x, stored, *([added] if added else []), name=output, transB=1)
-        terms = self.node("Mul", self.reshape(x, name, -1, 1, weight.shape[1]), stored)
+        terms = self.node("Mul", self.reshape(x, f"{name}.inputs", -1, 1, weight.shape[1]), stored)
         sums = self.node("ReduceSum", terms, self.axis(-1), name="" if added else output, keepdims=0)
         return self.node("Add", sums, added, name=output) if added else sums
 

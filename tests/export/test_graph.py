@@ -245,10 +245,15 @@ def test_initializers_have_the_names_of_pytorch_in_the_embedded_backbone(compose
     assert_names_of_pytorch(model, assert_same_answers(model, batches=(2,)))
 
 
-def test_names_of_initializers_carry_no_values(three_tasks: ComposedModel) -> None:
+@pytest.mark.parametrize(("opset", "half"), [(16, False), (17, True), (20, True)])
+def test_names_of_initializers_carry_no_values(
+    three_tasks: ComposedModel, compose: Compose, opset: int, half: bool
+) -> None:
     """The only numbers in a name are those of blocks and layers, whatever is exported."""
-    for opset, half in ((16, False), (17, False), (20, True)):
-        for name in initializers(build_model(three_tasks, opset, 8, half=half)):
+    other = compose(["ab", "cd"], method="frozen", classifier="ridge")
+    other.classifier.mixture = Mixture(2.0, 4.0, 0.1)
+    for model in (three_tasks, other):
+        for name in initializers(build_model(model, opset, 8, half=half)):
             assert not re.search(r"\d", re.sub(r"blocks\.\d+|norm\d|fc\d|ls\d", "", name)), name
 
 

@@ -168,16 +168,27 @@ def test_wrong_usage(call: Call, arguments: tuple[str, ...]) -> None:
     assert (code, out) == (2, "") and "Error: " in err
 
 
-def test_help_and_status_need_no_torch(run: Path) -> None:
+def without_torch(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the command line where torch is not installed."""
     code = "import sys; sys.modules['torch'] = None; from duallora_edge.cli import main; main(sys.argv[1:])"
-    for arguments, expected in (
-        (("--help",), "Commands:"),
-        (("train", "--help"), "Ablations:"),
-        (("status", run), "Run: "),
-    ):
-        words = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "") and expected in done.stdout
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_and_status_need_no_torch(run: Path) -> None:
+    calls: list[tuple[tuple[object, ...], str]] = [(("--help",), "Commands:"), (("status", run), "Run: ")]
+    for name, section in {"train": "Ablations:", "evaluate": "Output:", "export": "Graph:"}.items():
+        calls.append(((name, "--help"), section))
+    for arguments, shown in calls:
+        code, out, err = without_torch(*arguments)
+        assert (code, err) == (0, "") and shown in out
+
+
+def test_a_missing_torch_is_said_with_its_extra(tmp_path: Path) -> None:
+    assert without_torch("train", "--data", tmp_path, "--run", tmp_path / "run") == (
+        1, "", "Error: 'train' needs the package torch, which is not installed: pip install 'duallora-edge[train]'.\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [("status",), ("evaluate",), ("rollback",), ("remove", "t"), ("export", "-o", "b")])

@@ -694,7 +694,7 @@ def test_the_command(call: Call, shared_bundle: Path, cache: Path) -> None:
     code, out, err = call("build", shared_bundle, "--compute-capability", "8.6")
     assert code == 0 and "building" in err.splitlines()
     check, last = out.splitlines()
-    assert check.startswith("Golden check: not possible here, the engine is for sm86")
+    assert check.startswith("Golden check: not possible here, because the engine is for sm86")
     plan = next(cache.rglob("engine.plan"))
     assert last.startswith(f"Engine: {plan} (") and "built in" in last
     code, out, err = call("build", shared_bundle, "--compute-capability", "sm_86")

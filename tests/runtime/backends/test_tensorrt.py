@@ -634,7 +634,7 @@ def test_build_says_that_the_engine_is_wrong(
 ) -> None:
     wrong_numbers(trt)
     code, out, err = call("build", shared_bundle)
-    assert (code, out) == (1, "") and "cannot be used (wrong results in fp32" in err and "'cpu' will run" in err
+    assert (code, out) == (1, "") and "cannot be used (wrong results in fp32" in err and "'cpu' runs instead" in err
 
 
 def test_build_turns_to_fp32(
@@ -654,7 +654,7 @@ def test_build_turns_to_fp32(
 
     monkeypatch.setattr(engine, "_run_worker", work)
     code, out, err = call("build", half_bundle)
-    assert code == 0 and "wrong results in fp16" in err and "An engine in fp32 is made" in err
+    assert code == 0 and "wrong results in fp16" in err and "An engine in fp32 is built" in err
     assert out.startswith("Golden check: passed in fp32")
 
 
@@ -673,5 +673,5 @@ def test_build_turns_to_fp32_when_fp16_is_refused(
 
     monkeypatch.setattr(engine, "_run_worker", work)
     code, out, err = call("build", half_bundle)
-    assert code == 0 and "no kernel for half precision" in err and "An engine in fp32 is made" in err
+    assert code == 0 and "no kernel for half precision" in err and "An engine in fp32 is built" in err
     assert out.startswith("Golden check: passed in fp32")
