@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from duallora_edge.device_profiles import resolve_target
-from duallora_edge.export.bundle import write_bundle
-from duallora_edge.learner.callbacks import Callback
-from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.methods import METHODS, compose
+from duallora_edge.cli import main
+from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import train_run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -91,25 +89,14 @@ def anchors(page: Path) -> set[str]:
 # -- formats ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run_and_bundle(image_stream: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run of two small tasks with every report, and the bundle of it."""
-    folder = tmp_path_factory.mktemp("formats")
-    config = TrainConfig(data=str(image_stream), device="cpu", precision="fp32", epochs=1, min_steps=2)
-    train_run(folder / "run", config, ["data"], Callback())
-    run = RunDirectory.open(folder / "run")
-    model = compose(run.backbone(), run.records()).eval()
-    write_bundle(run, model, resolve_target("jetson"), folder / "bundle", None, precision="fp16", split=True)
-    return folder / "run", folder / "bundle"
-
-
-def test_every_key_of_a_run_and_a_bundle_is_explained(run_and_bundle: tuple[Path, Path]) -> None:
-    run, bundle = run_and_bundle
+def test_every_key_of_a_run_and_a_bundle_is_explained(readme: tuple[Path, list[str]]) -> None:
+    run, bundle = readme[0] / "runs" / "site-a", readme[0] / "bundle"
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     explained = set(re.split(r"[\s`,:;/|()]+", text))
     found: dict[str, set[str]] = {}
     for path in [*run.rglob("*.json"), *bundle.rglob("*.json")]:
-        found[path.name] = set(keys(json.loads(path.read_text(encoding="utf-8"))))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        found[path.name] = set(keys(list(value.values()) if path.name == "sources.json" else value))  # tasks by name
     found["run.yaml"] = set(re.findall(r"^(\w+):", (run / "run.yaml").read_text(encoding="utf-8"), re.M))
     for path in run.glob("tasks/*/*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -141,55 +128,64 @@ def keys(value: Any, parent: str = "") -> Iterator[str]:
 # -- the README's code ----------------------------------------------------------------------------------------------
 
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-QUICK = ("--epochs", "1", "--min-steps", "2", "--device", "cpu", "--no-evaluate")
+QUICK = ("--epochs", "1", "--min-steps", "2", "--device", "cpu")
 
 
-def test_the_code_of_the_readme_runs(
-    image_task: Callable[..., Path],
-    call: Callable[..., tuple[int, str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """In order, on generated photos; blocks that cannot run here say why in a comment above them."""
-    image_task(tmp_path / "photos", {"disc": 0, "square": 1}, train=6, test=2)
-    image_task(tmp_path / "new-products", {"cross": 2, "ring": 3}, train=6, test=2)
-    shutil.copy(tmp_path / "photos" / "test" / "disc" / "00.png", tmp_path / "some-photo.jpg")
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def readme(image_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder in which the README's code ran, in order and on generated photos, and what of it was run.
+
+    Blocks that cannot run here say why in a comment above them.
+    """
+    folder = photos(image_task, tmp_path_factory.mktemp("readme"))
     run: list[str] = []
-    for block in BLOCK.finditer((ROOT / "README.md").read_text(encoding="utf-8")):
-        language, code = block["language"], block["code"]
-        assert language in ("sh", "python", "text"), f"a block of code without a known language: {code}"
-        if block["reason"] or language == "text":
-            continue
-        if language == "python":
-            exec(compile(code, "README.md", "exec"), {})
-            assert len(capfd.readouterr().out.splitlines()) > 8  # the backend, and one line for each photo
-            run.append(language)
-            continue
-        for line in code.splitlines():
-            program, *arguments = shlex.split(line, comments=True)
-            assert program == "duallora-edge"
-            exit_code, _, err = call(*arguments, *(QUICK if arguments[0] == "train" else ()))
-            assert exit_code == 0, f"{line}: {err}"
-            run.append(arguments[0])
-    assert run == ["train", "train", "status", "export", "predict", "python"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for block in BLOCK.finditer((ROOT / "README.md").read_text(encoding="utf-8")):
+            language, code = block["language"], block["code"]
+            assert language in ("sh", "python", "text"), f"a block of code without a known language: {code}"
+            if block["reason"] or language == "text":
+                continue
+            if language == "python":
+                said = io.StringIO()
+                with redirect_stdout(said):
+                    exec(compile(code, "README.md", "exec"), {})
+                assert len(said.getvalue().splitlines()) > 8  # the backend, and one line for each photo
+                run.append(language)
+                continue
+            for line in code.splitlines():
+                program, *arguments = shlex.split(line, comments=True)
+                assert program == "duallora-edge"
+                with pytest.raises(SystemExit) as stopped:
+                    main([*arguments, *(QUICK if arguments[0] == "train" else ())])
+                assert not stopped.value.code, line
+                run.append(arguments[0])
+    return folder, run
+
+
+def photos(image_task: Callable[..., Path], folder: Path) -> Path:
+    """The folder with the photos that the documents' code reads."""
+    image_task(folder / "photos", {"disc": 0, "square": 1}, train=6, test=2)
+    image_task(folder / "new-products", {"cross": 2, "ring": 3}, train=6, test=2)
+    shutil.copy(folder / "photos" / "test" / "disc" / "00.png", folder / "some-photo.jpg")
+    return folder
+
+
+def test_the_code_of_the_readme_runs(readme: tuple[Path, list[str]]) -> None:
+    assert readme[1] == ["train", "train", "status", "export", "predict", "python"]
 
 
 def test_the_code_of_the_python_page_runs(
     image_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As one program, on generated photos."""
-    image_task(tmp_path / "photos", {"disc": 0, "square": 1}, train=6, test=2)
-    image_task(tmp_path / "new-products", {"cross": 2, "ring": 3}, train=6, test=2)
-    shutil.copy(tmp_path / "photos" / "test" / "disc" / "00.png", tmp_path / "some-photo.jpg")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(photos(image_task, tmp_path))
     blocks = list(BLOCK.finditer((ROOT / "docs" / "python.md").read_text(encoding="utf-8")))
     assert {block["language"] for block in blocks} == {"python"}
     try:
         exec(compile("\n".join(block["code"] for block in blocks), "python.md", "exec"), {})
+        assert RunDirectory.open(tmp_path / "runs" / "site-b").config.method == "free"
     finally:
         METHODS.pop("free", None)
     said = capfd.readouterr().out
     assert "['photos', 'new-products']" in said and "learned new-products in" in said and "loss " in said
-    assert RunDirectory.open(tmp_path / "runs" / "site-b").config.method == "free"
