@@ -304,7 +304,7 @@ def edit_json(path: Path, **changes: object) -> None:
     [
         (
             lambda path: edit_yaml(path / "run.yaml", schema=99),
-            f"not of schema {SCHEMA}; use the version that wrote it",
+            f"not of schema {SCHEMA}; train again, or use the version that wrote it",
         ),
         (lambda path: edit_yaml(path / "run.yaml", future_setting=1), "damaged"),
         (lambda path: edit_yaml(path / "run.yaml", epochs="many"), "damaged"),
