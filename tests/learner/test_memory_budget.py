@@ -153,7 +153,7 @@ def test_training_within_a_budget(
     arguments = ("train", "--data", image_stream, "--device", "cpu", *quick, "--run")
     assert call(*arguments, tmp_path / "free")[0] == 0
     code, _, err = call(*arguments, tmp_path / "run", "--memory-budget", "64GB")
-    assert code == 0 and "Memory budget 64GB: batches of 32 images, 64 a pass" in err and "expected peak" in err
+    assert code == 0 and "Memory budget 64GB: batches of 32 images, 64 in a pass" in err and "expected peak" in err
     assert RunDirectory.open(tmp_path / "run").digest() == RunDirectory.open(tmp_path / "free").digest()
     assert call(*arguments, tmp_path / "run", "--memory-budget", "63GB")[0] == 0  # it may change
     code, _, err = call(*arguments, tmp_path / "small", "--memory-budget", "50MB")
