@@ -49,11 +49,11 @@ ABLATIONS = (
     "dual_lora:calibration=temperature", "dual_lora:calibration=none",
 )  # fmt: skip
 ARITHMETIC = (
-    "task_arithmetic:memory_per_class=0:task_scale=0.1", "task_arithmetic:memory_per_class=0",
-    "task_arithmetic:memory_per_class=0:task_scale=0.5", "task_arithmetic:memory_per_class=0:task_scale=1",
-    "task_arithmetic:memory_per_class=0:kl_weight=0.4", "task_arithmetic:memory_per_class=2",
+    "task_arithmetic:kept_images_per_class=0:task_scale=0.1", "task_arithmetic:kept_images_per_class=0",
+    "task_arithmetic:kept_images_per_class=0:task_scale=0.5", "task_arithmetic:kept_images_per_class=0:task_scale=1",
+    "task_arithmetic:kept_images_per_class=0:kl_weight=0.4", "task_arithmetic:kept_images_per_class=2",
     "task_arithmetic", "task_arithmetic:task_scale=0.5", "task_arithmetic:kl_weight=0.4",
-    "task_arithmetic:memory_per_class=20",
+    "task_arithmetic:kept_images_per_class=20",
 )  # fmt: skip
 GROUPS = {"peers": PEERS, "ablations": ABLATIONS, "arithmetic": ARITHMETIC}
 

@@ -195,7 +195,7 @@ def _calibration(model: ComposedModel) -> Calibration:
         temperature=mixture.temperature,
         # With a single class there is nothing its images could be nearer to than others.
         novelty_threshold=NOVELTY_THRESHOLD if len(model.catalogue.class_of) > 1 else None,
-        method="two temperatures on held-back training images",
+        method="two temperatures on validation images",
         extra={
             "spread": mixture.spread,
             "share": mixture.share,

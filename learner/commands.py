@@ -281,7 +281,7 @@ def privacy_list(run: RunDirectory) -> dict[str, Any]:
     ):
         if (run.path / name).is_file():
             files.append({"file": name, "bytes": (run.path / name).stat().st_size, "what": what})
-    pixels = METHODS[run.config.method].keeps_images and run.config.memory_per_class > 0
+    pixels = METHODS[run.config.method].keeps_images and run.config.kept_images_per_class > 0
     return {"pixels": pixels, "files": files, "pixel_cache": str(cache_folder())}
 
 

@@ -137,7 +137,7 @@ class TrainConfig:
         0.25, "Weight of the update of each task in their sum.", "Only task_arithmetic", low=0.0, high=10.0
     )
     kl_weight: float = setting(0.0, "Share of distillation in the loss.", "Only task_arithmetic", low=0.0, high=1.0)
-    memory_per_class: int = setting(
+    kept_images_per_class: int = setting(
         10, "Training images of each class that the run stores and fine-tunes on; 0 stores no images.",
         "Only task_arithmetic", low=0, high=1_000_000,
     )  # fmt: skip

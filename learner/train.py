@@ -145,7 +145,7 @@ def _learn(
     number = len(past) + 1
     callback.say(
         f"Task {number} {task.name}: {len(task.classes)} class{'es' if len(task.classes) > 1 else ''}, "
-        f"{len(task.train)} images to learn from, {len(task.validation)} held back, {len(task.test)} for the test"
+        f"{len(task.train)} images to learn from, {len(task.validation)} for validation, {len(task.test)} for the test"
     )
     if len(task.classes) == 1 and METHODS[config.method].trains:
         callback.say("  one class gives no gradient: its statistics are learned, no adapter")

@@ -150,13 +150,13 @@ def make_task() -> Callable[..., PreparedTask]:
     from duallora_edge.learner.data import PixelSet, PreparedTask
 
     def make(
-        name: str, classes: Sequence[str], kinds: Sequence[int], *, train: int = 12, held: int = 4, seed: int = 0
+        name: str, classes: Sequence[str], kinds: Sequence[int], *, train: int = 12, validation: int = 4, seed: int = 0
     ) -> PreparedTask:
         def images(count: int, split: int) -> PixelSet:
             parts = [draw_shapes(kind, count, 32, 3 * seed + split) for kind in kinds]
             return PixelSet(np.concatenate(parts), tuple(label for label in classes for _ in range(count)))
 
-        return PreparedTask(name, images(train, 0), images(held, 1), images(4, 2), digest=f"{name}-{seed}")
+        return PreparedTask(name, images(train, 0), images(validation, 1), images(4, 2), digest=f"{name}-{seed}")
 
     return make
 

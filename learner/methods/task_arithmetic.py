@@ -3,7 +3,7 @@
 Every task is learned from the pretrained weights; the merged network is pretrained + scale * sum of the updates. It is
 then fine-tuned on a few kept images of each class, with one head of all classes. The paper leaves some questions open;
 here heads are trained on their own task alone and joined, and fine-tuning trains new adapters of the same rank on top
-of the merged weights, from which it starts again after every task. With ``memory_per_class`` 0 there is no fine-tuning.
+of the merged weights, from which it starts again after every task. Without kept images there is no fine-tuning.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TaskArithmetic(Method):
             plain = [AdaptedBlock(block) for block in lesson.backbone.suffix]
             blocks, head = _train(lesson, plain, head, partial(kl_distillation_loss, weight=config.kl_weight))
             blocks = tuple(replace(b, orthogonal=_scaled(b.orthogonal, config.task_scale)) for b in blocks)
-        kept = _draw(lesson) if config.memory_per_class else None
+        kept = _draw(lesson) if config.kept_images_per_class else None
         head = torch.cat([*(task.head for task in lesson.past[-1:]), head])
         if kept and len(head) > 1:
             merged = [AdaptedBlock(block) for block in lesson.backbone.suffix]
@@ -97,7 +97,9 @@ def _draw(lesson: Lesson) -> KeptImages:
     generator = torch.Generator().manual_seed(derive_seed(lesson.config.seed, lesson.number, 2))
     order = torch.randperm(len(lesson.train), generator=generator)
     labels = lesson.train.labels[order]
-    chosen = torch.cat([order[labels == k][: lesson.config.memory_per_class] for k in range(len(lesson.task.classes))])
+    chosen = torch.cat(
+        [order[labels == k][: lesson.config.kept_images_per_class] for k in range(len(lesson.task.classes))]
+    )
     images = torch.from_numpy(lesson.train.pixels[chosen.numpy()])
     return KeptImages(images, lesson.train.labels[chosen])
 

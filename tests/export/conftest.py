@@ -45,7 +45,7 @@ def compose(
         records: list[TaskRecord] = []
         for index, classes in enumerate(tasks):
             kinds = range(2 * index, 2 * index + len(classes))
-            task = make_task(f"task {index}", list(classes), kinds, train=6, held=2)
+            task = make_task(f"task {index}", list(classes), kinds, train=6, validation=2)
             residual = residuals[index % len(residuals)]
             settings = {"residual": residual, "method": method, "learning_rate": 0.03, **options}
             records = learn([task], past=records, backbone=backbone, **settings)

@@ -128,7 +128,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         ({"classifier": "svm"}, "classifier must be one of auto, lda, lda_f, mean_f, ridge, heads, not 'svm'"),
         ({"task_scale": -0.1}, "task_scale must be between 0 and 10"),
         ({"kl_weight": 1.5}, "kl_weight must be between 0 and 1, not 1.5"),
-        ({"memory_per_class": -1}, "memory_per_class must be between 0 and 1000000, not -1"),
+        ({"kept_images_per_class": -1}, "kept_images_per_class must be between 0 and 1000000, not -1"),
         ({"distillation": -1.0}, "distillation must be between 0 and 1000"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_task_of_one_class(
 def test_few_images_a_class(
     tiny_backbone: Backbone, make_task: MakeTask, learn: Learn, accuracy: Accuracy, method: str, train: int, held: int
 ) -> None:
-    tasks = pairs(make_task, 2, train=train, held=held)
+    tasks = pairs(make_task, 2, train=train, validation=held)
     records = learn(tasks, method=method)
     assert_finite(records)
     for record in records:
@@ -97,7 +97,7 @@ def test_classes_of_300_images_and_of_one(
     tiny_backbone: Backbone, make_task: MakeTask, learn: Learn, accuracy: Accuracy, method: str
 ) -> None:
     """One class has 300 images and the other a single one, which is recognised again."""
-    common, rare = (make_task(n, [n], [k], train=300, held=0) for n, k in (("common", 0), ("rare", 2)))
+    common, rare = (make_task(n, [n], [k], train=300, validation=0) for n, k in (("common", 0), ("rare", 2)))
     pixels = np.concatenate([common.train.pixels, rare.train.pixels[:1]])
     none = PixelSet(pixels[:0], ())
     first = PixelSet(rare.train.pixels[:1], ("rare",))
@@ -154,7 +154,7 @@ def test_tasks_of_very_different_sizes(
     method: str,
     sizes: tuple[int, int],
 ) -> None:
-    tasks = [pair(make_task, number, train=size, held=size // 10) for number, size in enumerate(sizes)]
+    tasks = [pair(make_task, number, train=size, validation=size // 10) for number, size in enumerate(sizes)]
     records = learn(tasks, method=method, min_steps=2)
     assert_finite(records)
     for task in tasks:
@@ -219,7 +219,7 @@ MANY = [
     ("dual_lora", 50, {"energy": 0.99}),
     ("inflora", 20, {"energy": 0.99}),
     ("sequential", 20, {}),
-    ("task_arithmetic", 20, {"memory_per_class": 1}),
+    ("task_arithmetic", 20, {"kept_images_per_class": 1}),
 ]
 
 
@@ -234,7 +234,7 @@ def test_many_tasks(
     settings: dict[str, Any],
 ) -> None:
     """The space fills up: the rank of new orthogonal adapters falls to 0, and everything still answers."""
-    tasks = pairs(make_task, count, train=4, held=1)
+    tasks = pairs(make_task, count, train=4, validation=1)
     records = learn(tasks, method=method, min_steps=1, epochs=0, **settings)
     assert_finite(records)
     assert answers(tiny_backbone, records, tasks[0]).probabilities.shape == (8, 2 * count)
@@ -256,7 +256,7 @@ def test_a_full_space_leaves_no_orthogonal_adapter(
     tiny_backbone: Backbone, make_task: MakeTask, learn: Learn, accuracy: Accuracy, method: str
 ) -> None:
     """With all the energy kept, a few tasks span everything; what is left is the residual and the statistics."""
-    tasks = pairs(make_task, 5, train=24, held=2)
+    tasks = pairs(make_task, 5, train=24, validation=2)
     records = learn(tasks, method=method, min_steps=1, epochs=0, energy=1.0)
     assert_finite(records)
     ranks = [[len(block.orthogonal.q_down) for block in record.blocks] for record in records]

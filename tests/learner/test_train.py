@@ -240,7 +240,7 @@ def test_five_images_a_class_and_no_test_images(tmp_path: Path, image_task: Call
     folder = image_task(tmp_path / "few", {"disc": 0, "square": 1}, train=4, test=1)
     shutil.rmtree(folder / "test")
     notes = train(tmp_path / "run", folder)
-    assert any("8 images to learn from, 0 held back, 0 for the test" in line for line in notes.lines)
+    assert any("8 images to learn from, 0 for validation, 0 for the test" in line for line in notes.lines)
 
 
 def test_real_digits_are_learned_without_forgetting(tmp_path: Path) -> None:

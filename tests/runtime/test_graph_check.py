@@ -59,7 +59,7 @@ def teach(make_task: Callable[..., PreparedTask], learn: Callable[..., list[Task
 
     def make(backbone: Backbone, tasks: Sequence[str], **settings: Any) -> list[TaskRecord]:
         prepared = [
-            make_task(f"task {index}", [*classes], range(len(classes)), train=6, held=2)
+            make_task(f"task {index}", [*classes], range(len(classes)), train=6, validation=2)
             for index, classes in enumerate(tasks)
         ]
         return learn(prepared, backbone=backbone, **{"min_steps": 1, "residual": "isolated", **settings})

@@ -140,7 +140,7 @@ def test_with_all_the_energy_the_rows_themselves_are_kept(
     tiny_backbone: Backbone, make_task: MakeTask, learn: Learn
 ) -> None:
     """The rows that the projections read for training images of the first task, in the network of that task."""
-    tasks = [make_task(str(i), [f"a{i}", f"b{i}"], [2 * i, 2 * i + 1], train=6, held=0) for i in range(2)]
+    tasks = [make_task(str(i), [f"a{i}", f"b{i}"], [2 * i, 2 * i + 1], train=6, validation=0) for i in range(2)]
     records = learn(tasks, residual="none", energy=1.0, **QUICK)
     network = compose(tiny_backbone, records[:1]).network
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_merged_equals_side_branch(
 def test_task_arithmetic_adds_scaled_updates_of_tasks_learned_alone(
     tiny_backbone: Backbone, make_task: MakeTask, learn: Learn, tasks: list[PreparedTask], scale: float
 ) -> None:
-    settings = {"method": "task_arithmetic", "memory_per_class": 0, **QUICK}
+    settings = {"method": "task_arithmetic", "kept_images_per_class": 0, **QUICK}
     records = learn(tasks, task_scale=scale, **settings)
     plain = learn(tasks, task_scale=1.0, **settings)
     after_another = learn([make_task("other", ["x", "y"], [7, 8]), tasks[1]], task_scale=1.0, **settings)
@@ -203,7 +203,9 @@ def test_task_arithmetic_adds_scaled_updates_of_tasks_learned_alone(
 def test_task_arithmetic_stores_some_images_of_each_class(
     learn: Learn, tasks: list[PreparedTask], per_class: int, stored: int
 ) -> None:
-    for task, record in zip(tasks, learn(tasks, method="task_arithmetic", memory_per_class=per_class), strict=True):
+    for task, record in zip(
+        tasks, learn(tasks, method="task_arithmetic", kept_images_per_class=per_class), strict=True
+    ):
         assert record.kept_images
         images, labels = record.kept_images.images, record.kept_images.labels
         assert images.dtype == torch.uint8 and images.shape == (stored * len(task.classes), 32, 32, 3)
@@ -218,7 +220,7 @@ def test_task_arithmetic_stores_some_images_of_each_class(
     ("method", "setting", "values"),
     [
         ("task_arithmetic", "kl_weight", (0.0, 0.5)),
-        ("task_arithmetic", "memory_per_class", (0, 5)),
+        ("task_arithmetic", "kept_images_per_class", (0, 5)),
         ("task_arithmetic", "task_scale", (0.25, 1.0)),
         ("dual_lora", "distillation", (0.0, 5.0)),
     ],
@@ -243,7 +245,7 @@ def test_pulling_towards_the_pretrained_features_keeps_them(
     tiny_backbone: Backbone, learn: Learn, tasks: list[PreparedTask], method: str, setting: str
 ) -> None:
     """The features of the training images move less with the pull than without."""
-    settings = {"method": method, "memory_per_class": 0, "task_scale": 1.0, "learning_rate": 0.02, "min_steps": 20}
+    settings = {"method": method, "kept_images_per_class": 0, "task_scale": 1.0, "learning_rate": 0.02, "min_steps": 20}
     frames = torch.from_numpy(tasks[0].train.pixels.copy())
     learned = [learn(tasks[:1], **{setting: weight, **settings}) for weight in (0.0, 0.9)]
     with torch.no_grad():

@@ -86,14 +86,14 @@ def test_training_lowers_the_loss_of_its_head(tiny_backbone: Backbone, make_task
 @pytest.mark.parametrize("held", [0, 4])
 def test_the_mode_of_the_residual_follows_the_task_identity(make_task: MakeTask, learn: Learn, held: int) -> None:
     """Tasks that look the same cannot be told apart, so ``auto`` chooses ``previous`` as soon as that is measured."""
-    alike = [make_task(f"t{i}", ["a", "b"], [0, 1], held=held, seed=i) for i in range(4)]
+    alike = [make_task(f"t{i}", ["a", "b"], [0, 1], validation=held, seed=i) for i in range(4)]
     modes = [record.info.residual for record in learn(alike)]
     assert modes[0] == "isolated"
     assert modes[-1] == ("previous" if held else "isolated")
 
 
 def test_the_record_of_the_task_is_complete(make_task: MakeTask, learn: Learn) -> None:
-    records = learn([make_task("a", *digit_of(3), train=7, held=2), make_task("b", *digit_of(2, 3))])
+    records = learn([make_task("a", *digit_of(3), train=7, validation=2), make_task("b", *digit_of(2, 3))])
     info = records[0].info
     assert dict(info.counts) == {"k0": 7, "k1": 7, "k2": 7}  # held-back images are no training images
     assert float(records[0].statistics.counts.sum()) == 27  # but count in the statistics
