@@ -38,7 +38,7 @@ from duallora_edge.runtime.preprocess import Pixels
 def main(run_path: Path, bundle_path: Path, images: int) -> None:
     run, bundle = RunDirectory.open(run_path), Bundle.open(bundle_path)
     model = compose(run.backbone(), run.records()).eval()
-    names = {run.read_info(task).name for task in run.head()}
+    names = {run.read_info(task).name for task in run.active_tasks()}
     pixels, labels = [], []
     for settings in source_groups(run, names):
         for task in read_images(replace(run.config, **settings), run.info, Callback()).tasks:

@@ -124,7 +124,7 @@ class Whereabouts:
         training.optimise = self.marked(STEP, training.optimise)
         FileCheckpoint.save = self.marked(f"{STEP}: checkpoint", FileCheckpoint.save)  # type: ignore[method-assign]
         RunDirectory.commit = self.marked(COMMIT, RunDirectory.commit, change=True)  # type: ignore[method-assign]
-        RunDirectory.set_head = self.marked(ROLLBACK, RunDirectory.set_head, change=True)  # type: ignore[method-assign]
+        RunDirectory.set_active_tasks = self.marked(ROLLBACK, RunDirectory.set_active_tasks, change=True)  # type: ignore[method-assign]
         exporting._write = self.marked(EXPORT, exporting._write, change=True)
         engine.build_engine = self.marked(BUILD, engine.build_engine, change=True)
         Classifier.swap = self.marked(SWAP, Classifier.swap, change=True)  # type: ignore[method-assign]
@@ -209,7 +209,7 @@ class Undoing:
 
     def work(self, folder: Path) -> None:
         # One that was killed after HEAD was replaced is not undone again; opening the run for a change finishes it.
-        if len(RunDirectory.open(folder / "run").head()) == len(TASKS):
+        if len(RunDirectory.open(folder / "run").active_tasks()) == len(TASKS):
             call(self.words[0], folder / "run", *self.words[1:])
         with RunDirectory.open(folder / "run").locked():
             pass
@@ -324,7 +324,7 @@ def committed(run: Path) -> list[str]:
     """Ids of the tasks of a run, whose files are all read and checked."""
     opened = RunDirectory.open(run)
     opened.records()
-    return [task.id for task in opened.head()]
+    return [task.id for task in opened.active_tasks()]
 
 
 def compare(run: Path, expected: Path) -> None:

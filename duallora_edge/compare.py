@@ -250,7 +250,7 @@ def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache
     given = [key for key, value in config.to_json().items() if value != getattr(TrainConfig(), key)]
     metrics: Metrics = train_run(path, config, given, watch, cache)
     run = RunDirectory.open(path)
-    infos = [run.read_info(task) for task in run.head()]
+    infos = [run.read_info(task) for task in run.active_tasks()]
     images = sum(sum(info.counts.values()) for info in infos)
     seconds = watch.seconds + images * cache.seconds / max(cache.images, 1)
     result = Result.of(

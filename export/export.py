@@ -95,7 +95,7 @@ def pick_precision(profile: DeviceProfile, wanted: str) -> str:
 
 def training_images(run: RunDirectory, say: Callable[[str], None]) -> Pixels | None:
     """Up to `REAL_IMAGES` training images, spread over the tasks, or None (said) where no source can be read."""
-    names = {run.read_info(task).name for task in run.head()}
+    names = {run.read_info(task).name for task in run.active_tasks()}
     pixels: list[Pixels] = []
     for settings in source_groups(run, names):
         if not settings:

@@ -209,10 +209,10 @@ def describe(run: RunDirectory) -> dict[str, Any]:
     from duallora_edge.learner.measurements import measured_rows
     from duallora_edge.learner.report.metrics import pool
 
-    head, known = run.head(), measured_rows(run)
+    active, known = run.active_tasks(), measured_rows(run)
     row = known.get(run.digest(), ())
     tasks = []
-    for index, entry in enumerate(head):
+    for index, entry in enumerate(active):
         info = run.read_info(entry)
         tasks.append(
             {
@@ -229,7 +229,7 @@ def describe(run: RunDirectory) -> dict[str, Any]:
         "method": run.config.method,
         "backbone": run.info.to_json(),
         "tasks": tasks,
-        "classes": len({name for entry in head for name in run.read_info(entry).classes}),
+        "classes": len({name for entry in active for name in run.read_info(entry).classes}),
         "accuracy": pool(row).accuracy if row else None,
         "in_training": run.training_steps(),
         "bytes": folder_bytes(run.path),
@@ -270,7 +270,7 @@ STORED = {
 def privacy_list(run: RunDirectory) -> dict[str, Any]:
     """Everything the run stores about images, in files with sizes, and what is stored outside of it."""
     files = []
-    for entry in run.head():
+    for entry in run.active_tasks():
         for path in sorted((run.path / "tasks" / entry.folder).iterdir()):
             what = STORED.get(path.name, "unknown")
             files.append({"file": str(path.relative_to(run.path)), "bytes": path.stat().st_size, "what": what})

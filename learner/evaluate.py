@@ -89,14 +89,14 @@ def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row:
     With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
     state that is measured now. Without ``tests`` nothing is measured, and the cells of other states stay empty.
     """
-    head = run.head()
-    if not head:
+    active = run.active_tasks()
+    if not active:
         raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
     known = measured_rows(run) if reuse else {}
-    records = run.records(head) if tests else []
+    records = run.records(active) if tests else []
     rows: dict[str, Row] = {}
-    for k in range(1, len(head) + 1):
-        state = run.digest(head[:k])
+    for k in range(1, len(active) + 1):
+        state = run.digest(active[:k])
         if state in known:
             rows[state] = known[state]
         elif tests is None:
@@ -106,7 +106,7 @@ def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row:
             on_row(k, rows[state])
     if tests is not None:
         write_rows(run, rows)
-    infos = map(run.read_info, head)
+    infos = map(run.read_info, active)
     return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), tuple(rows.values()))
 
 
@@ -141,7 +141,7 @@ def add_tests(
 
     A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
     """
-    infos = {info.name: info for info in map(run.read_info, run.head()) if info.name not in skip}
+    infos = {info.name: info for info in map(run.read_info, run.active_tasks()) if info.name not in skip}
     for settings in source_groups(run, infos):
         if data is not None:
             settings["data"] = data

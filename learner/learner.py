@@ -129,7 +129,7 @@ class Learner:
         if not RunDirectory.exists(self.path):
             return ()
         run = RunDirectory.open(self.path)
-        return tuple(map(run.read_info, run.head()))
+        return tuple(map(run.read_info, run.active_tasks()))
 
     @property
     def metrics(self) -> Metrics:
@@ -147,11 +147,11 @@ class Learner:
         """
         run = RunDirectory.open(self.path)
         with run.locked():
-            head = run.head()
-            if not head:
+            active = run.active_tasks()
+            if not active:
                 raise RunError(f"The run {self.path} has no task to undo.")
-            name = run.read_info(head[-1]).name
-            self._activate(run, head[:-1])
+            name = run.read_info(active[-1]).name
+            self._activate(run, active[:-1])
         return name
 
     def remove(self, task: str) -> None:
@@ -169,13 +169,13 @@ class Learner:
         """
         run = RunDirectory.open(self.path)
         with run.locked():
-            entry, head = run.find(task), run.head()
-            if entry != head[-1] and not METHODS[run.config.method].removable:
+            entry, active = run.find(task), run.active_tasks()
+            if entry != active[-1] and not METHODS[run.config.method].removable:
                 raise RunError(f"Later tasks of {run.config.method} build on {task}; only the newest can be removed.")
-            self._activate(run, [other for other in head if other != entry])
+            self._activate(run, [other for other in active if other != entry])
 
-    def _activate(self, run: RunDirectory, head: Sequence[Any]) -> None:
-        for folder in run.set_head(head):
+    def _activate(self, run: RunDirectory, active: Sequence[Any]) -> None:
+        for folder in run.set_active_tasks(active):
             self._callback.say(f"{folder} stays: it holds files that the task did not write.")
 
     def model(self) -> ComposedModel:

@@ -22,9 +22,9 @@ def measured_rows(run: RunDirectory) -> dict[str, Row]:
         return {}
     try:
         rows = {str(key): tuple(map(Cell.from_json, row)) for key, row in read_json(path).items()}
-        head = run.head()
-        for number in range(1, len(head) + 1):
-            row = rows.get(run.digest(head[:number]))
+        active = run.active_tasks()
+        for number in range(1, len(active) + 1):
+            row = rows.get(run.digest(active[:number]))
             if row is not None and len(row) != number:
                 raise ValueError(f"the state after {number} tasks has {len(row)} cells")
         return rows
@@ -43,10 +43,10 @@ def write_rows(run: RunDirectory, rows: Mapping[str, Row]) -> None:
 
 def stored_metrics(run: RunDirectory) -> Metrics:
     """The metrics of a run's states as they were measured last. Raises `RunError` when a state was not measured."""
-    head, known = run.head(), measured_rows(run)
-    infos = [run.read_info(task) for task in head]
+    active, known = run.active_tasks(), measured_rows(run)
+    infos = [run.read_info(task) for task in active]
     try:
-        rows = tuple(known[run.digest(head[:k])] for k in range(1, len(head) + 1))
+        rows = tuple(known[run.digest(active[:k])] for k in range(1, len(active) + 1))
         return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), rows)
     except (KeyError, ValueError) as error:
         raise RunError(f"The run {run.path} was not measured; 'duallora-edge evaluate {run.path}' does it.") from error

@@ -185,7 +185,7 @@ class RunDirectory:
     # -- reading ----------------------------------------------------------------------------------------------
 
     @main_only
-    def head(self) -> list[StoredTask]:
+    def active_tasks(self) -> list[StoredTask]:
         """The active tasks in order."""
         try:
             value = read_json(self.path / "HEAD.json")
@@ -198,7 +198,7 @@ class RunDirectory:
 
     def find(self, name: str) -> StoredTask:
         """The active task of this name. Raises `RunError` naming the tasks there are."""
-        names = {self.read_info(entry).name: entry for entry in self.head()}
+        names = {self.read_info(entry).name: entry for entry in self.active_tasks()}
         if name not in names:
             raise RunError(f"The run {self.path} has no task {name!r}; it has {', '.join(names) or 'none'}.")
         return names[name]
@@ -242,7 +242,7 @@ class RunDirectory:
 
     def records(self, tasks: Sequence[StoredTask] | None = None) -> list[TaskRecord]:
         """The records of the given tasks, or of all active ones."""
-        return [self.read(task) for task in (self.head() if tasks is None else tasks)]
+        return [self.read(task) for task in (self.active_tasks() if tasks is None else tasks)]
 
     def _description(self, task: StoredTask) -> tuple[TaskInfo, dict[str, str]]:
         """The part of a task that is not tensors, and the sha256 of its files by their names without suffix."""
@@ -281,41 +281,43 @@ class RunDirectory:
         """Write a task as a whole, then make it the newest active one."""
         from safetensors.torch import save
 
-        head = self.head()
-        number = 1 + max((task.number for task in head), default=0)
+        active = self.active_tasks()
+        number = 1 + max((task.number for task in active), default=0)
         while (self.path / "tasks" / (folder := f"{number:04d}-{_slug(record.info.name)}")).exists():
             number += 1  # somebody else's folder has this name
         description = {
             "schema": SCHEMA,
             **record.info.to_json(),
-            "parent": head[-1].id if head else None,
+            "parent": active[-1].id if active else None,
         }
         contents = {f"{name}.safetensors": save(tensors) for name, tensors in record.tensors().items()}
         description["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
         task = StoredTask(folder, _content_id(description))
-        self._write_head(head, dropped=[task])  # a kill before it is active leaves a folder that is known as ours
+        self._write_active_tasks(
+            active, dropped=[task]
+        )  # a kill before it is active leaves a folder that is known as ours
         with atomic_directory(self.path / "tasks" / folder) as staging:
             for name, data in contents.items():
                 (staging / name).write_bytes(data)
             (staging / "task.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        self._write_head([*head, task])
+        self._write_active_tasks([*active, task])
         self._delete_checkpoint()
         return task
 
     @main_only
-    def set_head(self, tasks: Sequence[StoredTask]) -> list[Path]:
+    def set_active_tasks(self, tasks: Sequence[StoredTask]) -> list[Path]:
         """Make exactly these tasks the active ones, then delete the files of tasks that no longer are.
 
         The checkpoint goes too: training that began on another state cannot continue on this one. Works on a full
         disk. Returns the folders of deleted tasks that stay, as they hold something that the task did not write.
         """
-        self._write_head(tasks, dropped=[task for task in self.head() if task not in tasks])
+        self._write_active_tasks(tasks, dropped=[task for task in self.active_tasks() if task not in tasks])
         self._delete_checkpoint()
         kept = self._delete_dropped()
         keep_spare(self.path / SPARE)
         return kept
 
-    def _write_head(self, tasks: Sequence[StoredTask], dropped: Sequence[StoredTask] = ()) -> None:
+    def _write_active_tasks(self, tasks: Sequence[StoredTask], dropped: Sequence[StoredTask] = ()) -> None:
         """Replace HEAD.json. Tasks that are ``dropped`` belong to no state; their folders are deleted."""
         value: dict[str, Any] = {"schema": SCHEMA, "tasks": [task.to_json() for task in tasks]}
         if dropped:
@@ -324,7 +326,7 @@ class RunDirectory:
 
     def _delete_dropped(self) -> list[Path]:
         """Delete what HEAD says is dropped, and say so in HEAD; returns the folders that stay."""
-        tasks = self.head()
+        tasks = self.active_tasks()
         try:
             entries = read_json(self.path / "HEAD.json").get("dropped", [])
             dropped = [StoredTask(str(entry["folder"]), str(entry["id"])) for entry in entries]
@@ -333,14 +335,14 @@ class RunDirectory:
         kept = [self.path / "tasks" / task.folder for task in dropped if not self._delete_task(task)]
         if dropped:
             with contextlib.suppress(OSError):  # on a full disk: the next one who changes the run says it
-                self._write_head(tasks)
+                self._write_active_tasks(tasks)
         return kept
 
     def _delete_task(self, task: StoredTask) -> bool:
         """Delete the files that a task.json of this id lists, and the folder if nothing else is in it."""
         folder = self.path / "tasks" / task.folder
         sweep(folder)
-        if folder in {self.path / "tasks" / active.folder for active in self.head()} or folder.is_symlink():
+        if folder in {self.path / "tasks" / active.folder for active in self.active_tasks()} or folder.is_symlink():
             return False
         with contextlib.suppress(RunError):  # of another id, or gone: deleted but for the folder
             names = [f"{stem}.safetensors" for stem in self._description(task)[1]]
@@ -364,7 +366,7 @@ class RunDirectory:
 
     def digest(self, tasks: Sequence[StoredTask] | None = None) -> str:
         """SHA-256 over the ids of tasks (the active ones): equal digests mean equal states, bit for bit."""
-        ids = [task.id for task in (self.head() if tasks is None else tasks)]
+        ids = [task.id for task in (self.active_tasks() if tasks is None else tasks)]
         return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
     @main_only

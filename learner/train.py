@@ -94,7 +94,7 @@ def train_run(
         stream = stream.merged()
     if config.memory_budget is not None and distributed.world_size() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
-    learned = len(run.head()) if run else 0
+    learned = len(run.active_tasks()) if run else 0
     plan = memory_budget.fit_budget(config, backbone.to(device), stream, path, learned, free=free)
     if plan:
         config = plan.apply(config)
@@ -177,7 +177,7 @@ def _last_source(run: RunDirectory) -> dict[str, Any]:
 @distributed.main_only
 def _check_known(run: RunDirectory, stream: PreparedStream) -> set[str]:
     """Names of the tasks that are already learned, from the same images. Raises `DataError` for other images."""
-    learned = {info.name: info for info in map(run.read_info, run.head())}
+    learned = {info.name: info for info in map(run.read_info, run.active_tasks())}
     for task in stream.tasks:
         if task.name in learned and learned[task.name].data_digest != task.digest:
             raise DataError(

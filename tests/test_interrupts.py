@@ -52,7 +52,7 @@ def test_an_interrupt_that_is_lost_stops_training(
     code, _, errors = call("train", *options)
     assert code == 1 and "Interrupted; everything committed so far is kept." in errors
     assert seen.count(stage) == 1 and seen[-1] == stage
-    assert not RunDirectory.exists(run) or RunDirectory.open(run).head() == []
+    assert not RunDirectory.exists(run) or RunDirectory.open(run).active_tasks() == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -179,9 +179,9 @@ all tasks. The difference between the two kinds of forgetting is confusion betwe
 """
 
 
-def _table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(label: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table inside a box that scrolls by itself; cells are HTML, the first of each row is its heading."""
-    columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    columns = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
         for first, *rest in rows
@@ -193,7 +193,7 @@ def _table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def _comparison_table(metrics: Metrics, about: About, comparisons: Comparisons) -> str:
-    head = ["Method"] + [
+    header = ["Method"] + [
         f"{DEFINITIONS[key].title}&nbsp;{'↑' if DEFINITIONS[key].higher_is_better else '↓'}" for key in _COMPARED
     ]
     rows = [
@@ -202,18 +202,18 @@ def _comparison_table(metrics: Metrics, about: About, comparisons: Comparisons) 
     ]
     return (
         "<section>\n<h2>Beside other methods</h2>\n<p>The same stream and the same test images. ↑ higher is"
-        f" better, ↓ lower is better.</p>\n{_table('Comparison of methods', head, rows)}</section>\n"
+        f" better, ↓ lower is better.</p>\n{_table('Comparison of methods', header, rows)}</section>\n"
     )
 
 
 def _task_table(metrics: Metrics) -> str:
-    head = ["Task", "Classes", "Images", "Just learned", "Now", "Forgotten"]
-    head += ["Just learned, task given", "Now, task given", "Forgotten, task given"]
+    header = ["Task", "Classes", "Images", "Just learned", "Now", "Forgotten"]
+    header += ["Just learned, task given", "Now, task given", "Forgotten, task given"]
     rows = [_task_row(i, task) for i, task in enumerate(metrics.per_task)]
     return (
         "<section>\n<h2>Tasks</h2>\n<p>Accuracy in percent, forgotten in points since the task had just been"
         " learned. <em>Task given</em>: the choice limited to the task’s own classes.</p>\n"
-        f"{_table('Tasks', head, rows)}</section>\n"
+        f"{_table('Tasks', header, rows)}</section>\n"
     )
 
 

@@ -221,7 +221,7 @@ def test_settings_come_from_file_and_flags(call: Call, tmp_path: Path, image_str
     code, _, _ = call("train", "--config", tmp_path / "train.yaml", "--run", tmp_path / "run", *QUICK)
     run = RunDirectory.open(tmp_path / "run")
     assert code == 0 and (run.config.seed, run.config.epochs) == (4, 1)
-    assert [run.read_info(task).name for task in run.head()] == ["02-lines"]
+    assert [run.read_info(task).name for task in run.active_tasks()] == ["02-lines"]
 
 
 def test_images_that_cannot_be_used(call: Call, tmp_path: Path, image_stream: Path) -> None:

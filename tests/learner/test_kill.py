@@ -66,7 +66,7 @@ def test_killed_training_ends_in_the_same_state(
     last.join()
     assert last.exitcode == 0
     whole_run, killed = RunDirectory.open(tmp_path / "whole"), RunDirectory.open(tmp_path / "killed")
-    assert len(killed.head()) == 2 and killed.digest() == whole_run.digest()
+    assert len(killed.active_tasks()) == 2 and killed.digest() == whole_run.digest()
     left = {path.relative_to(killed.path) for path in killed.path.rglob("*")}
     assert left == {path.relative_to(whole_run.path) for path in whole_run.path.rglob("*")}
 

@@ -49,7 +49,7 @@ def test_a_run_opens_as_it_was_created(run: RunDirectory, tiny_backbone: Backbon
     opened = RunDirectory.open(run.path)
     assert opened.info == tiny_backbone.info
     assert opened.config == replace(CONFIG, data="", task_order=None)  # where images lie is no part of a run
-    assert opened.head() == [] and opened.training_steps() is None and opened.sources() == {}
+    assert opened.active_tasks() == [] and opened.training_steps() is None and opened.sources() == {}
 
 
 def test_a_committed_task_reads_back(run: RunDirectory, two_tasks: list[TaskRecord]) -> None:
@@ -60,8 +60,8 @@ def test_a_committed_task_reads_back(run: RunDirectory, two_tasks: list[TaskReco
         assert found.info == record.info
         for name, part in record.tensors().items():
             assert all(torch.equal(value, found.tensors()[name][key]) for key, value in part.items())
-    assert opened.digest() == run.digest() != opened.digest(opened.head()[:1])
-    assert opened.find("second") == opened.head()[1]
+    assert opened.digest() == run.digest() != opened.digest(opened.active_tasks()[:1])
+    assert opened.find("second") == opened.active_tasks()[1]
     with pytest.raises(RunError, match="no task 'third'; it has first, second"):
         opened.find("third")
 
@@ -86,8 +86,8 @@ def test_rollback_is_the_identity(run: RunDirectory, two_tasks: list[TaskRecord]
     before, digest = snapshot(run.path), run.digest()
     run.commit(third)
     assert run.digest() != digest
-    assert [entry.folder for entry in run.head()] == ["0001-first", "0002-second", "0003-third-task"]
-    run.set_head(run.head()[:-1])
+    assert [entry.folder for entry in run.active_tasks()] == ["0001-first", "0002-second", "0003-third-task"]
+    run.set_active_tasks(run.active_tasks()[:-1])
     assert (run.digest(), snapshot(run.path)) == (digest, before)
 
 
@@ -95,8 +95,8 @@ def test_remove_leaves_the_other_tasks_alone(run: RunDirectory, two_tasks: list[
     for record in [*two_tasks, third]:
         run.commit(record)
     kept = snapshot(run.path / "tasks" / "0003-third-task")
-    head = run.head()
-    run.set_head([head[0], head[2]])
+    head = run.active_tasks()
+    run.set_active_tasks([head[0], head[2]])
     assert [record.info.name for record in RunDirectory.open(run.path).records()] == ["first", "third task/é"]
     assert snapshot(run.path / "tasks" / "0003-third-task") == kept
     assert not (run.path / "tasks" / "0002-second").exists()
@@ -144,7 +144,7 @@ def put_hashes_right(run: RunDirectory) -> StoredTask:
     (folder / "task.json").write_text(json.dumps(description))
     content = json.dumps(description, sort_keys=True, ensure_ascii=False).encode()
     task = StoredTask(folder.name, hashlib.sha256(content).hexdigest())
-    run.set_head([task])
+    run.set_active_tasks([task])
     return task
 
 
@@ -288,7 +288,7 @@ def test_a_missing_file_is_noticed(run: RunDirectory, two_tasks: list[TaskRecord
 def test_a_damaged_head(run: RunDirectory, head: str) -> None:
     (run.path / "HEAD.json").write_text(head)
     with pytest.raises(RunError, match=r"HEAD\.json is damaged .*; restore it"):
-        run.head()
+        run.active_tasks()
 
 
 def edit_yaml(path: Path, **changes: object) -> None:
@@ -400,7 +400,7 @@ def test_a_run_without_a_marker(run: RunDirectory, two_tasks: list[TaskRecord]) 
     old = RunDirectory.open(run.path)
     with old.locked():
         old.commit(two_tasks[1])
-        assert old.set_head(old.head()[:1]) == []
+        assert old.set_active_tasks(old.active_tasks()[:1]) == []
     assert [path.name for path in (run.path / "tasks").iterdir()] == ["0001-first"]
 
 
@@ -416,7 +416,7 @@ def test_one_writer_at_a_time(run: RunDirectory) -> None:
     with run.locked():
         with pytest.raises(RunError, match=f"Process {os.getpid()} is writing .*wait for it or stop it"), run.locked():
             pass
-        assert RunDirectory.open(run.path).head() == []  # reading goes on
+        assert RunDirectory.open(run.path).active_tasks() == []  # reading goes on
     with run.locked():
         pass
 
@@ -462,7 +462,7 @@ def test_a_commit_that_was_killed_is_no_part_of_the_run(
     run.checkpoint("key").save(1, {})
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
         if number == 4:
-            patch.setattr(run, "_delete_checkpoint", dying_at(1, run.set_head))
+            patch.setattr(run, "_delete_checkpoint", dying_at(1, run.set_active_tasks))
         for place, name in ((Path, "replace"), (Path, "rename")):
             patch.setattr(place, name, dying_at({1: 1, 2: 1, 3: 2}.get(number, 9), getattr(place, name)))
         if number == 2:
@@ -487,8 +487,8 @@ def test_a_rollback_that_was_killed_is_finished(
         run.commit(two_tasks[1])
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(Path, "unlink", dying_at(number, Path.unlink))
-            run.set_head(run.head()[:1])
-        assert len(run.head()) == 1
+            run.set_active_tasks(run.active_tasks()[:1])
+        assert len(run.active_tasks()) == 1
         with run.locked():
             assert {**snapshot(run.path), ".lock": b""} == {**before, ".lock": b""}
 
@@ -503,7 +503,7 @@ def test_rollback_deletes_what_the_task_wrote_alone(
     (run.path / "checkpoint").mkdir()
     (run.path / "checkpoint" / "notes.txt").write_text("mine")
     stays = folder in (run.path / "tasks" / foreign).parents
-    assert run.set_head([]) == ([folder] if stays else [])
+    assert run.set_active_tasks([]) == ([folder] if stays else [])
     assert snapshot(run.path / "tasks") == {foreign: b"mine"}
     assert snapshot(run.path / "checkpoint") == {"notes.txt": b"mine"}
     assert run.commit(two_tasks[0]).folder == ("0002-first" if stays else "0001-first")  # what is there stays
@@ -524,7 +524,7 @@ def test_rollback_knows_a_task_by_its_id(
         folder.rename(tmp_path / "elsewhere")
         folder.symlink_to(tmp_path / "elsewhere")
     before = snapshot(tmp_path)
-    run.set_head([])
+    run.set_active_tasks([])
     kept = {"another task.json": "run/tasks/0001", "a copy": "run/tasks/0007", "a link": "elsewhere"}[what]
     expected = {name: value for name, value in before.items() if name.startswith(kept)}
     assert expected and expected.items() <= snapshot(tmp_path).items()

@@ -188,7 +188,7 @@ def test_automatic_precision_never_contradicts(run: Path, image_stream: Path) ->
 def test_rollback_and_training_again_give_the_same_run(run: Path, image_stream: Path) -> None:
     opened = RunDirectory.open(run)
     tasks, digest = {p: p.read_bytes() for p in (run / "tasks").rglob("*.*") if p.is_file()}, opened.digest()
-    opened.set_head(opened.head()[:1])
+    opened.set_active_tasks(opened.active_tasks()[:1])
     assert train(run, image_stream).rows == [2]  # the first state was measured before
     assert RunDirectory.open(run).digest() == digest
     assert {p: p.read_bytes() for p in (run / "tasks").rglob("*.*") if p.is_file()} == tasks
@@ -203,7 +203,7 @@ def test_measuring_again_gives_the_same_numbers(run: Path) -> None:
 
 
 def test_a_run_without_tasks_cannot_be_measured(run: Path) -> None:
-    RunDirectory.open(run).set_head([])
+    RunDirectory.open(run).set_active_tasks([])
     with pytest.raises(RunError, match="learned no task yet"):
         measure_run(RunDirectory.open(run), None, "cpu", None, Notes())
 
@@ -225,7 +225,7 @@ def test_a_lost_note_of_the_sources_stops_nothing(run: Path, tmp_path: Path, ima
     with pytest.raises(ConfigError, match="knows no images yet; name them with --data"):
         train(run)
     train(run, image_task(tmp_path / "third", {"dot": 4, "bar": 5}))
-    assert len(RunDirectory.open(run).head()) == 3
+    assert len(RunDirectory.open(run).active_tasks()) == 3
 
 
 def test_a_single_class_and_a_known_class(run: Path, tmp_path: Path, image_task: Callable[..., Path]) -> None:

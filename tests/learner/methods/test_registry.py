@@ -80,7 +80,7 @@ def test_a_method_in_a_file_is_trained_by_name(
     assert call(*train, "--method", "mine")[0] == 0
     opened = RunDirectory.open(run)
     assert opened.config.method == "mine"
-    assert {opened.read_info(task).classifier for task in opened.head()} == {"mean_f"}
+    assert {opened.read_info(task).classifier for task in opened.active_tasks()} == {"mean_f"}
     assert "mine on embedded" in call("status", run)[1]
     monkeypatch.delenv(VARIABLE)
     del METHODS["mine"]
