@@ -50,7 +50,9 @@ def test_learn_export_and_run(assets: Path, manifest: Path, tmp_path: Path) -> N
         backbone="vit_tiny_patch16_224",
         weights=str(assets / "weights" / "vit_tiny_patch16_224.safetensors"),
         size=64,
-        min_steps=60,
+        summaries=1,
+        epochs=1,
+        min_steps=24,
         precision="fp32",
     )
     metrics = train_run(tmp_path / "run", config, ["data"], Callback())

@@ -216,7 +216,7 @@ def test_constant_features_in_every_classifier(tiny_backbone: Backbone, learn: L
 
 MANY = [
     ("frozen", 20, {}),
-    ("dual_lora", 50, {"energy": 0.99}),
+    ("dual_lora", 30, {"energy": 0.99}),
     ("inflora", 20, {"energy": 0.99}),
     ("sequential", 20, {}),
     ("task_arithmetic", 20, {"kept_images_per_class": 1}),

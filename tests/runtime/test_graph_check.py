@@ -182,12 +182,16 @@ def test_what_targets_are_exported_with_is_in_range() -> None:
 def test_the_table_has_the_operators_that_the_exporter_can_write() -> None:
     """By its source: a new operator or attribute there belongs into the table, and an unused one out of it."""
     written: dict[str, set[str]] = {}
+    reduced: set[str] = set()
     for call in ast.walk(ast.parse(Path(exporter.__file__).read_text(encoding="utf-8"))):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute) or not call.args:
             continue
         if call.func.attr in ("node", "make_node") and isinstance(call.args[0], ast.Constant):
             names = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
             written.setdefault(str(call.args[0].value), set()).update(names - {"name"})
+        elif call.func.attr == "_reduced" and isinstance(call.args[0], ast.Constant):
+            reduced.add(str(call.args[0].value))
+    written |= {name: {"axes", "keepdims"} for name in reduced}
     known: dict[str, set[str]] = {}
     for opset in OPSETS:
         for name, operator in operators(opset).items():
@@ -237,7 +241,7 @@ def test_mutations_are_accepted_or_refused(two_tasks: ComposedModel) -> None:
     graphs = [build_model(two_tasks, opset, 8, **form).SerializeToString() for opset in (16, 20) for form in forms]
     said = [attack_graphs.judge(content, (INPUT,), OUTPUTS) for _, content in attack_graphs.mutate(graphs, 150, seed=1)]
     accepted = said.count(None)
-    assert 10 < accepted < 100 and len({*said}) > 50
+    assert 4 < accepted < 100 and len({*said}) > 50
 
 
 def test_every_truncation_is_refused() -> None:
