@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from duallora_edge.lazy import lazy_names
 
 if TYPE_CHECKING:
     from duallora_edge.device_profiles.catalog import list_profiles
@@ -45,8 +46,4 @@ _MODULES = {
     "resolve_target": "targets",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from duallora_edge.lazy import lazy_names
 
 if TYPE_CHECKING:
     from duallora_edge.export.bundle import Exported
@@ -10,10 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "export_run"]
 
+_MODULES = {"Exported": "bundle", "export_run": "export"}
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from duallora_edge.export import bundle, export
-
-    return getattr(export if name == "export_run" else bundle, name)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from duallora_edge.lazy import lazy_names
 
 if TYPE_CHECKING:
     from duallora_edge.learner.callbacks import Callback
@@ -13,8 +14,4 @@ __all__ = ["Callback", "Learner"]
 
 _MODULES = {"Callback": "callbacks", "Learner": "learner"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)
