@@ -10,29 +10,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import onnx
-import onnxruntime
 import yaml
 
 from duallora_edge.cli_groups import option_group
 from duallora_edge.errors import ConfigError, RunError
-from duallora_edge.export.graph import build_model
 from duallora_edge.files import open_lock, read_json, write_atomic, write_json
 from duallora_edge.learner.commands import echo, folder_bytes
 from duallora_edge.learner.config import PER_CALL, SETTINGS, TrainConfig, load_config, sort_out
-from duallora_edge.learner.methods import METHODS, compose
-from duallora_edge.learner.network.prefix_cache import PrefixCache
+from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import MethodsCommand, setting_options
-from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
-from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.terminal import TerminalCallback
-from duallora_edge.learner.train import open_run, train_run
 from duallora_edge.runtime.bundle import INPUT
+
+# The libraries of learning and export are imported by what needs them, so that the help starts at once.
+if TYPE_CHECKING:
+    from duallora_edge.learner.network.prefix_cache import PrefixCache
+    from duallora_edge.learner.report.comparison import Result
 
 TABLE, PICTURE = "comparison.md", "comparison.png"
 
@@ -157,6 +155,9 @@ def compare(
     variants = [Variant.parse(text) for text in GROUPS.get(methods, methods.split(","))]
     numbers = _seeds(seeds)
     _check_free(out)
+    from duallora_edge.learner.network.prefix_cache import PrefixCache
+    from duallora_edge.learner.report.comparison import comparison_png, markdown
+
     caches: dict[tuple[int | None, int | None, str], PrefixCache] = {}
     found: dict[str, dict[int, Result]] = {variant.label: {} for variant in variants}
     for seed in numbers:
@@ -208,6 +209,8 @@ def _add_others(found: dict[str, dict[int, Result]], out: Path, base: TrainConfi
 
 def _read(path: Path) -> tuple[str | None, int, Result]:
     """The variant, seed and content of a stored result. Raises `RunError` when it is something else."""
+    from duallora_edge.learner.report.comparison import Result
+
     try:
         value = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
@@ -240,6 +243,9 @@ def _shuffled(config: TrainConfig, seed: int) -> TrainConfig:
 
 def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache) -> Result:
     """Learn the stream, or read the result of an earlier call."""
+    from duallora_edge.learner.report.comparison import Result
+    from duallora_edge.learner.train import train_run
+
     path = out / f"{variant.file_name}-{config.seed}"
     stored = out / f"{path.name}.json"
     if stored.is_file():
@@ -248,7 +254,7 @@ def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache
     watch = Stopwatch()
     watch.say(f"\n== {variant.label}, seed {config.seed}")
     given = [key for key, value in config.to_json().items() if value != getattr(TrainConfig(), key)]
-    metrics: Metrics = train_run(path, config, given, watch, cache)
+    metrics = train_run(path, config, given, watch, cache)
     run = RunDirectory.open(path)
     infos = [run.read_info(task) for task in run.active_tasks()]
     images = sum(sum(info.counts.values()) for info in infos)
@@ -266,6 +272,8 @@ def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache
 
 def _check_settings(path: Path, config: TrainConfig) -> None:
     """Raise `ConfigError` when the result of an earlier call was made with other settings or images."""
+    from duallora_edge.learner.train import open_run
+
     values = config.to_json()
     run = open_run(path, config, [key for key in values if key not in PER_CALL])
     for source in run.sources().values():
@@ -291,6 +299,12 @@ def _trained(run: RunDirectory) -> float:
 
 def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -> dict[str, float]:
     """Milliseconds of the exported last state of each variant on this CPU: medians of interleaved single images."""
+    import onnx
+    import onnxruntime
+
+    from duallora_edge.export.graph import build_model
+    from duallora_edge.learner.methods import compose
+
     sessions = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in variants:

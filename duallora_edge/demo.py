@@ -7,20 +7,10 @@ import sys
 from pathlib import Path
 
 import click
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
 
-from duallora_edge.export.export import export_run
 from duallora_edge.learner.commands import echo, show_metrics
 from duallora_edge.learner.config import SETTINGS
-from duallora_edge.learner.evaluate import report
 from duallora_edge.learner.learner import Learner
-from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.terminal import TerminalCallback
-from duallora_edge.runtime.classifier import Classifier
-from duallora_edge.runtime.preprocess import read_image
 
 SIDE = 32
 CLASSES_PER_TASK = 2
@@ -43,10 +33,17 @@ def demo(folder: Path, seed: int) -> None:
     Example:
       duallora-edge demo --run out/demo
     """
+    from duallora_edge.export.export import export_run
+    from duallora_edge.learner.evaluate import report
+    from duallora_edge.learner.run_directory import RunDirectory
+    from duallora_edge.learner.terminal import TerminalCallback
+    from duallora_edge.runtime.classifier import Classifier
+    from duallora_edge.runtime.preprocess import read_image
+
     terminal = TerminalCallback()
     write_digits(folder / "images")
     learners = {method: Learner(folder / method, callbacks=[terminal], method=method, seed=seed) for method in METHODS}
-    results: dict[str, Metrics] = {}
+    results = {}
     for method, learner in learners.items():
         terminal.say(f"\n== {method}")
         results[method] = learner.learn(folder / "images")
@@ -73,6 +70,10 @@ def demo(folder: Path, seed: int) -> None:
 
 def write_digits(folder: Path) -> None:
     """Write scikit-learn's digits as PNG files, as a stream of five tasks; every fourth image is for testing."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     for index, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         first = digit // CLASSES_PER_TASK * CLASSES_PER_TASK

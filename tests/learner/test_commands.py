@@ -178,7 +178,12 @@ def without_torch(*arguments: object) -> tuple[int, str, str]:
 
 def test_help_and_status_need_no_torch(run: Path) -> None:
     calls: list[tuple[tuple[object, ...], str]] = [(("--help",), "Commands:"), (("status", run), "Run: ")]
-    for name, section in {"train": "Ablations:", "evaluate": "Output:", "export": "Graph:"}.items():
+    for name, section in {
+        "train": "Ablations:",
+        "evaluate": "Output:",
+        "export": "Graph:",
+        "compare": "Methods:",
+    }.items():
         calls.append(((name, "--help"), section))
     for arguments, shown in calls:
         code, out, err = without_torch(*arguments)
