@@ -177,7 +177,7 @@ def mutate(run: Path, rng: random.Random) -> str:
     change = rng.choice([mutate_bytes, structured, structured, structured])
     what = f"{path.relative_to(run)} {change(path, rng)}"
     if path.parent.parent.name == "tasks" and (path.parent / "task.json").is_file() and rng.random() < 0.75:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             put_hashes_right(run, path.parent)
             what += ", hashes put right"
     return what
