@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def test_the_lock_has_hashes_and_all_that_is_asked_for() -> None:
 
 @in_locked_environment
 def test_the_environment_is_the_one_of_the_lock() -> None:
-    installed = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in metadata.distributions()}
+    found = metadata.distributions(path=[sysconfig.get_path("purelib")])  # sys.path has what setuptools brings, too
+    installed = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in found}
     assert {name: installed.get(name) for name in LOCKED} == LOCKED
 
 
