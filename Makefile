@@ -9,7 +9,8 @@ READY := $(VENV)/.installed
 demo: $(READY)
 	$(BIN)/duallora-edge demo --run out/demo
 
-# The default tier, one thread for each worker; a third one works where the others wait for something. Tests that need the real images run when DUALLORA_EDGE_ASSETS names their folder.
+# The default tier, one thread for each worker; the third works while others wait for something. Tests that need the real
+# images run when DUALLORA_EDGE_ASSETS names their folder.
 test: $(READY)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile
 
