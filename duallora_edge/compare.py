@@ -21,6 +21,7 @@ from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.files import open_lock, read_json, write_atomic, write_json
 from duallora_edge.learner.commands import echo, folder_bytes
 from duallora_edge.learner.config import PER_CALL, SETTINGS, TrainConfig, load_config, sort_out
+from duallora_edge.learner.learner import Learner
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import MethodsCommand, setting_options
 from duallora_edge.learner.run_directory import RunDirectory
@@ -244,7 +245,6 @@ def _shuffled(config: TrainConfig, seed: int) -> TrainConfig:
 def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache) -> Result:
     """Learn the stream, or read the result of an earlier call."""
     from duallora_edge.learner.report.comparison import Result
-    from duallora_edge.learner.train import train_run
 
     path = out / f"{variant.file_name}-{config.seed}"
     stored = out / f"{path.name}.json"
@@ -253,8 +253,8 @@ def _result(variant: Variant, config: TrainConfig, out: Path, cache: PrefixCache
         return _read(stored)[2]
     watch = Stopwatch()
     watch.say(f"\n== {variant.label}, seed {config.seed}")
-    given = [key for key, value in config.to_json().items() if value != getattr(TrainConfig(), key)]
-    metrics = train_run(path, config, given, watch, cache)
+    settings = {key: value for key, value in config.to_json().items() if value != getattr(TrainConfig(), key)}
+    metrics = Learner(path, callbacks=[watch], cache=cache, **settings).learn()
     run = RunDirectory.open(path)
     infos = [run.read_info(task) for task in run.active_tasks()]
     images = sum(sum(info.counts.values()) for info in infos)

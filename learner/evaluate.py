@@ -159,12 +159,20 @@ def add_tests(
                 tests.add(task, infos[task.name].classes)
 
 
-def measure_run(run: RunDirectory, data: str | None, device: str, weights: str | None, callback: Callback) -> Metrics:
+def measure_run(
+    run: RunDirectory,
+    data: str | None,
+    device: str,
+    weights: str | None,
+    callback: Callback,
+    comparisons: Sequence[tuple[str, Metrics]] = (),
+) -> Metrics:
     """Measure every state of a run again and write the report; ``data`` replaces the remembered source."""
     with run.locked():
         backbone = run.backbone(weights).to(pick_device(device))
         tests = Tests(backbone, run.config.precision)
         add_tests(run, tests, callback, data=data)
         metrics = evaluate_run(run, tests, reuse=False, on_row=callback.measured)
-        report(run, metrics)
+        report(run, metrics, comparisons)
+    callback.end(metrics)
     return metrics

@@ -106,17 +106,11 @@ class Learner:
                 not measured.
             DataError: ``data`` was given and cannot be read.
         """
-        from duallora_edge.learner.evaluate import measure_run, report
+        from duallora_edge.learner.evaluate import measure_run
 
         others = [(other.path.name, other.metrics) for other in comparisons]
-        run = RunDirectory.open(self.path)
-        metrics = measure_run(
-            run, None if data is None else str(data), self._config.device, self._config.weights, self._callback
-        )
-        if others:
-            report(run, metrics, others)
-        self._callback.end(metrics)
-        return metrics
+        run, source = RunDirectory.open(self.path), None if data is None else str(data)
+        return measure_run(run, source, self._config.device, self._config.weights, self._callback, others)
 
     @property
     def config(self) -> TrainConfig:

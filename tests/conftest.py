@@ -66,7 +66,10 @@ def pixel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def processes() -> ForkServerContext:
     """Starts processes from one fork server, which spares each of them the imports: 12 s of CPU time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["duallora_edge.compare"])
+    # Named one by one, since commands import them late.
+    learner = ("train", "learner", "terminal", "methods.learning", "report.comparison")
+    names = [f"duallora_edge.learner.{name}" for name in learner]
+    context.set_forkserver_preload(["duallora_edge.export.graph", *names])
     return context
 
 
