@@ -9,9 +9,10 @@ READY := $(VENV)/.installed
 demo: $(READY)
 	$(BIN)/duallora-edge demo --run out/demo
 
-# The default tier, one thread a worker; tests that need the real images run when DUALLORA_EDGE_ASSETS names their folder.
+# The default tier, one thread for each worker; the third works while others wait for something. Tests that need the real
+# images run when DUALLORA_EDGE_ASSETS names their folder.
 test: $(READY)
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile
 
 # What takes minutes: the runtime in an emulated arm64 Debian (as root, with debootstrap and qemu-user-static).
 test-slow: $(READY)

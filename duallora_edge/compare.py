@@ -278,10 +278,9 @@ def _check_settings(path: Path, config: TrainConfig) -> None:
     run = open_run(path, config, [key for key in values if key not in PER_CALL])
     for source in run.sources().values():
         for key in ("classes_per_task", "class_order", "task_order"):
-            known = tuple(source[key]) if isinstance(source[key], list) else source[key]
-            if known != values[key]:
+            if source[key] != values[key]:
                 raise ConfigError(
-                    f"The result in {path} was made with {key} {known!r}, not {values[key]!r}; use a new --out."
+                    f"The result in {path} was made with {key} {source[key]!r}, not {values[key]!r}; use a new --out."
                 )
 
 

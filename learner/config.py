@@ -230,8 +230,6 @@ class TrainConfig:
 
 
 SETTINGS = settings_of(TrainConfig)
-# The values that a setting of few values may have.
-CHOICES = {key: one.choices for key, one in SETTINGS.items() if one.choices}
 # Settings that say where images come from; stored beside each task so that evaluations find its test images.
 SOURCE = tuple(key for key, one in SETTINGS.items() if one.scope == "source")
 # Settings that later calls of the same run may change; all others define the run.

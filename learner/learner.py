@@ -17,7 +17,7 @@ from duallora_edge.learner.measurements import stored_metrics
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.run_directory import RunDirectory, StoredTask
 
 if TYPE_CHECKING:
     from duallora_edge.learner.network.answers import ComposedModel
@@ -168,7 +168,7 @@ class Learner:
                 raise RunError(f"Later tasks of {run.config.method} build on {task}; only the newest can be removed.")
             self._activate(run, [other for other in active if other != entry])
 
-    def _activate(self, run: RunDirectory, active: Sequence[Any]) -> None:
+    def _activate(self, run: RunDirectory, active: Sequence[StoredTask]) -> None:
         for folder in run.set_active_tasks(active):
             self._callback.say(f"{folder} stays: it holds files that the task did not write.")
 

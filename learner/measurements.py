@@ -13,7 +13,7 @@ from duallora_edge.learner.run_directory import RunDirectory
 
 @main_only
 def measured_rows(run: RunDirectory) -> dict[str, Row]:
-    """Rows measured earlier, by the digest of the state they were measured on: one cell a task of the state.
+    """Rows measured earlier, by the digest of the state they were measured on: one cell for each task of the state.
 
     Raises `RunError` when they are damaged.
     """

@@ -93,8 +93,6 @@ def source_groups(run: RunDirectory, names: Collection[str]) -> list[dict[str, A
     sources = run.sources()
     groups: list[dict[str, Any]] = [] if set(names) <= set(sources) else [{}]
     for name, settings in sources.items():
-        if isinstance(settings.get("task_order"), list):
-            settings["task_order"] = tuple(settings["task_order"])
         if name in names and settings not in groups:
             groups.append(settings)
     return groups

@@ -41,7 +41,7 @@ from duallora_edge.files import (
 )
 from duallora_edge.folder_kind import folder_kind
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml, sort_out
-from duallora_edge.learner.distributed import held_by_main, main_only
+from duallora_edge.learner.distributed import held_by_main, main_first, main_only
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.task_info import TaskInfo
@@ -165,6 +165,9 @@ class RunDirectory:
 
     def backbone(self, weights: str | None = None) -> Backbone:
         """Load the backbone of the run and check that it is the same one. Raises `RunError` otherwise."""
+        return main_first(lambda: self._load_backbone(weights))
+
+    def _load_backbone(self, weights: str | None) -> Backbone:
         from duallora_edge.learner.network.backbone import load_backbone
 
         source = weights or self.config.weights
@@ -457,9 +460,8 @@ def _source(settings: object) -> dict[str, Any]:
     problems += [f"{key} does not say where images lie" for key in good if key not in SOURCE]
     if problems:
         raise ValueError("; ".join(problems))
-    TrainConfig(**good)
-    defaults = TrainConfig().to_json()
-    return {key: good.get(key, defaults[key]) for key in SOURCE}
+    config = TrainConfig(**good)
+    return {key: getattr(config, key) for key in SOURCE}
 
 
 def _content_id(description: object) -> str:

@@ -69,7 +69,7 @@ class Profile:
         return {"wall_s": self.wall, "sum_s": total, "tasks": tasks}
 
     def table(self) -> str:
-        """A line a phase: seconds over all tasks and the share of the whole, then the sum beside the clock."""
+        """One line for each phase, with its seconds over all tasks and its share; then the sum beside the clock."""
         sums = {name: sum(seconds[name] for seconds in self.seconds.values()) for name in PHASES}
         total = sum(sums.values())
         lines = [f"{name:<16} {sums[name]:>9.2f} s {100 * sums[name] / total:>5.1f} %" for name in PHASES]

@@ -17,9 +17,10 @@ import os
 import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from duallora_edge.errors import ConfigError, DualLoraEdgeError
+from duallora_edge.lazy import lazy_names
 
 if TYPE_CHECKING:
     from duallora_edge.learner.methods.base import Method
@@ -132,8 +133,5 @@ class Methods(MutableMapping[str, "Method"]):
 METHODS = Methods()
 
 
-def __getattr__(name: str) -> Any:
-    """`compose` and `learn_task` need torch, which a registry does not."""
-    if name in ("compose", "learn_task"):
-        return getattr(importlib.import_module(f"{__name__}.learning"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# They need torch, which a registry does not.
+__getattr__ = lazy_names(__name__, {"compose": "learning", "learn_task": "learning"})

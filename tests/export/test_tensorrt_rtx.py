@@ -15,7 +15,7 @@ from duallora_edge.runtime.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
 
-CAPABILITIES = ("sm75", "sm86", "sm120")  # the oldest, that of the target, and the newest
+CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120")
 
 
 @pytest.fixture(autouse=True)

@@ -216,7 +216,7 @@ def test_constant_features_in_every_classifier(tiny_backbone: Backbone, learn: L
 
 MANY = [
     ("frozen", 20, {}),
-    ("dual_lora", 30, {"energy": 0.99}),
+    ("dual_lora", 50, {"energy": 0.99}),
     ("inflora", 20, {"energy": 0.99}),
     ("sequential", 20, {}),
     ("task_arithmetic", 20, {"kept_images_per_class": 1}),
@@ -239,7 +239,7 @@ def test_many_tasks(
     assert_finite(records)
     assert answers(tiny_backbone, records, tasks[0]).probabilities.shape == (8, 2 * count)
     mean = sum(accuracy(records, task) for task in tasks[::7]) / len(tasks[::7])
-    assert mean > 0.1 or method not in CLOSED_FORM  # chance is 0.025 or less
+    assert mean > 5 / count or method not in CLOSED_FORM  # ten times chance
     for index in range(len(tiny_backbone.suffix)):
         blocks = [record.blocks[index] for record in records]
         for bases in ([block.q_basis for block in blocks], [block.v_basis for block in blocks]):

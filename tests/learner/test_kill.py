@@ -16,7 +16,7 @@ from duallora_edge.cli import main
 from duallora_edge.errors import RunError
 from duallora_edge.learner.run_directory import RunDirectory
 
-KILLS = 3
+KILLS = 5
 PROGRAM = """
 from duallora_edge.cli import main
 from duallora_edge.learner.report import page

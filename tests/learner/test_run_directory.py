@@ -574,7 +574,7 @@ def test_sources_are_remembered_by_task(run: RunDirectory, tmp_path: Path) -> No
     run.remember_source(["a", "b"], replace(CONFIG, data=str(tmp_path / "x" / ".." / "images")))
     run.remember_source(["b"], replace(CONFIG, data="torchvision:MNIST", classes_per_task=2))
     found = RunDirectory.open(run.path).sources()
-    assert found["a"]["data"] == str(tmp_path / "images") and found["a"]["task_order"] == ["b", "a"]
+    assert found["a"]["data"] == str(tmp_path / "images") and found["a"]["task_order"] == ("b", "a")
     assert (found["b"]["data"], found["b"]["classes_per_task"]) == ("torchvision:MNIST", 2)
 
 
