@@ -72,7 +72,7 @@ def make_backbone(name: str, size: int, weights: Path | None, prefix_blocks: int
     model = timm.create_model(name, num_classes=0, img_size=size)
     prefix, half = prefix_blocks or len(model.blocks) // 2, (0.5, 0.5, 0.5)
     info = BackboneInfo(name, "0" * 64, size, half, half, "bicubic", prefix, spaced_blocks(prefix, 3))
-    return Backbone(model, info)
+    return Backbone(model, info, size)
 
 
 def make_task(size: int, images: int, number: int = 0) -> PreparedTask:

@@ -44,6 +44,12 @@ class TrainConfig:
         None, "safetensors file with the weights of the backbone.",
         "Essentials", unset="the backbone's own", metavar="FILE", scope="call",
     )  # fmt: skip
+    base: str = setting(
+        "auto",
+        "How the backbone is fitted to another input size than its own before the first task: 'auto' on the images of "
+        "that task, which needs no labels and a minute or two, 'none' not at all, or a FILE made by 'adapt'.",
+        "Essentials", metavar="auto|none|FILE",
+    )  # fmt: skip
     epochs: int = setting(
         4, "Passes over the training images of each task; training takes longer in proportion.",
         "Essentials", low=0, high=10_000,

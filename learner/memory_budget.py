@@ -31,6 +31,7 @@ from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.network.backbone import Backbone, autocast
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.prefix_cache import BATCH, token_bytes
+from duallora_edge.learner.statistics.gaussian import STORED_DIRECTIONS
 
 UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 # Factor on what is predicted on top of the base, for buffers inside operators and holes in the heap.
@@ -190,8 +191,8 @@ def held_bytes(backbone: Backbone, stream: PreparedStream, learned: int) -> int:
     dim, summary = backbone.dim, backbone.summary_dim
     images = max(len(task.train) + len(task.validation) for task in stream.tasks)
     tests = sum(len(task.test) for task in stream.tasks)
-    scatters = (learned + len(stream.tasks)) * (dim + summary) ** 2 * 2  # triangles in float32
-    return scatters + images * 4 * (2 * summary + dim) + tests * 4 * summary
+    factors = (learned + len(stream.tasks)) * STORED_DIRECTIONS * (dim + summary) * 4
+    return factors + images * 4 * (2 * summary + dim) + tests * 4 * summary
 
 
 def statistics_bytes(backbone: Backbone, stream: PreparedStream) -> int:

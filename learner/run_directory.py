@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,14 @@ if TYPE_CHECKING:
     from duallora_edge.learner.network.backbone import Backbone
     from duallora_edge.learner.network.task_record import TaskRecord
 
-SCHEMA = 4
+SCHEMA = 5
 MARKER = ".duallora-edge-run"
 SPARE = ".duallora-edge-spare"
+BASE = "base.safetensors"
 _LOCK = ".lock"
 # What is written under a temporary name first, which a kill leaves.
 _WRITTEN = (
-    "HEAD.json", "run.yaml", "backbone.json", "sources.json", "memory_budget.json", SPARE,
+    "HEAD.json", "run.yaml", "backbone.json", BASE, "sources.json", "memory_budget.json", SPARE,
     "checkpoint/state.safetensors",
     "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
     "reports/matrix.png", "reports/reliability.png",
@@ -106,8 +107,11 @@ class RunDirectory:
 
     @classmethod
     @main_only
-    def create(cls, path: Path, config: TrainConfig, info: BackboneInfo) -> RunDirectory:
-        """Make a new run directory. Raises `RunError` when something else is there."""
+    def create(cls, path: Path, config: TrainConfig, info: BackboneInfo, base: bytes | None = None) -> RunDirectory:
+        """Make a new run directory. Raises `RunError` when something else is there.
+
+        ``base`` is the content of the file whose sha256 is ``info.base``.
+        """
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is not a folder; give another name with --run.")
         path.mkdir(parents=True, exist_ok=True)
@@ -122,6 +126,8 @@ class RunDirectory:
             (path / "tasks").mkdir(exist_ok=True)
             if any((path / "tasks").iterdir()):
                 raise RunError(f"The run {path} has tasks but no run.yaml; restore it from a copy.")
+            if base is not None:
+                write_atomic(path / BASE, base)
             write_json(path / "backbone.json", info.to_json())
             write_json(path / "HEAD.json", {"schema": SCHEMA, "tasks": []})
             keep_spare(path / SPARE)
@@ -169,8 +175,13 @@ class RunDirectory:
 
     def _load_backbone(self, weights: str | None) -> Backbone:
         from duallora_edge.learner.network.backbone import load_backbone
+        from duallora_edge.learner.network.base_adaptation import read_base
 
-        source = weights or self.config.weights
+        source, base = weights or self.config.weights, None
+        if self.info.base is not None:
+            base, content = read_base(self.path / BASE)
+            if hashlib.sha256(content).hexdigest() != self.info.base:
+                raise RunError(f"{self.path / BASE} was altered since it was written; restore it from a copy.")
         backbone = load_backbone(
             self.info.name,
             weights=Path(source) if source else None,
@@ -178,11 +189,13 @@ class RunDirectory:
             prefix_blocks=self.info.prefix_blocks,
             summaries=len(self.info.summary_blocks),
         )
-        if backbone.info != self.info:
+        if replace(backbone.info, base=self.info.base) != self.info:
             raise RunError(
                 f"The weights of {self.info.name} are not those the run was trained with (sha256 "
                 f"{backbone.info.sha256[:12]}, expected {self.info.sha256[:12]}); give the right file with --weights."
             )
+        if base is not None:
+            backbone.adapt(base, str(self.info.base))
         return backbone
 
     # -- reading ----------------------------------------------------------------------------------------------
@@ -357,11 +370,7 @@ class RunDirectory:
         return not folder.exists()
 
     def _delete_checkpoint(self) -> None:
-        path = FileCheckpoint(self.path / "checkpoint", "").path
-        sweep(path)
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # missing, or with a file of somebody else
-            path.parent.rmdir()
+        FileCheckpoint(self.path / "checkpoint", "").delete()
 
     def checkpoint(self, key: str) -> FileCheckpoint:
         """The checkpoint of the task in training; one left by a task of another key is ignored and replaced."""
@@ -432,6 +441,13 @@ class FileCheckpoint:
         self.folder.mkdir(exist_ok=True)
         metadata = {"key": self.key, "step": str(step)}
         write_atomic(self.path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+
+    def delete(self) -> None:
+        """Delete what was saved, whatever the key."""
+        sweep(self.path)
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # missing, or with a file of somebody else
+            self.folder.rmdir()
 
 
 @contextlib.contextmanager

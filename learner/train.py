@@ -12,6 +12,7 @@ from typing import Any
 
 from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner import distributed, memory_budget
+from duallora_edge.learner.adapt import base_for
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask
@@ -19,6 +20,7 @@ from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import Tests, add_tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
 from duallora_edge.learner.network.backbone import Backbone, load_backbone
+from duallora_edge.learner.network.base_adaptation import BaseAdaptation, read_base
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.reading import check_apart, read_images
 from duallora_edge.learner.report.metrics import Metrics
@@ -38,6 +40,13 @@ def new_backbone(config: TrainConfig, callback: Callback) -> Backbone:
             summaries=config.summaries,
         )
     )
+
+
+def _apply(found: tuple[BaseAdaptation, bytes], backbone: Backbone) -> bytes:
+    """Fold a base adaptation into the backbone; returns the content of its file."""
+    base, content = found
+    backbone.adapt(base, hashlib.sha256(content).hexdigest())
+    return content
 
 
 def open_run(path: Path, config: TrainConfig, given: Sequence[str]) -> RunDirectory:
@@ -88,8 +97,12 @@ def train_run(
     else:
         backbone = run.backbone(config.weights)
         config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
+    base = None
+    if run is None and config.base not in ("auto", "none"):
+        base = _apply(distributed.on_main(lambda: read_base(Path(config.base))), backbone)
     stream = read_images(config, backbone.info, callback, apart_from=path)
     callback.say(stream.health.table())
+    frames = stream.tasks[0].train.pixels if stream.tasks else None
     if METHODS[config.method].single_task:
         stream = stream.merged()
     if config.memory_budget is not None and distributed.world_size() > 1:
@@ -99,8 +112,11 @@ def train_run(
     if plan:
         config = plan.apply(config)
         callback.say(plan.describe(config.batch_size))
-    # Only now, so that images that cannot be used do not leave an empty run behind.
-    run = run or RunDirectory.create(path, config, backbone.info)
+    if run is None:
+        # Only now, so that images that cannot be used do not leave an empty run behind.
+        if config.base == "auto" and backbone.native_size != backbone.info.size and frames is not None:
+            base = _apply(base_for(backbone, frames, config, callback), backbone)
+        run = RunDirectory.create(path, config, backbone.info, base)
     with run.locked():
         names = tuple(task.name for task in stream.tasks)
         known = _check_known(run, stream)

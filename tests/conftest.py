@@ -123,7 +123,7 @@ def make_backbone() -> Callable[..., Backbone]:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         half = (0.5, 0.5, 0.5)
-        return Backbone(model, BackboneInfo("tiny", "0" * 64, 32, half, half, "bicubic", 2, (0, 1)))
+        return Backbone(model, BackboneInfo("tiny", "0" * 64, 32, half, half, "bicubic", 2, (0, 1)), 32)
 
     return make
 

@@ -37,7 +37,7 @@ from duallora_edge.learner.statistics.calibration import (
     best_temperature,
     quantiles,
 )
-from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.gaussian import STORED_DIRECTIONS, ClassStatistics, GaussianClassifier
 from duallora_edge.learner.statistics.ridge import RidgeSums
 from duallora_edge.learner.statistics.subspace import new_directions
 from duallora_edge.learner.timing import phase, timed
@@ -204,7 +204,8 @@ class Method(ABC):
         features, moments = collect_features(network, train, config.precision, collect)
         validation_features, _ = collect_features(network, validation, config.precision)
         known = ClassifierData.of(past, lesson.backbone.dim)
-        statistics = ClassStatistics.of(features, train.labels, classes)
+        seen = ClassStatistics.of(features, train.labels, classes)
+        statistics = seen.compressed(STORED_DIRECTIONS)
         ridge_sums = None
         if info.classifier == "ridge":
             ridge_sums = fit_ridge_sums(
@@ -224,7 +225,8 @@ class Method(ABC):
             truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])[validation.labels]
             curve = CalibrationCurve.of(uncalibrated.logits(validation_features), uncalibrated.class_sums, truth)
             factor = overconfidence(scores, catalogue, statistics, lesson.number)
-            statistics = statistics + ClassStatistics.of(validation_features, validation.labels, classes)
+            seen = seen + ClassStatistics.of(validation_features, validation.labels, classes)
+            statistics = seen.compressed(STORED_DIRECTIONS)
             if ridge_sums:
                 ridge_sums = ridge_sums + RidgeSums.of(validation_features, validation.labels, classes)
         return TaskRecord(

@@ -17,7 +17,7 @@ from duallora_edge.learner.network.dynamic_memory import DynamicMemory
 from duallora_edge.learner.network.prefix_cache import Encoded
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.calibration import TEMPERATURES
-from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.gaussian import STORED_DIRECTIONS, ClassStatistics, GaussianClassifier
 from duallora_edge.learner.timing import phase, timed
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Lesson:
         """The classes of all tasks, this one included, as Gaussians of phi."""
         with phase("statistics"):
             new = ClassStatistics.of(self.train.phi, self.train.labels, len(self.task.classes))
-            return GaussianClassifier.fit([*summary_statistics(self.past, self.backbone), new], inflation=False)
+            known = summary_statistics(self.past, self.backbone)
+            return GaussianClassifier.fit([*known, new.compressed(STORED_DIRECTIONS)], inflation=False)
 
     @cached_property
     def gate_validation(self) -> GateValidation:

@@ -127,7 +127,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     epoch_steps = math.ceil(len(train) / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, eps=ADAM_EPS, fused=True)
-    start = _restore(lesson.checkpoint, optimizer, parameters)
+    start = restore_progress(lesson.checkpoint, optimizer, parameters)
     train.share_tokens()
     augment = Augment(config.augment, horizontal_flip=config.flip)
     order, generator = torch.empty(0, dtype=torch.long), torch.Generator()
@@ -146,7 +146,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
             views = torch.Generator().manual_seed(seed)
             view = partial(augment, generator=views, rows=rows, total=len(batch))
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
+            group["lr"] = cosine_rate(config.learning_rate, step, total)
         if len(own):
             images = train.batch(own, view)
             micro, loss = accumulate_gradients(lesson, optimizer, loss_of, own, images, len(batch), micro)
@@ -157,7 +157,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
         with phase("optimiser"):
             optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0:
-            _save(lesson.checkpoint, step + 1, optimizer, parameters)
+            save_progress(lesson.checkpoint, step + 1, optimizer, parameters)
         report_progress(lesson.callback, "train", step + 1, total)
         lesson.callback.step(step + 1, total, loss, optimizer.param_groups[0]["lr"])
 
@@ -200,13 +200,19 @@ def accumulate_gradients(
         torch.cuda.empty_cache()
 
 
+def cosine_rate(rate: float, step: int, steps: int) -> float:
+    """A rate that falls from ``rate`` to 0 like half a cosine; ``step`` counts from 0."""
+    return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def derive_seed(*numbers: int) -> int:
     """A 63-bit seed from several numbers (SeedSequence keeps nearby seeds independent)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @timed("checkpoint")
-def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
+def save_progress(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
+    """Write the state after ``step`` steps, on rank 0."""
     if not distributed.is_main():
         return
     tensors = {}
@@ -217,8 +223,11 @@ def _save(checkpoint: Checkpoint, step: int, optimizer: torch.optim.Adam, parame
     checkpoint.save(step, tensors)
 
 
-def _restore(checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> int:
-    saved = distributed.on_main(checkpoint.load)
+def restore_progress(
+    checkpoint: Checkpoint, optimizer: torch.optim.Adam, parameters: Sequence[Tensor], *, alone: bool = False
+) -> int:
+    """Continue from a checkpoint where it fits; returns the steps done. ``alone``: other processes do not take part."""
+    saved = checkpoint.load() if alone else distributed.on_main(checkpoint.load)
     if saved is None:
         return 0
     step, tensors = saved

@@ -19,20 +19,24 @@ from duallora_edge.errors import BackboneError
 from duallora_edge.files import sha256_file
 from duallora_edge.learner import embedded
 from duallora_edge.learner.network.backbone_info import BackboneInfo
+from duallora_edge.learner.network.base_adaptation import BaseAdaptation
 
 MAX_FEATURES = 4096
 
 
 class Backbone(nn.Module):
-    """A frozen timm `VisionTransformer`, split into a prefix that never changes and a suffix to be adapted."""
+    """A frozen timm `VisionTransformer`, split into a prefix that never changes and a suffix to be adapted.
+
+    ``native_size`` is the side of the input in pixels for which its weights were trained.
+    """
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: VisionTransformer, info: BackboneInfo) -> None:
+    def __init__(self, model: VisionTransformer, info: BackboneInfo, native_size: int) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.info = info
+        self.info, self.native_size = info, native_size
         self.register_buffer("pixel_mean", 255 * torch.tensor(info.mean), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(info.std), persistent=False)
 
@@ -48,6 +52,11 @@ class Backbone(nn.Module):
     def special_tokens(self) -> int:
         """Number of class and register tokens, which come before the patch tokens."""
         return int(self.model.num_prefix_tokens)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.model.patch_embed.patch_size[0])
 
     @property
     def pools_class_token(self) -> bool:
@@ -68,6 +77,28 @@ class Backbone(nn.Module):
         """Describe ``count`` blocks of the prefix from now on; runs made before need the summaries they had."""
         self.info = replace(self.info, summary_blocks=spaced_blocks(self.info.prefix_blocks, count))
 
+    @torch.no_grad()
+    def adapt(self, base: BaseAdaptation, sha256: str) -> None:
+        """Fold a base adaptation into the weights, for good; ``sha256`` is that of its file.
+
+        Raises:
+            BackboneError: It belongs to another backbone or another input size.
+        """
+        attentions = [block.attn for block in self.model.blocks]
+        if (base.backbone, base.size) != (self.info.sha256, self.info.size):
+            raise BackboneError(
+                f"The base adaptation was made for the weights {base.backbone[:12]} at {base.size} px, not for "
+                f"{self.info.name} ({self.info.sha256[:12]}) at {self.info.size} px; "
+                "'duallora-edge adapt' makes one."
+            )
+        fits = [down.shape[1] for down, _ in base.updates] == [attn.qkv.in_features for attn in attentions]
+        if not fits or base.positions.shape != self.model.pos_embed.shape:
+            raise BackboneError("The base adaptation is damaged (it does not have the shapes of the backbone).")
+        for attn, (down, up) in zip(attentions, base.updates, strict=True):
+            attn.qkv.weight += up.T.to(attn.qkv.weight) @ down.to(attn.qkv.weight)
+        self.model.pos_embed.copy_(base.positions)
+        self.info = replace(self.info, base=sha256)
+
     def prefix(self, images: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
         """Tokens at the end of the prefix, float32 [B, L, d], and the prefix summary phi, float32 [B, summary_dim].
 
@@ -75,8 +106,7 @@ class Backbone(nn.Module):
         early blocks see colour and texture, which the last one has mixed already. The matrix multiplications of the
         blocks run in ``precision`` (`autocast`).
         """
-        x = self.model.patch_embed(self.normalised(images))
-        x = self.model.norm_pre(self.model._pos_embed(x))
+        x = self.embed(images)
         summaries = []
         for index, block in enumerate(self.model.blocks[: self.info.prefix_blocks]):
             with autocast(precision, self.device):
@@ -84,6 +114,11 @@ class Backbone(nn.Module):
             if index in self.info.summary_blocks:
                 summaries.append(self.summary(x))
         return x, torch.cat(summaries, dim=1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens float32 [B, L, d] before the first block, of RGB frames uint8 [B, S, S, 3]."""
+        tokens: Tensor = self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(self.normalised(images))))
+        return tokens
 
     def normalised(self, images: Tensor) -> Tensor:
         """Frames uint8 [B, S, S, 3] as float32 [B, 3, S, S]; whole rows at once, since three numbers fill no vector."""
@@ -138,6 +173,7 @@ def load_backbone(
             "The embedded backbone has its own weights; name the backbone of --weights with --backbone."
         )
     model, digest, config = _embedded(size) if name == embedded.NAME else _from_timm(name, weights, size)
+    native_size = int(config["input_size"][-1])
     _check_supported(model, name)
     depth = len(model.blocks)
     prefix = depth // 2 if prefix_blocks is None else prefix_blocks % depth if prefix_blocks < 0 else prefix_blocks
@@ -153,7 +189,7 @@ def load_backbone(
         prefix_blocks=prefix,
         summary_blocks=spaced_blocks(prefix, summaries or _summaries(model)),
     )
-    return Backbone(model, info)
+    return Backbone(model, info, native_size)
 
 
 def _summaries(model: VisionTransformer) -> int:

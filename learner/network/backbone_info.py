@@ -20,6 +20,7 @@ class BackboneInfo:
         interpolation: how images are resized, ``bicubic`` or ``bilinear``.
         prefix_blocks: number of blocks that stay frozen for ever; the others are adapted.
         summary_blocks: blocks of the prefix (from 0, ascending) whose tokens the prefix summary describes.
+        base: sha256 of the base adaptation that is folded into the weights; None without one.
     """
 
     name: str
@@ -30,6 +31,7 @@ class BackboneInfo:
     interpolation: str
     prefix_blocks: int
     summary_blocks: tuple[int, ...]
+    base: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,6 +50,7 @@ class BackboneInfo:
             interpolation=read.choice("interpolation", ("bicubic", "bilinear")),
             prefix_blocks=read.integer("prefix_blocks", 1, 1000),
             summary_blocks=tuple(map(int, read.numbers("summary_blocks", 0, 1000))),
+            base=read.text("base") if read.has("base") and read.values["base"] is not None else None,
         )
         read.finish()
         if problems:

@@ -39,7 +39,9 @@ def collect_features(
 
     for indices, tokens, phi in encoded.batches():
         if encoded.cache is not None and network.is_untouched and collect == "none":
-            features.append(encoded.cache.features(encoded.pixels[indices.numpy()], partial(run, tokens, phi)))
+            features.append(
+                encoded.cache.features(network.backbone, encoded.pixels[indices.numpy()], partial(run, tokens, phi))
+            )
             continue
         batch, rows = run(tokens, phi)
         features.append(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -29,7 +30,8 @@ MAX_CACHE_SHARE = 0.4
 class PrefixCache:
     """Outputs of the untouched network by the content of the image, for several runs over the same images.
 
-    All runs must share backbone, prefix and precision. ``seconds`` is how long the prefix took for ``images`` images.
+    All runs must share prefix and precision; their backbones may differ in the base adaptation. ``seconds`` is how
+    long the prefix took for ``images`` images.
     """
 
     def __init__(self) -> None:
@@ -39,7 +41,7 @@ class PrefixCache:
 
     def __call__(self, backbone: Backbone, pixels: npt.NDArray[np.uint8], precision: str) -> tuple[Tensor, Tensor]:
         """Tokens float16 [B, L, d] and phi float32 of frames uint8 [B, S, S, 3], on the CPU."""
-        keys = _keys(pixels)
+        keys = _keys(backbone, pixels)
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
             started = time.monotonic()
@@ -51,19 +53,60 @@ class PrefixCache:
         known = [self._known[key] for key in keys]
         return torch.stack([tokens for tokens, _ in known]), torch.stack([phi for _, phi in known])
 
-    def features(self, pixels: npt.NDArray[np.uint8], compute: Callable[[], tuple[Tensor, object]]) -> Tensor:
+    def features(
+        self, backbone: Backbone, pixels: npt.NDArray[np.uint8], compute: Callable[[], tuple[Tensor, object]]
+    ) -> Tensor:
         """Features [B, D] of the untouched network for frames uint8 [B, S, S, 3].
 
         Where they are not known yet, they are the first thing that ``compute`` returns.
         """
-        keys = _keys(pixels)
+        keys = _keys(backbone, pixels)
         if any(key not in self._features for key in keys):
             self._features.update(zip(keys, compute()[0].unbind(), strict=True))
         return torch.stack([self._features[key] for key in keys])
 
 
-def _keys(pixels: npt.NDArray[np.uint8]) -> list[bytes]:
-    return [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in pixels]
+def _keys(backbone: Backbone, pixels: npt.NDArray[np.uint8]) -> list[bytes]:
+    base = (backbone.info.base or "").encode()
+    return [hashlib.blake2b(frame.tobytes(), digest_size=16, key=base).digest() for frame in pixels]
+
+
+class TokenStore:
+    """Tokens float16 [L, d] of images in the order in which they are appended, in memory or in a temporary file.
+
+    ``limit`` bytes of those of ``count`` images are kept in memory (all by default), the others in a file that vanishes
+    with the process. The file is read, since a mapped one would count as memory.
+    """
+
+    def __init__(self, count: int, shape: Sequence[int], limit: int | None = None) -> None:
+        row = 2 * math.prod(shape)
+        self._row, self._length = row, 0
+        self.in_memory = torch.empty(count if limit is None else min(count, limit // row), *shape, dtype=torch.float16)
+        self._file: IO[bytes] | None = None
+        if len(self.in_memory) < count:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)  # noqa: SIM115 - as long as this object
+
+    def append(self, tokens: Tensor) -> None:
+        """Store the tokens float16 [B, L, d] of the next images."""
+        room = max(len(self.in_memory) - self._length, 0)
+        self.in_memory[self._length :][: len(tokens)] = tokens[:room]
+        if self._file is not None and room < len(tokens):
+            self._file.write(tokens[room:].numpy().data)
+        self._length += len(tokens)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Tokens float16 [B, L, d] of images by their numbers."""
+        if self._file is None:
+            return self.in_memory[indices]
+        tokens = torch.empty(len(indices), *self.in_memory.shape[1:], dtype=torch.float16)
+        for image, index in zip(tokens, indices.tolist(), strict=True):
+            if index < len(self.in_memory):
+                image.copy_(self.in_memory[index])
+            else:
+                position = (index - len(self.in_memory)) * self._row
+                os.preadv(self._file.fileno(), [image.numpy().data], position)
+        return tokens
 
 
 class Encoded:
@@ -97,8 +140,7 @@ class Encoded:
         self.labels = torch.tensor([index[name] for name in images.labels], dtype=torch.long)
         count = len(images)
         row = token_bytes(backbone)
-        self.tokens: Tensor | None = None
-        self._file: IO[bytes] | None = None
+        self.tokens: TokenStore | None = None
         parts = distributed.shards(self._batches())
         self._own = parts[distributed.rank()]
         self.counts = [sum(map(len, part)) for part in parts]
@@ -106,20 +148,16 @@ class Encoded:
         self._shared = distributed.world_size() == 1
         own = self.counts[distributed.rank()]
         fits = distributed.all_agree(
-            count * row * distributed.local_world_size() < MAX_CACHE_SHARE * _available_memory()
+            count * row * distributed.local_world_size() < MAX_CACHE_SHARE * available_memory()
         )
         if cache_bytes is not None or fits:
-            kept = own if cache_bytes is None else min(own, cache_bytes // row)
-            self.tokens = torch.empty(kept, row // (2 * backbone.dim), backbone.dim, dtype=torch.float16)
-            if kept < own:
-                cache_folder().mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)  # noqa: SIM115 - as long as this object
+            self.tokens = TokenStore(own, (row // (2 * backbone.dim), backbone.dim), cache_bytes)
         summaries = torch.empty(own, backbone.summary_dim)
         for batch in self._own:
             rows = batch - self._first
             tokens, summaries[rows] = self._encode(batch)
             if self.tokens is not None:
-                self._keep(rows, tokens)
+                self.tokens.append(tokens)
             on_batch(int(rows[-1]) + 1, own)
         self.phi = distributed.all_gather(summaries, self.counts)
 
@@ -129,28 +167,8 @@ class Encoded:
     def share_tokens(self) -> None:
         """Give every process the tokens of all images, where tokens are kept, for batches of any images."""
         if self.tokens is not None and not self._shared:
-            self.tokens, self._first, self._shared = distributed.all_gather(self.tokens, self.counts), 0, True
-
-    def _keep(self, rows: Tensor, tokens: Tensor) -> None:
-        """Store the tokens of the next images: in memory while there is room, then at the end of the file."""
-        assert self.tokens is not None
-        room = max(len(self.tokens) - int(rows[0]), 0)
-        self.tokens[rows[:room]] = tokens[:room]
-        if self._file is not None and room < len(tokens):
-            self._file.write(tokens[room:].numpy().data)
-
-    def _kept(self, indices: Tensor, in_memory: Tensor) -> Tensor:
-        """Stored tokens float16 [B, L, d]. Rows of the file are read, since mapped ones would count as memory."""
-        if self._file is None:
-            return in_memory[indices]
-        tokens = torch.empty(len(indices), *in_memory.shape[1:], dtype=torch.float16)
-        row = in_memory[:1].nbytes if len(in_memory) else tokens[:1].nbytes
-        for image, index in zip(tokens, indices.tolist(), strict=True):
-            if index < len(in_memory):
-                image.copy_(in_memory[index])
-            else:
-                os.preadv(self._file.fileno(), [image.numpy().data], (index - len(in_memory)) * row)
-        return tokens
+            self.tokens.in_memory = distributed.all_gather(self.tokens.in_memory, self.counts)
+            self._first, self._shared = 0, True
 
     def _pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
         """Copies of frames uint8 [B, S, S, 3]; the file from which they are mapped does not stay in memory."""
@@ -185,7 +203,7 @@ class Encoded:
         if self.tokens is None:
             tokens = torch.cat([self._encode(part)[0] for part in indices.split(self.batch_size)])
         else:
-            tokens = self._kept(indices - self._first, self.tokens)
+            tokens = self.tokens.rows(indices - self._first)
         return tokens.to(self.backbone.device).float()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -200,11 +218,10 @@ class Encoded:
 
 def token_bytes(backbone: Backbone) -> int:
     """Bytes of the stored tokens of one image, float16 [L, d]."""
-    side, patch = backbone.info.size, backbone.model.patch_embed.patch_size[0]
-    return int(((side // patch) ** 2 + backbone.special_tokens) * backbone.dim * 2)
+    return ((backbone.info.size // backbone.patch_size) ** 2 + backbone.special_tokens) * backbone.dim * 2
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that can be used without swapping (MemAvailable), or 4 GiB where the system does not tell."""
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as file:

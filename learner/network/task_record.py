@@ -67,8 +67,7 @@ class TaskRecord:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by the name of their file (without suffix), for storage as safetensors.
 
-        All are float32 except kept images and their labels. Of the symmetric scatter only the upper triangle is
-        stored. What a task does not have has no file.
+        All are float32 except kept images and their labels. What a task does not have has no file.
         """
         adapters, bases = {}, {}
         for index, block in enumerate(self.blocks):
@@ -80,7 +79,8 @@ class TaskRecord:
         statistics = {
             "counts": self.statistics.counts,
             "means": self.statistics.means,
-            "scatter": self.statistics.triangle,
+            "factor": self.statistics.factor,
+            "diagonal": self.statistics.diagonal,
             "curve.nll": self.curve.nll,
             "curve.confidence": self.curve.confidence,
             "curve.counts": self.curve.counts,
@@ -118,7 +118,11 @@ class TaskRecord:
         features = read("statistics/means", classes, None).shape[1]
         counts, curve_counts = read("statistics/counts", classes), read("statistics/curve.counts", 2)
         overconfidence = read("statistics/overconfidence", 1)
-        if bool((counts < 0).any()) or not 0 <= curve_counts[1] <= curve_counts[0] or overconfidence < 0:
+        if (
+            bool((counts < 0).any() or (read("statistics/diagonal", None) < 0).any())
+            or not 0 <= curve_counts[1] <= curve_counts[0]
+            or overconfidence < 0
+        ):
             raise ValueError("the statistics hold impossible counts")
 
         def adapter(index: int, kind: str) -> Adapter:
@@ -137,14 +141,17 @@ class TaskRecord:
             )
             for i in range((len(files["bases"]) + 1) // 2)
         )
-        triangle = read("statistics/scatter", features * (features + 1) // 2)
+        means, factor, diagonal = (
+            read(f"statistics/{name}", *shape)
+            for name, shape in (("means", (classes, features)), ("factor", (None, features)), ("diagonal", (features,)))
+        )
         shape = (len(SHAPES), len(TEMPERATURES))
         nll, confidence = read("statistics/curve.nll", *shape), read("statistics/curve.confidence", *shape)
         return cls(
             info=info,
             blocks=blocks,
             head=read("head/head", None, width),
-            statistics=ClassStatistics(counts.double(), read("statistics/means", classes, None).double(), triangle),
+            statistics=ClassStatistics(counts.double(), means.double(), factor, diagonal),
             curve=CalibrationCurve(nll.double(), confidence.double(), curve_counts.double()),
             gate_nll=read("statistics/gate_nll", len(TEMPERATURES)),
             novelty=read("statistics/novelty", QUANTILES),

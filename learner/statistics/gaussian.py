@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 PRIOR_IMAGES_PER_FEATURE = 0.25
+# Rows of the factor that a task stores. More are not better: what is left out acts as shrinkage.
+STORED_DIRECTIONS = 32
 # Both are shares of the mean square of the means. A mean variance below the first is rounding. At least the second is
 # added to the variances, so that float32 can tell the distances between classes apart.
 ROUNDING = 1e-10
@@ -23,21 +25,28 @@ LEAST_FLOOR = 1e-6
 class ClassStatistics:
     """Sufficient statistics of features [n, D] of K classes.
 
+    The scatter, the sum over classes of the centred outer products [D, D], is ``factor``^T ``factor`` plus ``diagonal``
+    on its diagonal. It is exact in what `of` and ``+`` return; `compressed` bounds what has to be stored.
+
     Attributes:
         counts: images of each class, float64 [K].
         means: their mean features, float64 [K, D].
-        triangle: upper triangle of the scatter, row by row, float32 or float64 [D (D + 1) / 2]. The statistics of many
-            tasks are in memory at once, so the whole scatter is made only when it is used.
+        factor: rows of any number, float32 or float64 [k, D].
+        diagonal: what is added to the variances, same dtype [D].
     """
 
     counts: Tensor
     means: Tensor
-    triangle: Tensor
+    factor: Tensor
+    diagonal: Tensor
 
     @property
     def scatter(self) -> Tensor:
         """The sum over classes of the centred outer products, float64 [D, D]."""
-        return symmetric(self.triangle.double())
+        rows = self.factor.double()
+        scatter = rows.T @ rows
+        scatter.diagonal().add_(self.diagonal)
+        return scatter
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
@@ -46,29 +55,37 @@ class ClassStatistics:
         counts = torch.bincount(labels, minlength=classes).double()
         sums = torch.zeros(classes, x.shape[1], dtype=torch.float64).index_add_(0, labels, x)
         means = sums / counts.clamp(min=1)[:, None]
-        centred = x - means[labels]
-        return cls(counts, means, upper_triangle(centred.T @ centred))
+        return cls(counts, means, _fewest_rows(x - means[labels]), x.new_zeros(x.shape[1]))
 
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two sets of images of the same classes (Chan et al. 1979, pairwise update)."""
         counts = self.counts + other.counts
         share = other.counts / counts.clamp(min=1)
         gap = other.means - self.means
-        between = self.counts * share
-        scatter = self.scatter + other.scatter + (gap * between[:, None]).T @ gap
-        return ClassStatistics(counts, self.means + gap * share[:, None], upper_triangle(scatter))
+        rows = [self.factor, other.factor, (self.counts * share).sqrt()[:, None] * gap]
+        return ClassStatistics(
+            counts, self.means + gap * share[:, None], _fewest_rows(torch.cat(rows)), self.diagonal + other.diagonal
+        )
+
+    def compressed(self, rank: int) -> ClassStatistics:
+        """These statistics with at most ``rank`` rows in ``factor``; every variance stays exactly what it is.
+
+        The rows are the leading principal directions of the correlations, so that the scales of the features do not
+        matter. What they leave out of the variances goes to ``diagonal``.
+        """
+        if len(self.factor) <= rank:
+            return self
+        variances = self.factor.square().sum(dim=0)
+        scale = variances.sqrt().clamp(min=torch.finfo(variances.dtype).tiny)
+        rows = self.factor / scale
+        _, vectors = torch.linalg.eigh(rows @ rows.T)
+        kept = vectors[:, len(rows) - rank :].T @ self.factor
+        rest = (variances - kept.square().sum(dim=0)).clamp(min=0)
+        return ClassStatistics(self.counts, self.means, kept, self.diagonal + rest)
 
     def part(self, features: slice) -> ClassStatistics:
         """The statistics of a contiguous part of the features."""
-        size = self.means.shape[1]
-        start, stop, _ = features.indices(size)
-        if stop == size:  # the last rows as they are, not a copy
-            kept = size - start
-            part = self.triangle[len(self.triangle) - kept * (kept + 1) // 2 :]
-        else:
-            rows = self.triangle.split(list(range(size, 0, -1)))[start:stop]
-            part = torch.cat([self.triangle[:0], *(row[: stop - number] for number, row in enumerate(rows, start))])
-        return ClassStatistics(self.counts, self.means[:, features], part)
+        return ClassStatistics(self.counts, self.means[:, features], self.factor[:, features], self.diagonal[features])
 
     def covariance(self) -> Tensor:
         """The covariance [D, D] within the classes."""
@@ -108,10 +125,11 @@ class GaussianClassifier:
         """
         counts = torch.cat([s.counts for s in statistics])
         means = torch.cat([s.means for s in statistics])
-        sums = torch.zeros(len(statistics[0].triangle), dtype=torch.float64)
+        pooled = torch.zeros(means.shape[1], means.shape[1], dtype=torch.float64)
         for s in statistics:  # one by one, since a stack would take the memory of all of them once more
-            sums += s.triangle
-        pooled = symmetric(sums)
+            rows = s.factor.double()
+            pooled.addmm_(rows.T, rows)
+            pooled.diagonal().add_(s.diagonal)
         images = (counts.sum() - len(counts)).clamp(min=1)
         pooled /= images
         variance = pooled.diagonal()
@@ -149,20 +167,9 @@ class GaussianClassifier:
         return factor, self.gram.diagonal() / 2 @ factor
 
 
-def upper_triangle(matrix: Tensor) -> Tensor:
-    """The upper triangle [D (D + 1) / 2] of a matrix [D, D], row by row."""
-    return torch.cat([matrix.new_zeros(0), *(row[number:] for number, row in enumerate(matrix))])
-
-
-def symmetric(triangle: Tensor) -> Tensor:
-    """The symmetric matrix [D, D] of an upper triangle, made in place, since index tensors would be larger than it."""
-    size = round(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
-    matrix = triangle.new_zeros(size, size)
-    for number, part in enumerate(triangle.split(list(range(size, 0, -1)))):
-        matrix[number, number:] = part
-    for start in range(0, size, 256):  # in tiles, since whole columns miss the cache
-        stop = min(start + 256, size)
-        tile = matrix[start:stop, start:stop]
-        tile += tile.triu(1).T
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-    return matrix
+def _fewest_rows(rows: Tensor) -> Tensor:
+    """Rows [min(n, D), D] with the outer products of rows [n, D]."""
+    if len(rows) <= rows.shape[1]:
+        return rows
+    factor: Tensor = torch.linalg.qr(rows, mode="r").R
+    return factor

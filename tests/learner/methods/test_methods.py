@@ -301,6 +301,11 @@ def changed(record: TaskRecord, **info: object) -> TaskRecord:
     return replace(record, info=replace(record.info, **info))  # type: ignore[arg-type]
 
 
+def negative(statistics: ClassStatistics) -> ClassStatistics:
+    """Statistics whose scatter is not positive."""
+    return replace(statistics, diagonal=-1e6 * (1 + statistics.diagonal))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -319,7 +324,10 @@ def changed(record: TaskRecord, **info: object) -> TaskRecord:
             ],
             "heads are not those of its classes",
         ),
-        (lambda a, b: [replace(a, statistics=replace(a.statistics, triangle=-a.statistics.triangle)), b], "statistics"),
+        (
+            lambda a, b: [replace(a, statistics=replace(a.statistics, diagonal=-1e6 * (1 + a.statistics.diagonal))), b],
+            "statistics",
+        ),
         (lambda a, b: [a, replace(b, statistics=replace(b.statistics, means=b.statistics.means * 1e38))], ""),
     ],
 )

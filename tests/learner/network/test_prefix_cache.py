@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_a_cache_gives_the_same_and_runs_the_prefix_once(
         torch.testing.assert_close(cached.phi, plain.phi)
         assert plain.tokens is not None
         assert cached.tokens is not None
-        torch.testing.assert_close(cached.tokens, plain.tokens, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(cached.tokens.in_memory, plain.tokens.in_memory, rtol=1e-2, atol=1e-2)
         assert torch.equal(cached.labels, plain.labels)
     assert cache.images == len(images)
     assert cache.seconds > 0
@@ -38,7 +39,7 @@ def test_tokens_in_a_file_are_those_in_memory(
     plain = Encoded(tiny_backbone, images, ["x", "y"], batch_size=batch_size)
     room = kept * token_bytes(tiny_backbone) + 1
     split = Encoded(tiny_backbone, images, ["x", "y"], batch_size=batch_size, cache_bytes=room)
-    assert split.tokens is not None and len(split.tokens) == min(kept, len(images))
+    assert split.tokens is not None and len(split.tokens.in_memory) == min(kept, len(images))
     chosen = torch.tensor([23, 0, 6, 7, 8, 0])
     assert torch.equal(split.batch(chosen), plain.batch(chosen))
     for one, two in zip(split.batches(), plain.batches(), strict=True):
@@ -66,7 +67,9 @@ def test_bf16_stays_near_fp32(tiny_backbone: Backbone, make_task: Callable[..., 
     torch.testing.assert_close(half.phi, full.phi, rtol=0.1, atol=0.1)
 
 
-def test_features_are_computed_for_unknown_images_only(make_task: Callable[..., PreparedTask]) -> None:
+def test_features_are_computed_for_unknown_images_only(
+    tiny_backbone: Backbone, make_task: Callable[..., PreparedTask]
+) -> None:
     pixels = make_task("a", ["x"], [0]).train.pixels[:4]
     cache, calls = PrefixCache(), []
 
@@ -74,6 +77,17 @@ def test_features_are_computed_for_unknown_images_only(make_task: Callable[..., 
         calls.append(1)
         return torch.arange(8.0).reshape(4, 2), None
 
-    first = cache.features(pixels, compute)
-    assert torch.equal(cache.features(pixels[::-1], compute), first.flip(0))
+    first = cache.features(tiny_backbone, pixels, compute)
+    assert torch.equal(cache.features(tiny_backbone, pixels[::-1], compute), first.flip(0))
     assert len(calls) == 1
+
+
+def test_another_base_adaptation_has_features_of_its_own(
+    make_backbone: Callable[..., Backbone], make_task: Callable[..., PreparedTask]
+) -> None:
+    pixels, cache = make_task("a", ["x"], [0]).train.pixels[:2], PrefixCache()
+    plain, adapted = make_backbone(), make_backbone()
+    adapted.info = replace(adapted.info, base="1" * 64)
+    zeros, ones = torch.zeros(2, 1), torch.ones(2, 1)
+    assert torch.equal(cache.features(plain, pixels, lambda: (zeros, None)), zeros)
+    assert torch.equal(cache.features(adapted, pixels, lambda: (ones, None)), ones)

@@ -12,12 +12,12 @@ from duallora_edge.learner.statistics.gaussian import ClassStatistics
 
 
 @pytest.mark.parametrize("features", [1, 2, 7])
-def test_half_of_the_scatter_is_stored_and_all_of_it_read(two_tasks: list[TaskRecord], features: int) -> None:
+def test_the_factor_of_the_scatter_is_stored_and_read(two_tasks: list[TaskRecord], features: int) -> None:
     x = torch.randn(20, features, generator=torch.Generator().manual_seed(0))
     statistics = ClassStatistics.of(x, torch.arange(20) % 2, 2)
     record = replace(two_tasks[0], statistics=statistics)
     files = record.tensors()
-    assert files["statistics"]["scatter"].shape == (features * (features + 1) // 2,)
+    assert files["statistics"]["factor"].shape == (features, features)
     found = TaskRecord.from_tensors(record.info, files).statistics
     for name in ("counts", "means", "scatter"):
         torch.testing.assert_close(getattr(found, name), getattr(statistics, name), rtol=1e-6, atol=1e-6)

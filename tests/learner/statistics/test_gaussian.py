@@ -13,8 +13,6 @@ from duallora_edge.learner.statistics.gaussian import (
     PRIOR_IMAGES_PER_FEATURE,
     ClassStatistics,
     GaussianClassifier,
-    symmetric,
-    upper_triangle,
 )
 
 DIM = 6
@@ -62,13 +60,26 @@ def test_a_part_has_the_statistics_of_those_features(seed: int, start: int, stop
     )
 
 
-@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 600])
-def test_a_triangle_is_half_of_a_symmetric_matrix(size: int) -> None:
-    x = torch.randn(size, size, dtype=torch.float64, generator=torch.manual_seed(size))
-    matrix = x + x.T
-    triangle = upper_triangle(matrix)
-    assert triangle.tolist() == matrix[tuple(torch.triu_indices(size, size))].tolist()
-    assert torch.equal(symmetric(triangle), matrix)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 30), rank=st.integers(0, DIM + 1))
+def test_compressed_statistics_keep_means_and_variances(seed: int, n: int, rank: int) -> None:
+    exact = ClassStatistics.of(*sample(seed, n, 2), 2)
+    short = exact.compressed(rank)
+    assert len(short.factor) <= rank and bool((short.diagonal >= 0).all())
+    assert torch.equal(short.means, exact.means) and torch.equal(short.counts, exact.counts)
+    torch.testing.assert_close(short.scatter.diagonal(), exact.scatter.diagonal(), rtol=1e-9, atol=1e-9)
+    if rank >= DIM:
+        assert_equal(short, exact)
+
+
+def test_compressed_statistics_are_the_best_of_their_rank_for_correlations() -> None:
+    """Against numpy: the off-diagonal correlations of the factor are those of the leading eigenvectors."""
+    exact = ClassStatistics.of(*sample(3, 30, 2), 2)
+    scale = exact.scatter.diagonal().sqrt().numpy()
+    values, vectors = np.linalg.eigh(exact.scatter.numpy() / np.outer(scale, scale))
+    for rank in range(1, DIM):
+        expected = (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T * np.outer(scale, scale)
+        factor = exact.compressed(rank).factor
+        np.testing.assert_allclose(factor.T @ factor, expected, rtol=1e-8, atol=1e-8)
 
 
 def slow_covariance(statistics: list[ClassStatistics]) -> np.ndarray:

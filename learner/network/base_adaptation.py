@@ -1,0 +1,95 @@
+"""The base adaptation: what fits a backbone to another input size than it was trained for. Made by `learner.adapt`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from duallora_edge.device_profiles.reader import Section
+from duallora_edge.errors import BackboneError
+from duallora_edge.files import parse_json, read_limited
+
+MAX_BYTES = 1 << 30
+_ENTRY = "base_adaptation"
+
+
+@dataclass(frozen=True)
+class BaseAdaptation:
+    """Low-rank updates of the fused qkv weights of all blocks, and a position embedding.
+
+    Attributes:
+        updates: for each block of the backbone a pair (down [r, d], up [r, 3d]), float32; up^T down is added to the
+            weight.
+        positions: the position embedding, float32, of the shape that the backbone has at this size.
+        backbone: sha256 of the weights that it belongs to.
+        size: side of the input in pixels that it is for.
+        made_from: images and settings, for people; nothing depends on it.
+    """
+
+    updates: tuple[tuple[Tensor, Tensor], ...]
+    positions: Tensor
+    backbone: str
+    size: int
+    made_from: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        """The content of a safetensors file; the same adaptation gives the same bytes."""
+        tensors = {"positions": self.positions}
+        for index, (down, up) in enumerate(self.updates):
+            tensors |= {f"blocks.{index}.down": down, f"blocks.{index}.up": up}
+        # One entry, since safetensors writes entries in no fixed order.
+        facts = {"backbone": self.backbone, "size": self.size, "made_from": dict(self.made_from)}
+        return save(
+            {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()},
+            {_ENTRY: json.dumps(facts, sort_keys=True, ensure_ascii=False)},
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> BaseAdaptation:
+        """The inverse of `to_bytes`. Raises `ValueError` for anything else."""
+        problems: list[str] = []
+        try:
+            tensors = load(content)
+            length = int.from_bytes(content[:8], "little")  # checked by `load`
+            header = parse_json(content[8 : 8 + length])
+            facts = Section(parse_json(header.get("__metadata__", {}).get(_ENTRY, "").encode()), "", problems)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise ValueError(f"it is not a safetensors file ({error})") from error
+        backbone, size = facts.text("backbone"), facts.integer("size", 8, 4096)
+        made_from = facts.section("made_from").values
+        if problems:
+            raise ValueError("; ".join(problems[:5]))
+        names = {"positions"} | {f"blocks.{i}.{part}" for i in range(len(tensors) // 2) for part in ("down", "up")}
+        if tensors.keys() != names:
+            raise ValueError("it does not hold the tensors of a base adaptation")
+        for name, value in tensors.items():
+            if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"the tensor {name} must hold finite numbers of float32")
+        updates = tuple((tensors[f"blocks.{i}.down"], tensors[f"blocks.{i}.up"]) for i in range(len(tensors) // 2))
+        for index, (down, up) in enumerate(updates):
+            if down.dim() != 2 or up.shape != (len(down), 3 * down.shape[1]):
+                raise ValueError(f"the update of block {index} is not of low rank")
+        return cls(updates, tensors["positions"], backbone, size, made_from)
+
+
+def read_base(path: Path) -> tuple[BaseAdaptation, bytes]:
+    """A base adaptation and the content of its file, which is what its sha256 is of.
+
+    Raises:
+        BackboneError: The file cannot be read, or is something else.
+    """
+    try:
+        content = read_limited(path, MAX_BYTES)
+        return BaseAdaptation.from_bytes(content), content
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"{path} cannot be used as a base adaptation ({error}); 'duallora-edge adapt' makes one."
+        ) from error
