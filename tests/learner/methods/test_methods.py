@@ -26,6 +26,7 @@ from duallora_edge.learner.network.dynamic_memory import gate_matrix
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.task_record import BlockRecord, KeptImages, TaskRecord
 from duallora_edge.learner.statistics.calibration import CalibrationCurve, best_mixture
+from duallora_edge.learner.statistics.gaussian import ClassStatistics
 
 MakeTask = Callable[..., PreparedTask]
 Learn = Callable[..., list[TaskRecord]]
