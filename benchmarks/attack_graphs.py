@@ -310,7 +310,7 @@ NODES: dict[str, tuple[str, Make]] = {
         ),
     ),
     "grid_sample": (UNKNOWN, lambda _: one("GridSample", IMAGE4, np.full((1, 2, 2, 2), np.nan, F))),
-    "gather_beyond": (UNKNOWN, lambda _: one("Gather", "x", np.array([2**31 - 1], I), axis=1)),
+    "gather_beyond": ("positions outside", lambda _: one("Gather", "x", np.array([2**31 - 1], I), axis=1)),
     "gather_elements_beyond": (INDICES, lambda _: one("GatherElements", "x", np.array([[-(2**31)]]), axis=1)),
     "gather_nd_beyond": (INDICES, lambda _: one("GatherND", "x", np.array([[2**31 - 1, 7]], I))),
     "scatter_elements_beyond": (

@@ -32,6 +32,7 @@ from duallora_edge import __version__
 from duallora_edge.errors import ExportError
 from duallora_edge.learner.network.adapters import AdaptedBlock
 from duallora_edge.learner.network.answers import ComposedModel
+from duallora_edge.learner.network.backbone import NEWTON_STEPS, SECOND_ORDER_EPS
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
 LAYER_NORM_OPSET = 17
@@ -135,6 +136,10 @@ class Builder:
         sums = self.node("ReduceSum", terms, self.axis(-1), name="" if added else output, keepdims=0)
         return self.node("Add", sums, added, name=output) if added else sums
 
+    def product(self, x: str, y: str) -> str:
+        """The matrix products x y of fp32 tensors; in half precision where there is one, see `project`."""
+        return self.high(self.node("MatMul", self.low(x), self.low(y)))
+
     def layer_norm(self, x: str, name: str, scale: str, bias: str | None, eps: float) -> str:
         """Normalise the last axis; decomposed where the opset has no such operator. ``name`` is that of the layer."""
         if self.opset >= LAYER_NORM_OPSET:
@@ -233,7 +238,9 @@ class VitGraph:
             x = self._block(f"blocks.{index}", AdaptedBlock(block), x, None)
             if index in self.backbone.info.summary_blocks:
                 summaries += self._summary(x)
-        return x, self._normalised(summaries)
+        if not len(self.backbone.directions):
+            return x, self._normalised(summaries, output="phi")
+        return x, self.b.node("Concat", self._normalised(summaries), self._second_order(x), axis=1, name="phi")
 
     def _suffix(self, x: str, phi: str) -> str:
         """What the adapted blocks make of it: rows [N * L, d], or [N, d] where the class token is all that counts."""
@@ -447,12 +454,40 @@ class VitGraph:
         deviation = b.node("Sqrt", b.mean_over_tokens(b.node("Mul", centred, centred)))
         return [self._class_token(tokens), mean, deviation] if self.vit.has_class_token else [mean, deviation]
 
-    def _normalised(self, parts: Sequence[str]) -> str:
-        """The prefix summary phi [N, summary_dim]: every part normalised on its own."""
+    def _second_order(self, x: str) -> str:
+        """The upper triangle [N, m (m + 1) / 2] of the root of the patches' covariance, of rows [N * L, d].
+
+        As `Backbone.second_order` computes it; the first of the iterations is shorter, since the inverse begins as the
+        unit matrix.
+        """
+        b, directions = self.b, self.backbone.directions
+        m, patches = len(directions), self._patches(self._tokens(x))
+        centred = b.node("Sub", patches, b.mean_over_tokens(patches))
+        z = b.product(centred, b.weight("second_order.directions", directions.T))
+        unit = np.eye(m, dtype=np.float32)[None]
+        share = b.number("second_order.share", 1 / (self.length - self.special))
+        products = b.node("Mul", b.product(b.node("Transpose", z, perm=[0, 2, 1]), z), share)
+        covariance = b.node("Add", products, b.weight("second_order.floor", np.float32(SECOND_ORDER_EPS) * unit))
+        diagonal = b.node("Mul", covariance, b.weight("second_order.unit", unit))
+        trace = b.node("ReduceSum", b.node("ReduceSum", diagonal, b.axis(-1), keepdims=1), b.axis(1), keepdims=1)
+        root, inverse = b.node("Div", covariance, trace), None
+        one_and_half, half = b.weight("second_order.centre", 1.5 * unit), b.number("second_order.half", 0.5)
+        for step in range(NEWTON_STEPS):
+            product = root if inverse is None else b.product(inverse, root)
+            factor = b.node("Sub", one_and_half, b.node("Mul", product, half))
+            root = b.product(root, factor)
+            if step < NEWTON_STEPS - 1:
+                inverse = factor if inverse is None else b.product(factor, inverse)
+        flat = b.reshape(b.node("Mul", root, b.node("Sqrt", trace)), "second_order", -1, m * m)
+        rows, columns = np.triu_indices(m)
+        return b.node("Gather", flat, b.ints("second_order.triangle", *(m * rows + columns).tolist()), axis=1)
+
+    def _normalised(self, parts: Sequence[str], output: str = "") -> str:
+        """The summaries of the blocks [N, D'], every part normalised on its own."""
         b = self.b
         ones = b.weight("summary.scale", np.ones(self.dim, np.float32))
         joined = b.layer_norm(b.node("Concat", *parts, axis=1), "summary", ones, None, 1e-6)
-        return b.reshape(joined, "summary", -1, self.backbone.summary_dim, output="phi")
+        return b.reshape(joined, "summary", -1, len(parts) * self.dim, output=output)
 
     def _posterior(self, phi: str) -> str:
         """The task posterior [N, T]; the temperature is folded into the weights."""

@@ -7,11 +7,13 @@ enlarged to its native size. This happens once, before the first task, so nothin
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from duallora_edge.learner.network.backbone import Backbone, autocast, load_back
 from duallora_edge.learner.network.base_adaptation import BaseAdaptation, read_base
 from duallora_edge.learner.network.prefix_cache import TokenStore
 from duallora_edge.learner.run_directory import FileCheckpoint
+from duallora_edge.learner.statistics.subspace import second_moment, top_directions
 from duallora_edge.learner.timing import phase
 
 RANK = 16
@@ -44,6 +47,7 @@ BATCH = 32
 LEARNING_RATE = 2e-3
 KEPT_PATCHES = 0.5
 MAX_FRAMES = 2000
+DIRECTION_FRAMES = 300
 # Raised whenever the same frames and settings would give another adaptation.
 _VERSION = 1
 
@@ -51,7 +55,10 @@ _VERSION = 1
 def base_for(
     backbone: Backbone, frames: Bytes, config: TrainConfig, callback: Callback
 ) -> tuple[BaseAdaptation, bytes]:
-    """The base adaptation of a backbone from frames, from the cache where it was made before, with its file's content.
+    """The base adaptation of a backbone from frames, with the content of its file; made before, it is in the cache.
+
+    Where ``config.base`` is ``none`` or the backbone has its native size, it holds nothing but the directions of the
+    second-order summary.
 
     Stopped at any moment, the same call continues. Of several processes one makes it and the others wait.
 
@@ -70,13 +77,15 @@ def _from_cache(
     generator = np.random.default_rng(derive_seed(config.seed, 3))
     chosen = np.sort(generator.permutation(len(frames))[:MAX_FRAMES])
     frames = frames[chosen]
+    adapts = config.base == "auto" and backbone.native_size != backbone.info.size
     facts = {
         "images": len(frames),
         "images_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
         "native_size": backbone.native_size,
         "prefix_blocks": backbone.info.prefix_blocks,
-        "rank": RANK,
-        "steps": STEPS,
+        "directions": config.second_order,
+        "rank": RANK if adapts else 0,
+        "steps": STEPS if adapts else 0,
         "batch_size": BATCH,
         "learning_rate": LEARNING_RATE,
         "kept_patches": KEPT_PATCHES,
@@ -92,18 +101,45 @@ def _from_cache(
     with open_lock(folder / f"{key}.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not path.exists():
-            callback.say(
-                f"Adapting the backbone from {backbone.native_size} to {backbone.info.size} px on {len(frames)} "
-                "images, without labels"
-            )
-            weights = Path(config.weights) if config.weights else None
-            teacher = load_backbone(config.backbone, weights=weights).to(backbone.device)
             checkpoint = FileCheckpoint(folder / f"{key}.checkpoint", key)
-            updates, positions = distil(backbone, teacher, frames, config, checkpoint, callback)
-            base = BaseAdaptation(updates, positions, backbone.info.sha256, backbone.info.size, facts)
+            none = torch.zeros(0, backbone.dim)
+            updates = tuple((none, none.repeat(1, 3)) for _ in backbone.model.blocks)
+            positions = backbone.model.pos_embed.detach().cpu()
+            if adapts:
+                callback.say(
+                    f"Adapting the backbone from {backbone.native_size} to {backbone.info.size} px on {len(frames)} "
+                    "images, without labels"
+                )
+                weights = Path(config.weights) if config.weights else None
+                teacher = load_backbone(config.backbone, weights=weights).to(backbone.device)
+                updates, positions = distil(backbone, teacher, frames, config, checkpoint, callback)
+            base = BaseAdaptation(updates, positions, none, backbone.info.sha256, backbone.info.size, facts)
+            base = replace(base, directions=principal_directions(backbone, base, frames, config))
             write_atomic(path, base.to_bytes())
             checkpoint.delete()
         return read_base(path)
+
+
+@torch.no_grad()
+def principal_directions(backbone: Backbone, base: BaseAdaptation, frames: Bytes, config: TrainConfig) -> Tensor:
+    """Whitened principal directions [m, d] of the patch tokens after the prefix, centred within each of the frames.
+
+    On the CPU, float32; m is the setting ``second_order``, or d where that is less. At most `DIRECTION_FRAMES` frames
+    are looked at.
+    """
+    fitted = copy.deepcopy(backbone)
+    fitted.adapt(base, "")
+    moment = torch.zeros(backbone.dim, backbone.dim, dtype=torch.float64)
+    count = 0
+    for part in torch.arange(min(len(frames), DIRECTION_FRAMES)).split(config.forward_batch):
+        tokens, _ = fitted.prefix(torch.from_numpy(frames[part.numpy()]).to(backbone.device), config.precision)
+        patches = tokens[:, backbone.special_tokens :]
+        rows = (patches - patches.mean(dim=1, keepdim=True)).flatten(0, 1).cpu()
+        moment += second_moment(rows)
+        count += len(rows)
+    rows = top_directions(moment / count, config.second_order)
+    variances = ((rows @ moment / count) * rows).sum(dim=1, keepdim=True)
+    return (rows / variances.sqrt()).float()
 
 
 def distil(

@@ -139,6 +139,13 @@ class TrainConfig:
         "Method", low=1, high=1000, unset="3, or all if fewer",
     )  # fmt: skip
 
+    second_order: int = setting(
+        48,
+        "Directions in which the classifier and the dynamic memory also read how the patches of an image vary "
+        "together; 0 for none.",
+        "Method", low=0, high=128,
+    )  # fmt: skip
+
     task_scale: float = setting(
         0.25, "Weight of the update of each task in their sum.", "Only task_arithmetic", low=0.0, high=10.0
     )

@@ -114,7 +114,7 @@ def train_run(
         callback.say(plan.describe(config.batch_size))
     if run is None:
         # Only now, so that images that cannot be used do not leave an empty run behind.
-        if config.base == "auto" and backbone.native_size != backbone.info.size and frames is not None:
+        if base is None and frames is not None:
             base = _apply(base_for(backbone, frames, config, callback), backbone)
         run = RunDirectory.create(path, config, backbone.info, base)
     with run.locked():

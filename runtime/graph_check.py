@@ -357,6 +357,14 @@ def _slice(shapes: Sequence[Dims], constants: Sequence[Dims], _: Attributes) -> 
     return [tuple(made)]
 
 
+def _gather(shapes: Sequence[Dims], constants: Sequence[Dims], attributes: Attributes) -> list[Dims]:
+    axis, rows = _axis(shapes[0], attributes["axis"]), constants[0]
+    _require(all(0 <= row < shapes[0][axis] < _IMAGES for row in rows), "positions outside")
+    made = list(shapes[0])
+    made[axis] = len(rows)
+    return [tuple(made)]
+
+
 def _concat(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> list[Dims]:
     axis = _axis(shapes[0], attributes["axis"])
     made = [(*shape[:axis], sum(s[axis] for s in shapes if len(s) > axis), *shape[axis + 1 :]) for shape in shapes]
@@ -376,6 +384,7 @@ def operators(opset: int) -> dict[str, Operator]:
         "Reshape": Operator(_reshape, ints=1),
         "Pad": Operator(_pad, ints=1),
         "Slice": Operator(_slice, ints=3),
+        "Gather": Operator(_gather, ints=1, attributes={"axis": "i"}),
         "Split": Operator(_split, ints=1, attributes={"axis": "i"}),
         "Concat": Operator(_concat, 1, optional=MAX_EDGES, attributes={"axis": "i"}),
         "MatMul": Operator(_matmul, 2),

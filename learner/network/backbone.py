@@ -22,6 +22,9 @@ from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.base_adaptation import BaseAdaptation
 
 MAX_FEATURES = 4096
+# Of the covariance in `Backbone.second_order`, whose variances are about 1 since the directions are whitened.
+SECOND_ORDER_EPS = 1e-3
+NEWTON_STEPS = 5
 
 
 class Backbone(nn.Module):
@@ -32,6 +35,7 @@ class Backbone(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    directions: Tensor
 
     def __init__(self, model: VisionTransformer, info: BackboneInfo, native_size: int) -> None:
         super().__init__()
@@ -39,6 +43,7 @@ class Backbone(nn.Module):
         self.info, self.native_size = info, native_size
         self.register_buffer("pixel_mean", 255 * torch.tensor(info.mean), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(info.std), persistent=False)
+        self.register_buffer("directions", torch.zeros(0, self.dim), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +76,8 @@ class Backbone(nn.Module):
     @property
     def summary_dim(self) -> int:
         """Length of the prefix summary phi."""
-        return len(self.info.summary_blocks) * self.dim * (3 if self.model.has_class_token else 2)
+        pairs = len(self.directions) * (len(self.directions) + 1) // 2
+        return len(self.info.summary_blocks) * self.dim * (3 if self.model.has_class_token else 2) + pairs
 
     def summarise(self, count: int) -> None:
         """Describe ``count`` blocks of the prefix from now on; runs made before need the summaries they had."""
@@ -92,19 +98,21 @@ class Backbone(nn.Module):
                 "'duallora-edge adapt' makes one."
             )
         fits = [down.shape[1] for down, _ in base.updates] == [attn.qkv.in_features for attn in attentions]
-        if not fits or base.positions.shape != self.model.pos_embed.shape:
+        fits = fits and base.positions.shape == self.model.pos_embed.shape and base.directions.shape[1] == self.dim
+        if not fits:
             raise BackboneError("The base adaptation is damaged (it does not have the shapes of the backbone).")
         for attn, (down, up) in zip(attentions, base.updates, strict=True):
             attn.qkv.weight += up.T.to(attn.qkv.weight) @ down.to(attn.qkv.weight)
         self.model.pos_embed.copy_(base.positions)
+        self.directions = base.directions.to(self.device)
         self.info = replace(self.info, base=sha256)
 
     def prefix(self, images: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
         """Tokens at the end of the prefix, float32 [B, L, d], and the prefix summary phi, float32 [B, summary_dim].
 
-        ``images`` are RGB frames uint8 [B, S, S, 3]. phi joins the `summary` of several blocks of the prefix:
-        early blocks see colour and texture, which the last one has mixed already. The matrix multiplications of the
-        blocks run in ``precision`` (`autocast`).
+        ``images`` are RGB frames uint8 [B, S, S, 3]. phi joins the `summary` of several blocks of the prefix (early
+        blocks see colour and texture, which the last one has mixed already) and the `second_order` of the last. The
+        matrix multiplications of the blocks run in ``precision`` (`autocast`).
         """
         x = self.embed(images)
         summaries = []
@@ -113,6 +121,8 @@ class Backbone(nn.Module):
                 x = block(x)
             if index in self.info.summary_blocks:
                 summaries.append(self.summary(x))
+        if len(self.directions):
+            summaries.append(self.second_order(x))
         return x, torch.cat(summaries, dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -139,6 +149,26 @@ class Backbone(nn.Module):
         deviation = (patches - mean[:, None]).square().mean(dim=1).sqrt()  # std_mean takes four times as long
         parts = [tokens[:, 0], mean, deviation] if self.model.has_class_token else [mean, deviation]
         return torch.cat([F.layer_norm(part, part.shape[-1:], eps=1e-6) for part in parts], dim=1)
+
+    def second_order(self, tokens: Tensor) -> Tensor:
+        """How the patch tokens of one image vary together: the root of their covariance in m ``directions``.
+
+        The upper triangle, float32 [B, m (m + 1) / 2], of the matrix root of Z^T Z / n + eps I with the centred and
+        projected patch tokens Z [n, m]. The root evens out the eigenvalues, as in iSQRT-COV (Li et al. 2018, arXiv
+        1712.01034), and is found by the same Newton-Schulz iteration.
+        """
+        patches = tokens[:, self.special_tokens :]
+        z = (patches - patches.mean(dim=1, keepdim=True)) @ self.directions.T
+        unit = torch.eye(z.shape[2], device=z.device)
+        covariance = z.transpose(1, 2) @ z / z.shape[1] + SECOND_ORDER_EPS * unit
+        trace = covariance.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+        root, inverse = covariance / trace, unit.expand_as(covariance)
+        for _ in range(NEWTON_STEPS):
+            factor = 1.5 * unit - 0.5 * inverse @ root
+            root, inverse = root @ factor, factor @ inverse
+        rows, columns = torch.triu_indices(*unit.shape)
+        triangle: Tensor = (root * trace.sqrt())[:, rows, columns]
+        return triangle
 
     def feature(self, tokens: Tensor) -> Tensor:
         """Final normalised feature f, float32 [B, d], of the tokens [B, L, d] after the last block."""

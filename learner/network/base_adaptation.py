@@ -18,17 +18,19 @@ from duallora_edge.errors import BackboneError
 from duallora_edge.files import parse_json, read_limited
 
 MAX_BYTES = 1 << 30
+MAX_DIRECTIONS = 128
 _ENTRY = "base_adaptation"
 
 
 @dataclass(frozen=True)
 class BaseAdaptation:
-    """Low-rank updates of the fused qkv weights of all blocks, and a position embedding.
+    """Low-rank updates of the fused qkv weights of all blocks, a position embedding, and what summaries look at.
 
     Attributes:
         updates: for each block of the backbone a pair (down [r, d], up [r, 3d]), float32; up^T down is added to the
-            weight.
+            weight. r is 0 where nothing was adapted.
         positions: the position embedding, float32, of the shape that the backbone has at this size.
+        directions: rows [m, d], float32, on which `Backbone.second_order` projects patch tokens; m may be 0.
         backbone: sha256 of the weights that it belongs to.
         size: side of the input in pixels that it is for.
         made_from: images and settings, for people; nothing depends on it.
@@ -36,13 +38,14 @@ class BaseAdaptation:
 
     updates: tuple[tuple[Tensor, Tensor], ...]
     positions: Tensor
+    directions: Tensor
     backbone: str
     size: int
     made_from: Mapping[str, Any]
 
     def to_bytes(self) -> bytes:
         """The content of a safetensors file; the same adaptation gives the same bytes."""
-        tensors = {"positions": self.positions}
+        tensors = {"positions": self.positions, "directions": self.directions}
         for index, (down, up) in enumerate(self.updates):
             tensors |= {f"blocks.{index}.down": down, f"blocks.{index}.up": up}
         # One entry, since safetensors writes entries in no fixed order.
@@ -67,17 +70,20 @@ class BaseAdaptation:
         made_from = facts.section("made_from").values
         if problems:
             raise ValueError("; ".join(problems[:5]))
-        names = {"positions"} | {f"blocks.{i}.{part}" for i in range(len(tensors) // 2) for part in ("down", "up")}
+        depth = (len(tensors) - 2) // 2
+        names = {"positions", "directions"} | {f"blocks.{i}.{part}" for i in range(depth) for part in ("down", "up")}
         if tensors.keys() != names:
             raise ValueError("it does not hold the tensors of a base adaptation")
         for name, value in tensors.items():
             if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"the tensor {name} must hold finite numbers of float32")
-        updates = tuple((tensors[f"blocks.{i}.down"], tensors[f"blocks.{i}.up"]) for i in range(len(tensors) // 2))
+        updates = tuple((tensors[f"blocks.{i}.down"], tensors[f"blocks.{i}.up"]) for i in range(depth))
         for index, (down, up) in enumerate(updates):
             if down.dim() != 2 or up.shape != (len(down), 3 * down.shape[1]):
                 raise ValueError(f"the update of block {index} is not of low rank")
-        return cls(updates, tensors["positions"], backbone, size, made_from)
+        if tensors["directions"].dim() != 2 or len(tensors["directions"]) > MAX_DIRECTIONS:
+            raise ValueError(f"the directions are not at most {MAX_DIRECTIONS} rows")
+        return cls(updates, tensors["positions"], tensors["directions"], backbone, size, made_from)
 
 
 def read_base(path: Path) -> tuple[BaseAdaptation, bytes]:

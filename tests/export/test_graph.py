@@ -363,3 +363,18 @@ def test_unsigned_bytes_are_cast_before_anything_else(three_tasks: ComposedModel
 def test_the_same_model_gives_the_same_bytes(three_tasks: ComposedModel) -> None:
     first, second = (build_model(three_tasks, 17, 8).SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("opset", [14, 17, 20])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_second_order_summary(
+    compose: Compose, make_backbone: Callable[..., Backbone], opset: int, half: bool
+) -> None:
+    backbone = make_backbone()
+    backbone.directions = torch.randn(6, 48, generator=torch.Generator().manual_seed(0)) / 48**0.5
+    model = compose(["ab", "cd"], backbone=backbone)
+    images = IMAGES[:5]
+    expected = torch_outputs(model, images)["features"]
+    found = onnx_outputs(build_model(model, opset, 8, half=half), images)["features"]
+    assert found.shape == expected.shape == (5, 48 * 7 + 21)
+    np.testing.assert_allclose(found[:, -21:], expected[:, -21:], atol=0.02 if half else 1e-5)

@@ -239,3 +239,20 @@ def test_wide_backbones_are_summarised_at_fewer_depths(tmp_path: Path, width: st
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     backbone = load_backbone(name, weights=tmp_path / "weights.safetensors", size=32, prefix_blocks=3)
     assert backbone.info.summary_blocks == blocks
+
+
+@pytest.mark.parametrize("variant", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])
+def test_the_second_order_summary_is_the_root_of_the_covariance(
+    make_backbone: Callable[..., Backbone], variant: dict[str, object]
+) -> None:
+    """Against an eigendecomposition of each image, on covariances whose iteration has converged."""
+    backbone = make_backbone(**variant)
+    backbone.directions = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)) / 48**0.5
+    tokens = torch.randn(2, backbone.special_tokens + 16, 48, generator=torch.Generator().manual_seed(1))
+    found = backbone.second_order(tokens)
+    for image, triangle in zip(tokens[:, backbone.special_tokens :].double().numpy(), found.numpy(), strict=True):
+        z = (image - image.mean(axis=0)) @ backbone.directions.double().numpy().T
+        values, vectors = np.linalg.eigh(z.T @ z / 16 + 1e-3 * np.eye(3))
+        root = (vectors * np.sqrt(values)) @ vectors.T
+        np.testing.assert_allclose(triangle, root[np.triu_indices(3)], atol=0.02)
+    assert backbone.summary_dim == len(backbone.info.summary_blocks) * 48 * (2 if "class_token" in variant else 3) + 6
