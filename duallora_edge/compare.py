@@ -54,7 +54,14 @@ ARITHMETIC = (
     "task_arithmetic", "task_arithmetic:task_scale=0.5", "task_arithmetic:kl_weight=0.4",
     "task_arithmetic:kept_images_per_class=20",
 )  # fmt: skip
-GROUPS = {"peers": PEERS, "ablations": ABLATIONS, "arithmetic": ARITHMETIC}
+# Settings that change what the prefix makes of an image; the base adaptation itself is in the keys of the cache.
+PREFIX = ("size", "resize", "prefix_blocks", "summaries", "second_order", "precision")
+SIZES = (
+    "frozen:size=96:base=none", "frozen:size=96", "frozen:size=128:base=none", "frozen:size=128",
+    "frozen:size=160:base=none", "frozen:size=160", "frozen:size=192:base=none", "frozen:size=192",
+    "frozen:size=224",
+)  # fmt: skip
+GROUPS = {"peers": PEERS, "ablations": ABLATIONS, "arithmetic": ARITHMETIC, "sizes": SIZES}
 
 
 @dataclass(frozen=True)
@@ -159,12 +166,12 @@ def compare(
     from duallora_edge.learner.network.prefix_cache import PrefixCache
     from duallora_edge.learner.report.comparison import comparison_png, markdown
 
-    caches: dict[tuple[int | None, int | None, str], PrefixCache] = {}
+    caches: dict[tuple[object, ...], PrefixCache] = {}
     found: dict[str, dict[int, Result]] = {variant.label: {} for variant in variants}
     for seed in numbers:
         for variant in variants:
             config = _config(variant, seed, base, shuffle)
-            cache = caches.setdefault((config.prefix_blocks, config.summaries, config.precision), PrefixCache())
+            cache = caches.setdefault(tuple(getattr(config, key) for key in PREFIX), PrefixCache())
             found[variant.label][seed] = _result(variant, config, out, cache)
     latencies = _latencies(out, variants, numbers[0], latency_rounds) if latency_rounds else {}
     name = Path(stream).name
@@ -315,13 +322,13 @@ def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -
             options.log_severity_level, options.intra_op_num_threads = 3, 2
             sessions[variant.label] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
-    size = next(iter(sessions.values())).get_inputs()[0].shape[1]
-    frame = {INPUT: rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)}
+    sizes = {label: session.get_inputs()[0].shape[1] for label, session in sessions.items()}
+    frames = {size: rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8) for size in set(sizes.values())}
     times: dict[str, list[float]] = {label: [] for label in sessions}
     for number in range(rounds + 10):
         for label in rng.permutation(list(sessions)):
             started = time.perf_counter()
-            sessions[label].run(None, frame)
+            sessions[label].run(None, {INPUT: frames[sizes[label]]})
             if number >= 10:
                 times[label].append(1000 * (time.perf_counter() - started))
     return {label: float(np.median(values)) for label, values in times.items()}
