@@ -30,7 +30,7 @@ from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import new_backbone, train_run
 
 CLASSES = 4
-CHOSEN = ("micro_batch", "forward_batch", "recompute", "cache_bytes", "summaries")
+CHOSEN = ("micro_batch", "forward_batch", "recompute", "cache_bytes")
 
 
 def write_images(folder: Path, tasks: int, images: int, side: int) -> None:
@@ -80,7 +80,6 @@ def in_process(function: Any, *arguments: Any) -> Any:
 @click.option("--backbone", default="vit_tiny_patch16_224", show_default=True)
 @click.option("--weights", required=True, type=click.Path(path_type=Path, exists=True), help="Of the backbone.")
 @click.option("--size", default=224, show_default=True, type=int)
-@click.option("--summaries", type=int, help="Frozen blocks that memory and classifier read.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 @click.option("--images", default=2000, show_default=True, type=click.IntRange(40), help="Of a task.")
@@ -89,7 +88,7 @@ def in_process(function: Any, *arguments: Any) -> Any:
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    budgets: str, backbone: str, weights: Path, size: int, summaries: int | None, precision: str, batch_size: int,
+    budgets: str, backbone: str, weights: Path, size: int, precision: str, batch_size: int,
     images: int, tasks: int, steps: int, threads: int, json_path: Path | None,
 ) -> None:  # fmt: skip
     rows = []
@@ -98,7 +97,7 @@ def main(
         write_images(folder / "images", tasks, images, size)
         settings: dict[str, Any] = {
             "data": str(folder / "images"), "backbone": backbone, "weights": str(weights), "size": size,
-            "summaries": summaries, "precision": precision, "batch_size": batch_size,
+            "precision": precision, "batch_size": batch_size,
             "epochs": 0, "min_steps": steps, "device": "cpu",
         }  # fmt: skip
         in_process(decode, TrainConfig(**settings))
@@ -122,9 +121,8 @@ def main(
                 "plan": plan,
                 "inside": budget is None or peak <= parse_bytes(budget),
             }
-            if means.shape == reference.shape:  # else it learned with fewer summaries
-                difference = float((means - reference).abs().max())
-                row |= {"largest_difference": difference, "spread": float(reference.std())}
+            difference = float((means - reference).abs().max())
+            row |= {"largest_difference": difference, "spread": float(reference.std())}
             rows.append(row)
             chosen = [f"{key} {plan[key]}" for key in CHOSEN if plan.get(key) is not None]
             expected = (
@@ -133,10 +131,9 @@ def main(
             click.echo(
                 f"{budget or 'none':<8} {row['peak_mb']:>5.0f} MB {expected:<17} {seconds:>8.1f}  {', '.join(chosen)}"
             )
-            if "spread" in row:
-                click.echo(
-                    f"         class means differ by {row['largest_difference']:.1e}, they vary by {row['spread']:.2f}"
-                )
+            click.echo(
+                f"         class means differ by {row['largest_difference']:.1e}, they vary by {row['spread']:.2f}"
+            )
     if json_path:
         write_json(json_path, {"backbone": backbone, "size": size, "precision": precision, "rows": rows})
         click.echo(f"Wrote {json_path}")

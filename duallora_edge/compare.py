@@ -43,7 +43,8 @@ PEERS = (
 ABLATIONS = (
     "dual_lora", "dual_lora:rank_orthogonal=16:rank_residual=0", "dual_lora:residual=isolated",
     "dual_lora:residual=previous", "dual_lora:residual=previous:gate=open", "dual_lora:distillation=0",
-    "dual_lora:learning_rate=0.005", "dual_lora:summaries=1", "dual_lora:classifier=lda_f",
+    "dual_lora:learning_rate=0.005", "dual_lora:base=none",
+    "dual_lora:second_order=0", "dual_lora:second_order=0:summaries=3", "dual_lora:classifier=lda_f",
     "dual_lora:classifier=heads",
     "dual_lora:calibration=temperature", "dual_lora:calibration=none",
 )  # fmt: skip

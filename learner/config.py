@@ -132,11 +132,11 @@ class TrainConfig:
         "more time and memory.",
         "Method", low=-1000, high=1000, unset="half of them",
     )  # fmt: skip
-    summaries: int | None = setting(
-        None,
-        "Frozen blocks that the dynamic memory and the classifier read; more are usually more accurate, with larger "
-        "statistics.",
-        "Method", low=1, high=1000, unset="3, or all if fewer",
+    summaries: int = setting(
+        1,
+        "Frozen blocks whose class token and patch statistics the dynamic memory and the classifier read, evenly "
+        "spaced and ending with the last; all where there are fewer.",
+        "Method", low=1, high=1000,
     )  # fmt: skip
 
     second_order: int = setting(
@@ -189,8 +189,7 @@ class TrainConfig:
     )  # fmt: skip
     memory_budget: str | None = setting(
         None,
-        "Stay within this much memory, such as 2GB, of the process or on CUDA; a tight budget trains more slowly and "
-        "may lower 'summaries'.",
+        "Stay within this much memory, such as 2GB, of the process or on CUDA; a tight budget trains more slowly.",
         "Resources", unset="no limit", metavar="SIZE", scope="call",
     )  # fmt: skip
     checkpoint_steps: int = setting(

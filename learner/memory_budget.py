@@ -11,9 +11,8 @@ import math
 import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ class Plan:
     Attributes:
         memory_budget, micro_batch, forward_batch, recompute, precision: as in `TrainConfig`; batches in images.
         cache_bytes: bytes of the prefix cache in memory, the rest is in a file; None for no limit.
-        summaries: as in `TrainConfig`; None where they stay as they are.
         expected: predicted peak in bytes.
     """
 
@@ -73,15 +71,12 @@ class Plan:
     recompute: bool
     precision: str
     cache_bytes: int | None
-    summaries: int | None
     expected: int
 
     def apply(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what was chosen."""
         settings = asdict(self)
         del settings["expected"]
-        if self.summaries is None:
-            del settings["summaries"]
         return replace(config, **settings)
 
     def describe(self, batch_size: int) -> str:
@@ -95,8 +90,6 @@ class Plan:
         if self.cache_bytes is not None:
             parts.append(f"{_megabytes(self.cache_bytes)} of the prefix cache in memory, the rest in a file")
         parts.append(self.precision)
-        if self.summaries is not None:
-            parts.append(f"--summaries {self.summaries}, the most that fit, which costs accuracy")
         return f"Memory budget {self.memory_budget}: {', '.join(parts)}; expected peak {_megabytes(self.expected)}"
 
 
@@ -186,18 +179,25 @@ def forward_cost(backbone: Backbone, config: TrainConfig) -> Cost:
     return Cost.measure(run)
 
 
-def held_bytes(backbone: Backbone, stream: PreparedStream, learned: int) -> int:
+def summary_width(backbone: Backbone, config: TrainConfig) -> int:
+    """Length of the prefix summary once the run has the directions of its second-order part."""
+    if len(backbone.directions):
+        return backbone.summary_dim
+    return backbone.summary_dim + config.second_order * (config.second_order + 1) // 2
+
+
+def held_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream, learned: int) -> int:
     """Bytes that stay occupied while the last task of the stream is learned: records, summaries phi, features."""
-    dim, summary = backbone.dim, backbone.summary_dim
+    dim, summary = backbone.dim, summary_width(backbone, config)
     images = max(len(task.train) + len(task.validation) for task in stream.tasks)
     tests = sum(len(task.test) for task in stream.tasks)
     factors = (learned + len(stream.tasks)) * STORED_DIRECTIONS * (dim + summary) * 4
     return factors + images * 4 * (2 * summary + dim) + tests * 4 * summary
 
 
-def statistics_bytes(backbone: Backbone, stream: PreparedStream) -> int:
+def statistics_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream) -> int:
     """Bytes that are needed to sum up the features of a task: three times float64, and some matrices."""
-    width = backbone.dim + backbone.summary_dim
+    width = backbone.dim + summary_width(backbone, config)
     images = max(len(task.train) + len(task.validation) for task in stream.tasks)
     return STATISTICS_MATRICES * width**2 * 8 + images * 3 * 8 * width
 
@@ -223,8 +223,8 @@ def make_plan(
     """
     budget, device = parse_bytes(config.memory_budget or ""), backbone.device
     on_cpu = device.type == "cpu"
-    held = held_bytes(backbone, stream, learned) if on_cpu else 0
-    statistics = statistics_bytes(backbone, stream) if on_cpu else 0
+    held = held_bytes(backbone, config, stream, learned) if on_cpu else 0
+    statistics = statistics_bytes(backbone, config, stream) if on_cpu else 0
     batch = 3 * config.batch_size * token_bytes(backbone)  # in float16 and float32
     tokens = max(len(task.train) for task in stream.tasks) * token_bytes(backbone)
     costs: dict[tuple[str, bool], tuple[Cost, Cost]] = {}
@@ -248,12 +248,11 @@ def make_plan(
                     str(config.memory_budget),
                     **{**option, "forward_batch": passes},
                     cache_bytes=kept,
-                    summaries=None,
                     expected=expected,
                 )
     raise ConfigError(
         f"A memory budget of {config.memory_budget} cannot be met: learning these tasks with this backbone needs at "
-        f"least {_megabytes(least)}; give that, or take a smaller --backbone, --size or --summaries."
+        f"least {_megabytes(least)}; give that, or take a smaller --backbone, --size or --second-order."
     )
 
 
@@ -268,12 +267,11 @@ def _options(config: TrainConfig, free_precision: bool) -> Iterator[dict[str, An
 
 
 def fit_budget(
-    config: TrainConfig, backbone: Backbone, stream: PreparedStream, run: Path, learned: int, *, free: Collection[str]
+    config: TrainConfig, backbone: Backbone, stream: PreparedStream, run: Path, learned: int, *, free_precision: bool
 ) -> Plan | None:
     """The plan of a call of `train` for its budget, None without a budget; `remember` keeps it for the next call.
 
-    ``free`` names those of the settings ``precision`` and ``summaries`` that nobody chose and no run depends on yet.
-    The last resort are fewer summaries, whose covariance is the largest part of a record: ``backbone`` then has fewer.
+    ``free_precision``: whether the precision was not chosen and no run depends on it yet.
     """
     if config.memory_budget is None:
         return None
@@ -288,18 +286,7 @@ def fit_budget(
         known = read_json(path)
         if (known["memory_budget"], known["batch_size"]) == (config.memory_budget, config.batch_size):
             before = {key: known[key] for key in CHOICES}
-    plan = partial(make_plan, config=config, stream=stream, learned=learned, free_precision="precision" in free)
-    count = len(backbone.info.summary_blocks)
-    try:
-        return plan(backbone, before=before)
-    except ConfigError:
-        if "summaries" not in free or count == 1:
-            raise
-    for fewer in range(count - 1, 0, -1):
-        backbone.summarise(fewer)
-        with contextlib.suppress(ConfigError):
-            return replace(plan(backbone), summaries=fewer)
-    return plan(backbone)  # raises, naming the smallest budget of all
+    return make_plan(backbone, config, stream, learned, free_precision=free_precision, before=before)
 
 
 def give_back_early() -> None:

@@ -86,12 +86,8 @@ def train_run(
         config = replace(config, **_last_source(run))
     check_apart(path, config)
     device = pick_device(config.device)
-    free: set[str] = set()
+    free_precision = run is None and config.precision == "auto"
     if run is None:
-        if config.precision == "auto":
-            free.add("precision")
-        if config.summaries is None and cache is None:  # a cache holds the summaries of several runs
-            free.add("summaries")
         backbone = new_backbone(config, callback)
         config = replace(config, precision=pick_precision(config.precision, device))
     else:
@@ -108,7 +104,7 @@ def train_run(
     if config.memory_budget is not None and distributed.world_size() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
     learned = len(run.active_tasks()) if run else 0
-    plan = memory_budget.fit_budget(config, backbone.to(device), stream, path, learned, free=free)
+    plan = memory_budget.fit_budget(config, backbone.to(device), stream, path, learned, free_precision=free_precision)
     if plan:
         config = plan.apply(config)
         callback.say(plan.describe(config.batch_size))

@@ -21,7 +21,6 @@ from duallora_edge.learner import embedded
 from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.base_adaptation import BaseAdaptation
 
-MAX_FEATURES = 4096
 # Of the covariance in `Backbone.second_order`, whose variances are about 1 since the directions are whitened.
 SECOND_ORDER_EPS = 1e-3
 NEWTON_STEPS = 5
@@ -78,10 +77,6 @@ class Backbone(nn.Module):
         """Length of the prefix summary phi."""
         pairs = len(self.directions) * (len(self.directions) + 1) // 2
         return len(self.info.summary_blocks) * self.dim * (3 if self.model.has_class_token else 2) + pairs
-
-    def summarise(self, count: int) -> None:
-        """Describe ``count`` blocks of the prefix from now on; runs made before need the summaries they had."""
-        self.info = replace(self.info, summary_blocks=spaced_blocks(self.info.prefix_blocks, count))
 
     @torch.no_grad()
     def adapt(self, base: BaseAdaptation, sha256: str) -> None:
@@ -188,15 +183,14 @@ def load_backbone(
     weights: Path | None = None,
     size: int | None = None,
     prefix_blocks: int | None = None,
-    summaries: int | None = None,
+    summaries: int = 1,
 ) -> Backbone:
     """Build a backbone by its timm name (``NAME[.tag]``) or ``"embedded"``, for square input of ``size`` pixels.
 
     Weights come from ``weights`` (a safetensors file), else from the hub; position embeddings are resampled to
     ``size``. ``prefix_blocks`` defaults to half of the blocks, -1 is all but one; ``summaries`` of them, evenly spaced
-    and ending with the last one, make the prefix summary: by default three, or fewer where there would be more than
-    `MAX_FEATURES` features, since a task stores a covariance of them. Raises `BackboneError` for an unknown name, an
-    unsupported architecture, weights that do not fit, or a hub that cannot be reached.
+    and ending with the last one, make the prefix summary. Raises `BackboneError` for an unknown name, an unsupported
+    architecture, weights that do not fit, or a hub that cannot be reached.
     """
     if name == embedded.NAME and weights is not None:
         raise BackboneError(
@@ -217,15 +211,9 @@ def load_backbone(
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] in ("bicubic", "bilinear") else "bicubic",
         prefix_blocks=prefix,
-        summary_blocks=spaced_blocks(prefix, summaries or _summaries(model)),
+        summary_blocks=spaced_blocks(prefix, summaries),
     )
     return Backbone(model, info, native_size)
-
-
-def _summaries(model: VisionTransformer) -> int:
-    """As many summaries, one to three, as keep the number of features within `MAX_FEATURES`."""
-    parts = 3 if model.has_class_token else 2
-    return max([1, *(count for count in (2, 3) if model.embed_dim * (1 + parts * count) <= MAX_FEATURES)])
 
 
 def spaced_blocks(prefix: int, count: int) -> tuple[int, ...]:

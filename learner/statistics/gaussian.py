@@ -14,7 +14,7 @@ from torch import Tensor
 
 PRIOR_IMAGES_PER_FEATURE = 0.25
 # Rows of the factor that a task stores. More are not better: what is left out acts as shrinkage.
-STORED_DIRECTIONS = 32
+STORED_DIRECTIONS = 64
 # Both are shares of the mean square of the means. A mean variance below the first is rounding. At least the second is
 # added to the variances, so that float32 can tell the distances between classes apart.
 ROUNDING = 1e-10

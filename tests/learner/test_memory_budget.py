@@ -118,26 +118,6 @@ def test_precision_is_the_last_resort_and_then_there_is_none(tiny_backbone: Back
 
 
 @pytest.mark.usefixtures("known_costs")
-@pytest.mark.parametrize(("budget", "chosen"), [(180, None), (116, 1)])
-def test_fewer_summaries_are_the_last_resort(
-    make_backbone: Callable[..., Backbone], stream: PreparedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    budget: int, chosen: int | None,
-) -> None:  # fmt: skip
-    """The second summary takes 30 MB: it goes where somebody may choose and everything else is too little."""
-    monkeypatch.setattr(
-        memory_budget, "held_bytes", lambda backbone, *_: (len(backbone.info.summary_blocks) - 1) * 30 * MB
-    )
-    backbone, config = make_backbone(), TrainConfig(precision="fp32", memory_budget=f"{budget}MB")
-    if chosen:
-        with pytest.raises(ConfigError, match="cannot be met"):
-            memory_budget.fit_budget(config, backbone, stream, tmp_path, 0, free={"precision"})
-    plan = memory_budget.fit_budget(config, backbone, stream, tmp_path, 0, free={"summaries"})
-    assert plan is not None and plan.summaries == plan.apply(config).summaries == chosen
-    assert len(backbone.info.summary_blocks) == (chosen or 2)
-    assert ("--summaries 1, the most that fit" in plan.describe(32)) == (chosen is not None)
-
-
-@pytest.mark.usefixtures("known_costs")
 def test_an_earlier_plan_is_kept_while_it_fits(tiny_backbone: Backbone, stream: PreparedStream) -> None:
     before = {"micro_batch": 8, "forward_batch": 16, "recompute": True, "precision": "fp32"}
     for budget, micro in ((150, 8), (113, 4)):
