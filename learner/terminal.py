@@ -11,7 +11,13 @@ from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.report.metrics import Row, pool
 from duallora_edge.text import escaped
 
-STAGES = {"decode": "reading images", "encode": "frozen prefix", "train": "training"}
+STAGES = {
+    "decode": "reading images",
+    "teacher": "native size",
+    "adapt": "adapting",
+    "encode": "frozen prefix",
+    "train": "training",
+}
 PLAIN_INTERVAL = 10.0
 
 
