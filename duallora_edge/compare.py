@@ -6,7 +6,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from duallora_edge.cli_groups import option_group
@@ -174,7 +175,9 @@ def compare(
             config = _config(variant, seed, base, shuffle)
             cache = caches.setdefault(tuple(getattr(config, key) for key in PREFIX), PrefixCache())
             found[variant.label][seed] = _result(variant, config, out, cache)
-    latencies = _latencies(out, variants, numbers[0], latency_rounds) if latency_rounds else {}
+    runs = {variant.label: out / f"{variant.file_name}-{numbers[0]}" for variant in variants}
+    times = single_image_times(runs, latency_rounds) if latency_rounds else {}
+    latencies = {label: float(np.median(values)) for label, values in times.items()}
     name = Path(stream).name
     with _one_at_a_time(out):  # else a call that read fewer results might write last
         _add_others(found, out, base, shuffle)
@@ -304,8 +307,8 @@ def _trained(run: RunDirectory) -> float:
     return total / len(records)
 
 
-def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of the exported last state of each variant on this CPU: medians of interleaved single images."""
+def single_image_times(runs: Mapping[str, Path], rounds: int) -> dict[str, npt.NDArray[np.float64]]:
+    """Milliseconds [rounds] of one image in the exported last state of each run, on this CPU in interleaved rounds."""
     import onnx
     import onnxruntime
 
@@ -314,14 +317,14 @@ def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -
 
     sessions = {}
     with tempfile.TemporaryDirectory() as folder:
-        for variant in variants:
-            run = RunDirectory.open(out / f"{variant.file_name}-{seed}")
+        for number, (label, run_path) in enumerate(runs.items()):
+            run = RunDirectory.open(run_path)
             model = compose(run.backbone(), run.records()).eval()
-            path = Path(folder) / f"{variant.file_name}.onnx"
+            path = Path(folder) / f"{number}.onnx"
             onnx.save(build_model(model, 17, 8), path)
             options = onnxruntime.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 3, 2
-            sessions[variant.label] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            sessions[label] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     sizes = {label: session.get_inputs()[0].shape[1] for label, session in sessions.items()}
     frames = {size: rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8) for size in set(sizes.values())}
@@ -332,4 +335,4 @@ def _latencies(out: Path, variants: Sequence[Variant], seed: int, rounds: int) -
             sessions[label].run(None, {INPUT: frames[sizes[label]]})
             if number >= 10:
                 times[label].append(1000 * (time.perf_counter() - started))
-    return {label: float(np.median(values)) for label, values in times.items()}
+    return {label: np.array(values) for label, values in times.items()}
