@@ -37,7 +37,8 @@ def one_line(name: str) -> str:
 
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
-essential, source, output = option_group("Essentials"), option_group("Images and network"), option_group("Output")
+essential, images, output = option_group("Essentials"), option_group("Data"), option_group("Output")
+source = option_group("Images and network")
 as_json = output("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
@@ -51,6 +52,11 @@ as_json = output("--json", "as_json", is_flag=True, help="Print JSON for program
     "--config", "config_path", type=click.Path(path_type=Path), metavar="FILE",
     help="YAML file with settings, such as examples/train.yaml; options win over it."
 )  # fmt: skip
+@images(
+    "--again", metavar="NAME",
+    help="Learn this task again from the images that are there now, in place of its old version. "
+    "[default: only new tasks]"
+)  # fmt: skip
 @setting_options(*(key for key in FLAGS if key != "data"))
 @output(
     "--evaluate/--no-evaluate", default=True, help="Measure after each task, or leave it to 'evaluate'. [default: yes]"
@@ -58,7 +64,13 @@ as_json = output("--json", "as_json", is_flag=True, help="Print JSON for program
 @output("--profile", "profiled", is_flag=True, help="Show where the time goes; kept in reports/profile.json.")
 @as_json
 def train(
-    run_path: Path, config_path: Path | None, evaluate: bool, profiled: bool, as_json: bool, **flags: Any
+    run_path: Path,
+    config_path: Path | None,
+    again: str | None,
+    evaluate: bool,
+    profiled: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Learn the next task or tasks of a run.
 
@@ -70,6 +82,7 @@ def train(
     Example:
       duallora-edge train --data photos/ --run runs/site-a
       duallora-edge train --data more-photos/ --run runs/site-a
+      duallora-edge train --again photos --run runs/site-a
     """
     from duallora_edge.learner import distributed
     from duallora_edge.learner.device import pick_device
@@ -82,11 +95,11 @@ def train(
         learner = Learner(run_path, config=config_path, callbacks=callbacks, **flags)
         if profiled and distributed.is_main():
             with profiling(pick_device(learner.config.device)) as profile:
-                metrics = learner.learn(evaluate=evaluate)
+                metrics = learner.learn(again=again, evaluate=evaluate)
             write_json(run_path / "reports" / "profile.json", profile.to_json())
             echo(profile.table(), err=True)
         else:
-            metrics = learner.learn(evaluate=evaluate)
+            metrics = learner.learn(again=again, evaluate=evaluate)
         if distributed.is_main():
             if evaluate or as_json:
                 show_metrics(metrics, as_json)

@@ -142,7 +142,10 @@ def add_tests(
     A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
     """
     infos = {info.name: info for info in map(run.read_info, run.active_tasks()) if info.name not in skip}
+    sources = run.sources()
     for settings in source_groups(run, infos):
+        # A source may also hold tasks that were learned from another one, of which it has other images.
+        own = {name for name in infos if sources.get(name, {}) == settings}
         if data is not None:
             settings["data"] = data
         try:
@@ -155,7 +158,7 @@ def add_tests(
         if METHODS[run.config.method].single_task:
             stream = stream.merged()
         for task in stream.tasks:
-            if task.name in infos:
+            if task.name in own:
                 tests.add(task, infos[task.name].classes)
 
 

@@ -14,7 +14,6 @@ from duallora_edge.learner.callbacks import Callback, Callbacks
 from duallora_edge.learner.config import TrainConfig, load_config, read_yaml
 from duallora_edge.learner.distributed import main_only
 from duallora_edge.learner.measurements import stored_metrics
-from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory, StoredTask
@@ -65,15 +64,24 @@ class Learner:
         self._callback = Callbacks(callbacks)
         self._cache = cache
 
-    def learn(self, data: str | Path | None = None, *, task_name: str | None = None, evaluate: bool = True) -> Metrics:
+    def learn(
+        self,
+        data: str | Path | None = None,
+        *,
+        task_name: str | None = None,
+        again: str | None = None,
+        evaluate: bool = True,
+    ) -> Metrics:
         """Learn the tasks in ``data`` that the run does not know yet, one after the other.
 
         Interrupted at any moment, the same call continues where it was, and ends in the same bytes (CPU, fp32).
 
         Args:
             data: A folder of images (one task, or a stream of tasks in folders), a CSV manifest, or
-                ``torchvision:NAME``. None: the images of the last call.
+                ``torchvision:NAME``. None: the images of the last call, or those of the task ``again``.
             task_name: The name of the task, by default that of the folder.
+            again: A known task whose images have changed. It is learned anew from all images that are there now and
+                takes the place of its old version, as the newest task. The others stay as they are.
             evaluate: Whether to measure each new state on the test images, and to write the report.
 
         Returns:
@@ -81,15 +89,18 @@ class Learner:
 
         Raises:
             ConfigError: A setting contradicts those the run was made with, or the device is not there.
-            DataError: The images cannot be used, or a known task has other images.
-            RunError: The run is damaged, or another process writes to it.
+            DataError: The images cannot be used, or a known task has other images and ``again`` does not name one, or
+                the data hold no task of that name.
+            RunError: The run is damaged, another process writes to it, it has no task ``again``, or later tasks of
+                this method build on it.
         """
         from duallora_edge.learner.train import train_run
 
         given = {"data": None if data is None else str(data), "task_name": task_name}
         named = [key for key, value in given.items() if value is not None]
         config = load_config(None, given, self._config)
-        return train_run(self.path, config, [*self._given, *named], self._callback, self._cache, evaluate=evaluate)
+        given_names = [*self._given, *named]
+        return train_run(self.path, config, given_names, self._callback, self._cache, again=again, evaluate=evaluate)
 
     def evaluate(self, data: str | Path | None = None, *, comparisons: Sequence[Learner] = ()) -> Metrics:
         """Measure every state of the run again on every task it knows, and write the report.
@@ -163,10 +174,8 @@ class Learner:
         """
         run = RunDirectory.open(self.path)
         with run.locked():
-            entry, active = run.find(task), run.active_tasks()
-            if entry != active[-1] and not METHODS[run.config.method].removable:
-                raise RunError(f"Later tasks of {run.config.method} build on {task}; only the newest can be removed.")
-            self._activate(run, [other for other in active if other != entry])
+            entry = run.find_removable(task)
+            self._activate(run, [other for other in run.active_tasks() if other != entry])
 
     def _activate(self, run: RunDirectory, active: Sequence[StoredTask]) -> None:
         for folder in run.set_active_tasks(active):

@@ -219,6 +219,15 @@ class RunDirectory:
             raise RunError(f"The run {self.path} has no task {name!r}; it has {', '.join(names) or 'none'}.")
         return names[name]
 
+    def find_removable(self, name: str) -> StoredTask:
+        """The active task of this name, if the others can do without it. Raises `RunError` otherwise."""
+        entry = self.find(name)
+        if entry != self.active_tasks()[-1] and not METHODS[self.config.method].removable:
+            raise RunError(
+                f"Later tasks of {self.config.method} build on {name}; only the newest can be removed or learned again."
+            )
+        return entry
+
     @main_only
     def training_steps(self) -> int | None:
         """Steps done of a task whose training was interrupted, or None."""
@@ -288,23 +297,27 @@ class RunDirectory:
         with _locked(self.path):
             for name in _WRITTEN:
                 sweep(self.path / name)
-            self._delete_dropped()
+            self.delete_dropped()
             keep_spare(self.path / SPARE)
             yield
 
     @main_only
-    def commit(self, record: TaskRecord) -> StoredTask:
-        """Write a task as a whole, then make it the newest active one."""
+    def commit(self, record: TaskRecord, replaced: StoredTask | None = None) -> StoredTask:
+        """Write a task as a whole, then make it the newest active one.
+
+        In the same step ``replaced``, an active task, is dropped; `delete_dropped` deletes its files.
+        """
         from safetensors.torch import save
 
         active = self.active_tasks()
-        number = 1 + max((task.number for task in active), default=0)
+        others = [task for task in active if task != replaced]
+        number = 1 + max((task.number for task in others), default=0)
         while (self.path / "tasks" / (folder := f"{number:04d}-{_slug(record.info.name)}")).exists():
-            number += 1  # somebody else's folder has this name
+            number += 1  # somebody else's folder has this name, or that of the replaced task
         description = {
             "schema": SCHEMA,
             **record.info.to_json(),
-            "parent": active[-1].id if active else None,
+            "parent": others[-1].id if others else None,
         }
         contents = {f"{name}.safetensors": save(tensors) for name, tensors in record.tensors().items()}
         description["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
@@ -316,7 +329,7 @@ class RunDirectory:
             for name, data in contents.items():
                 (staging / name).write_bytes(data)
             (staging / "task.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        self._write_active_tasks([*active, task])
+        self._write_active_tasks([*others, task], dropped=[replaced] if replaced else [])
         self._delete_checkpoint()
         return task
 
@@ -329,7 +342,7 @@ class RunDirectory:
         """
         self._write_active_tasks(tasks, dropped=[task for task in self.active_tasks() if task not in tasks])
         self._delete_checkpoint()
-        kept = self._delete_dropped()
+        kept = self.delete_dropped()
         keep_spare(self.path / SPARE)
         return kept
 
@@ -340,8 +353,12 @@ class RunDirectory:
             value["dropped"] = [task.to_json() for task in dropped]
         write_atomic(self.path / "HEAD.json", json.dumps(value, indent=2) + "\n", spare=self.path / SPARE)
 
-    def _delete_dropped(self) -> list[Path]:
-        """Delete what HEAD says is dropped, and say so in HEAD; returns the folders that stay."""
+    @main_only
+    def delete_dropped(self) -> list[Path]:
+        """Delete what HEAD says is dropped, and say so in HEAD.
+
+        Returns the folders that stay, as they hold something that the task did not write.
+        """
         tasks = self.active_tasks()
         try:
             entries = read_json(self.path / "HEAD.json").get("dropped", [])

@@ -24,7 +24,7 @@ from duallora_edge.learner.network.base_adaptation import BaseAdaptation, read_b
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.reading import check_apart, read_images
 from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.run_directory import RunDirectory, StoredTask
 from duallora_edge.learner.timing import phase, start_task
 
 
@@ -69,21 +69,28 @@ def train_run(
     callback: Callback,
     cache: PrefixCache | None = None,
     *,
+    again: str | None = None,
     evaluate: bool = True,
 ) -> Metrics:
     """Learn the tasks of ``config.data`` that the run does not know yet, evaluate, and write the report.
 
+    The task ``again`` is learned before them from the images that are there now, unless the run knows it from these. As
+    the newest task it takes the place of its old version, in one step; its classes and statistics are counted once.
+
     ``given`` names the settings that the user set; the others come from the run. Without data the images of the
-    last call are used. Interrupted at any moment, the same call continues. ``cache`` shares what the frozen prefix
-    makes of the images with other runs. Returns the metrics of the run; without ``evaluate`` states stay unmeasured.
+    last call are used, or those of the task ``again``. Interrupted at any moment, the same call continues. ``cache``
+    shares what the frozen prefix makes of the images with other runs. Returns the metrics of the run; without
+    ``evaluate`` states stay unmeasured.
 
     Several processes (`distributed.process_group`) learn it together when all of them see the folder of the run.
     """
-    run = open_run(path, config, given) if RunDirectory.exists(path) else None
+    run = open_run(path, config, given) if again is not None or RunDirectory.exists(path) else None
+    if run is not None and again is not None:
+        run.find(again)  # before the images are read
     if not config.data:
         if run is None:
             raise ConfigError("Name the images to learn from with --data DIR.")
-        config = replace(config, **_last_source(run))
+        config = replace(config, **_known_source(run, again))
     check_apart(path, config)
     device = pick_device(config.device)
     free_precision = run is None and config.precision == "auto"
@@ -101,6 +108,12 @@ def train_run(
     frames = stream.tasks[0].train.pixels if stream.tasks else None
     if METHODS[config.method].single_task:
         stream = stream.merged()
+    names = tuple(task.name for task in stream.tasks)
+    if again is not None and again not in names:
+        raise DataError(
+            f"{config.data} holds no task {again!r} to learn again, but {', '.join(names) or 'none'}; "
+            "name the folder of its images with --data, or one folder and --task-name."
+        )
     if config.memory_budget is not None and distributed.world_size() > 1:
         raise ConfigError("A memory budget is for one process; leave it out, or start without torchrun.")
     learned = len(run.active_tasks()) if run else 0
@@ -114,9 +127,10 @@ def train_run(
             base = _apply(base_for(backbone, frames, config, callback), backbone)
         run = RunDirectory.create(path, config, backbone.info, base)
     with run.locked():
-        names = tuple(task.name for task in stream.tasks)
-        known = _check_known(run, stream)
-        run.remember_source(names, config)
+        known = _check_known(run, stream, again)
+        replaced = run.find_removable(again) if again is not None and again not in known else None
+        # Until it is learned again, that task has the source of its old version.
+        run.remember_source([name for name in names if known.get(name, name != again)], config)
         callback.start(config, names)
         if plan:
             memory_budget.remember(plan, config.batch_size, path)
@@ -125,14 +139,23 @@ def train_run(
         if evaluate:
             test_bytes = None if config.cache_bytes is None else 0  # read once a state
             tests = Tests(backbone, config.precision, cache, batch_size=config.forward_batch, cache_bytes=test_bytes)
-            add_tests(run, tests, callback, skip=set(names) - known)
-        metrics = evaluate_run(run, tests, reuse=True, on_row=callback.measured) if known else None
-        for task in stream.tasks:
+            add_tests(run, tests, callback, skip=set(names) - set(known))
+        metrics = None
+        if known and not replaced:
+            metrics = evaluate_run(run, tests, reuse=True, on_row=callback.measured)
+        # New tasks come after the one that is learned again, as if it had been removed before.
+        for task in sorted(stream.tasks, key=lambda task: task.name != again):
             if task.name in known:
-                callback.say(f"Task {task.name} is already learned")
+                callback.say(
+                    f"Task {task.name} is already learned from these images"
+                    if known[task.name]
+                    else f"Task {task.name} stays as it was learned from other images; --again {task.name!r} changes it"
+                )
                 continue
             start_task(task.name)
-            _learn(run, backbone, task, config, callback, cache)
+            _learn(run, backbone, task, config, callback, cache, replaced if task.name == again else None)
+            if task.name == again:
+                run.remember_source([again], config)
             if tests:
                 tests.add(task, task.classes)
             metrics = evaluate_run(run, tests, reuse=True, on_row=callback.measured)
@@ -150,50 +173,71 @@ def _learn(
     config: TrainConfig,
     callback: Callback,
     cache: PrefixCache | None,
+    replaced: StoredTask | None,
 ) -> None:
-    past = run.records()
+    """Learn and commit one task, after all active ones but ``replaced``, whose place it takes."""
+    others = [entry for entry in run.active_tasks() if entry != replaced]
+    past = run.records(others)
     if past and past[-1].info.method != config.method:
         raise RunError(f"The run {run.path} was trained with {past[-1].info.method}; use a new --run.")
     number = len(past) + 1
     callback.say(
-        f"Task {number} {task.name}: {len(task.classes)} class{'es' if len(task.classes) > 1 else ''}, "
+        f"Task {number} {task.name}{', again' if replaced else ''}: "
+        f"{len(task.classes)} class{'es' if len(task.classes) > 1 else ''}, "
         f"{len(task.train)} images to learn from, {len(task.validation)} for validation, {len(task.test)} for the test"
     )
     if len(task.classes) == 1 and METHODS[config.method].trains:
         callback.say("  one class gives no gradient: its statistics are learned, no adapter")
-    checkpoint = run.checkpoint(_training_key(run, task, config))
+    checkpoint = run.checkpoint(_training_key(run.digest(others), task, config))
     started = time.monotonic()
     record = learn_task(backbone, past, task, config, checkpoint, callback, cache)
     with phase("checkpoint"):
-        run.commit(record)
+        run.commit(record, replaced)
+        kept = run.delete_dropped()
+    for folder in kept:
+        callback.say(f"{folder} stays: it holds files that the task did not write.")
     callback.learned(task.name, time.monotonic() - started)
     residual = "" if record.info.residual == "none" else f", residual {record.info.residual}"
     callback.say(f"  learned in {time.monotonic() - started:.0f} s{residual}")
 
 
-def _training_key(run: RunDirectory, task: PreparedTask, config: TrainConfig) -> str:
-    """Identifies one training exactly: a checkpoint of another configuration, state or task is not continued."""
+def _training_key(state: str, task: PreparedTask, config: TrainConfig) -> str:
+    """Identifies one training exactly: a checkpoint of another configuration, state or task is not continued.
+
+    ``state`` is the digest of the tasks that it comes after.
+    """
     without = (*SOURCE, "weights", "memory_budget", "cache_bytes")  # what changes no result
     settings = {key: value for key, value in config.to_json().items() if key not in without}
-    text = json.dumps([settings, run.digest(), task.name, task.digest, list(task.classes)], sort_keys=True)
+    text = json.dumps([settings, state, task.name, task.digest, list(task.classes)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _last_source(run: RunDirectory) -> dict[str, Any]:
+def _known_source(run: RunDirectory, again: str | None) -> dict[str, Any]:
+    """Where the images of the last call lie, or those of the task ``again``, as settings of `TrainConfig`."""
     sources = run.sources()
+    if again is not None:
+        sources = {name: settings for name, settings in sources.items() if name == again}
     if not sources:
-        raise ConfigError(f"The run {run.path} knows no images yet; name them with --data DIR.")
+        raise ConfigError(
+            f"The run {run.path} knows no images{f' of {again!r}' if again else ' yet'}; name them with --data DIR."
+        )
     return list(sources.values())[-1]
 
 
 @distributed.main_only
-def _check_known(run: RunDirectory, stream: PreparedStream) -> set[str]:
-    """Names of the tasks that are already learned, from the same images. Raises `DataError` for other images."""
-    learned = {info.name: info for info in map(run.read_info, run.active_tasks())}
-    for task in stream.tasks:
-        if task.name in learned and learned[task.name].data_digest != task.digest:
+def _check_known(run: RunDirectory, stream: PreparedStream, again: str | None) -> dict[str, bool]:
+    """The names of the tasks that are learned and stay, and whether they were learned from the same images.
+
+    The task ``again`` stays only if it was. Raises `DataError` for other images where no task is to be learned again;
+    where one is, others may have changed as well, and have their turn in later calls.
+    """
+    learned = {info.name: info.data_digest for info in map(run.read_info, run.active_tasks())}
+    same = {task.name: learned[task.name] == task.digest for task in stream.tasks if task.name in learned}
+    for name in same:
+        if again is None and not same[name]:
             raise DataError(
-                f"The run {run.path} learned a task {task.name!r} from other images; "
-                "give the new images another name with --task-name (or rename the task's folder)."
+                f"The run {run.path} learned a task {name!r} from other images; learn it again from all of its images "
+                f"with --again {name!r}, or give a folder of the new images alone and another name with --task-name "
+                "(or rename the task's folder)."
             )
-    return {task.name for task in stream.tasks if task.name in learned}
+    return {name: value for name, value in same.items() if value or name != again}

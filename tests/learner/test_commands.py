@@ -254,6 +254,14 @@ def test_the_same_and_other_images_under_a_learned_name(
     image_task(tmp_path / "other" / "01-round", {"disc": 0, "square": 1}, seed=7)
     message = failure(call("train", "--data", tmp_path / "other", "--run", run))
     assert "learned a task '01-round' from other images" in message and "--task-name" in message
+    assert "--again '01-round'" in message
+    code, out, err = call("train", "--data", tmp_path / "other", "--run", run, "--again", "01-round")
+    assert code == 0 and "Task 2 01-round, again: 2 classes" in err and "Last accuracy" in out
+    names = [task["name"] for task in json.loads(call("status", run, "--json")[1])["tasks"]]
+    assert names == ["02-lines", "01-round"]
+    code, _, err = call("train", "--run", run, "--again", "01-round")
+    assert code == 0 and "Task 01-round is already learned from these images" in err
+    assert "has no task 'x'; it has 02-lines, 01-round" in failure(call("train", "--run", run, "--again", "x"))
 
 
 def test_weights_that_do_not_fit(call: Call, tmp_path: Path, image_stream: Path) -> None:
@@ -322,7 +330,7 @@ def test_a_task_that_later_ones_build_on_is_not_removed(
     assert call("train", "--data", image_stream, "--run", run, *options)[0] == 0
     code, _, errors = call("remove", run, "01-round")
     assert code == 1
-    assert "only the newest can be removed" in errors
+    assert "only the newest can be removed or learned again" in errors
     assert call("remove", run, "02-lines")[0] == 0
     code, printed, _ = call("status", run, "--privacy")
     assert code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,22 @@ def test_undoing_and_learning_again_gives_the_same_state(
     assert [task.name for task in learner.tasks] == [second]
     with pytest.raises(RunError, match=f"has no task '{first}'"):
         learner.remove(first)
+
+
+def test_a_task_that_has_grown_is_learned_again(
+    learned: tuple[Path, Notes, Metrics], image_stream: Path, image_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(learned[0], tmp_path / "run")
+    shutil.copytree(image_stream, tmp_path / "stream")
+    image_task(tmp_path / "more", {"star": 5}, train=5, test=3)
+    shutil.copytree(tmp_path / "more", tmp_path / "stream" / "01-round", dirs_exist_ok=True)
+    notes = Notes()
+    learner = Learner(tmp_path / "run", callbacks=[notes], device="cpu")
+    metrics = learner.learn(tmp_path / "stream", again="01-round")
+    assert notes.told[1:] == ["step", "learned 01-round", "measured 1", "measured 2", "end 2"]
+    assert [(task.name, len(task.classes)) for task in learner.tasks] == [("02-lines", 2), ("01-round", 3)]
+    assert learner.metrics.to_json() == metrics.to_json() and [cell.n for cell in metrics.rows[-1]] == [8, 11]
+    assert learner.model().catalogue.classes == ("cross", "ring", "disc", "square", "star")
 
 
 def test_measuring_again_gives_the_same_metrics(learned: tuple[Path, Notes, Metrics], tmp_path: Path) -> None:

@@ -103,6 +103,35 @@ def test_remove_leaves_the_other_tasks_alone(run: RunDirectory, two_tasks: list[
     assert run.commit(two_tasks[1]).folder == "0004-second"  # a number is never given twice to living tasks
 
 
+@pytest.mark.parametrize("index", [0, 1], ids=["earlier", "newest"])
+def test_a_task_takes_the_place_of_another(
+    run: RunDirectory, tmp_path: Path, two_tasks: list[TaskRecord], third: TaskRecord, index: int
+) -> None:
+    """As if that one had been removed before; a kill at any moment leaves one of them, and no file of the other."""
+    for record in two_tasks:
+        run.commit(record)
+    copies = [RunDirectory.open(Path(shutil.copytree(run.path, tmp_path / f"copy{number}"))) for number in range(21)]
+    entry = run.active_tasks()[index]
+    run.set_active_tasks([task for task in run.active_tasks() if task != entry])
+    run.commit(third)
+    before, after = copies[0].digest(), run.digest()
+    found = []
+    for number, copy in enumerate(copies):
+        with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+            for name in ("replace", "rename", "unlink", "rmdir"):
+                patch.setattr(Path, name, dying_at(number + 1, getattr(Path, name)))
+            copy.commit(third, replaced=entry)
+            copy.delete_dropped()
+        opened = RunDirectory.open(copy.path)
+        found.append(opened.digest())
+        with opened.locked():
+            folders = {task.folder for task in opened.active_tasks()}
+            assert {path.name for path in (copy.path / "tasks").iterdir()} == folders
+            assert set(json.loads((copy.path / "HEAD.json").read_text())) == {"schema", "tasks"}
+        assert opened.digest() == found[-1] and len(opened.records()) == 2
+    assert found == sorted(found, key=lambda digest: digest == after) and set(found) == {before, after}
+
+
 @pytest.mark.parametrize("file", ["adapters", "bases", "head", "statistics", "kept_images"])
 @pytest.mark.parametrize("where", [0, 0.5, -1], ids=["first", "middle", "last"])
 def test_one_changed_byte_is_noticed(run: RunDirectory, two_tasks: list[TaskRecord], file: str, where: float) -> None:
@@ -208,8 +237,9 @@ def test_a_description_without_a_key(run: RunDirectory, two_tasks: list[TaskReco
         ("statistics", "counts", lambda t: -t, "impossible counts"),
         ("statistics", "counts", lambda t: t[:1], "must be of shape"),
         ("statistics", "means", lambda t: t[:, 1:], "must be of shape"),
-        ("statistics", "scatter", lambda t: t[1:], "must be of shape"),
-        ("statistics", "scatter", lambda t: t.bool(), "must hold torch.float32, not torch.bool"),
+        ("statistics", "factor", lambda t: t[:, 1:], "must be of shape"),
+        ("statistics", "diagonal", lambda t: t[1:], "must be of shape"),
+        ("statistics", "diagonal", lambda t: t.bool(), "must hold torch.float32, not torch.bool"),
         ("statistics", "curve.nll", lambda t: t.T, "must be of shape"),
         ("statistics", "curve.counts", lambda t: t.flip(0) + torch.tensor([0, 9]), "impossible counts"),
         ("statistics", "novelty", lambda t: t[None], "must be of shape"),

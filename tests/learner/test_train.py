@@ -19,6 +19,8 @@ from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import measure_run
+from duallora_edge.learner.methods import METHODS
+from duallora_edge.learner.network.answers import Catalogue
 from duallora_edge.learner.report.metrics import Row
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import train_run
@@ -34,8 +36,12 @@ QUICK = TrainConfig(
     epochs=1,
     min_steps=4,
     batch_size=16,
+    checkpoint_steps=2,
 )
-GIVEN = ("rank_orthogonal", "rank_residual", "summaries", "epochs", "min_steps", "batch_size", "precision")
+GIVEN = (
+    *("rank_orthogonal", "rank_residual", "summaries", "epochs", "min_steps", "batch_size", "precision"),
+    "checkpoint_steps",
+)
 
 
 class Notes(Callback):
@@ -43,6 +49,10 @@ class Notes(Callback):
         self.lines: list[str] = []
         self.rows: list[int] = []
         self.stages: set[str] = set()
+        self.steps: list[int] = []
+
+    def step(self, step: int, steps: int, loss: torch.Tensor, rate: float) -> None:
+        self.steps.append(step)
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -55,9 +65,11 @@ class Notes(Callback):
         self.rows.append(tasks)
 
 
-def train(run: Path, data: Path | str = "", **settings: object) -> Notes:
-    notes = Notes()
-    train_run(run, replace(QUICK, data=str(data), **settings), [*GIVEN, *settings], notes)
+def train(
+    run: Path, data: Path | str = "", *, again: str | None = None, notes: Notes | None = None, **settings: object
+) -> Notes:
+    notes = notes or Notes()
+    train_run(run, replace(QUICK, data=str(data), **settings), [*GIVEN, *settings], notes, again=again)
     return notes
 
 
@@ -85,12 +97,13 @@ def test_a_stream_is_learned_and_reported(learned: tuple[Path, Notes]) -> None:
 def test_the_same_call_again_learns_nothing(run: Path, image_stream: Path) -> None:
     before = RunDirectory.open(run).digest()
     notes = train(run, image_stream)
-    assert "Task 01-round is already learned" in notes.lines and "Task 02-lines is already learned" in notes.lines
+    for name in ("01-round", "02-lines"):
+        assert f"Task {name} is already learned from these images" in notes.lines
     assert notes.rows == [] and RunDirectory.open(run).digest() == before
 
 
 def test_without_data_the_last_images_are_used(run: Path) -> None:
-    assert "Task 02-lines is already learned" in train(run).lines
+    assert "Task 02-lines is already learned from these images" in train(run).lines
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -159,9 +172,154 @@ def test_other_images_under_a_learned_name_are_refused(
 ) -> None:
     before = RunDirectory.open(run).digest()
     image_task(tmp_path / "other" / "02-lines", {"cross": 2, "ring": 3}, seed=9)
-    with pytest.raises(DataError, match=r"learned a task '02-lines' from other images; .*--task-name"):
+    with pytest.raises(DataError, match=r"a task '02-lines' from other images; .*--again '02-lines', or .*--task-name"):
         train(run, tmp_path / "other")
     assert RunDirectory.open(run).digest() == before
+
+
+@pytest.fixture
+def grown(tmp_path: Path, image_stream: Path, image_task: Callable[..., Path]) -> Path:
+    """The stream with more images in both tasks; the second has a new class, and one that the first has as well."""
+    for name, kinds in (("01-round", {"disc": 0, "square": 1}), ("02-lines", {"cross": 2, "disc": 0, "dot": 4})):
+        more = image_task(tmp_path / "more" / name, kinds, train=4, test=2, seed=5)
+        for path in more.rglob("*.png"):
+            path.rename(path.with_name(f"more-{path.name}"))
+        shutil.copytree(image_stream / name, tmp_path / "grown" / name)
+        shutil.copytree(more, tmp_path / "grown" / name, dirs_exist_ok=True)
+    return tmp_path / "grown"
+
+
+def half_grown(grown: Path, image_stream: Path, name: str) -> Path:
+    """The grown stream, in which all tasks but one are as they were."""
+    for folder in grown.iterdir():
+        if folder.name != name:
+            shutil.rmtree(folder)
+            shutil.copytree(image_stream / folder.name, folder)
+    return grown
+
+
+def state(run: Path) -> tuple[str, list[dict[str, bytes]], bytes]:
+    """What a run is, bit for bit: its digest, the files of its tasks in order, and what was measured."""
+    opened = RunDirectory.open(run)
+    folders = [run / "tasks" / entry.folder for entry in opened.active_tasks()]
+    assert {path.name for path in (run / "tasks").iterdir()} == {folder.name for folder in folders}
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    return opened.digest(), files, (run / "reports" / "rows.json").read_bytes()
+
+
+def test_the_newest_task_again_equals_learning_it_from_all_images_at_first(
+    run: Path, tmp_path: Path, grown: Path, image_stream: Path
+) -> None:
+    half_grown(grown, image_stream, "02-lines")
+    notes = train(run, grown, again="02-lines")
+    assert any(line.startswith("Task 2 02-lines, again: 4 classes, ") for line in notes.lines)
+    assert "Task 01-round is already learned from these images" in notes.lines
+    assert notes.rows == [2]  # the first state was measured before
+    train(tmp_path / "fresh", grown)
+    assert state(run) == state(tmp_path / "fresh")
+    assert {source["data"] for source in RunDirectory.open(run).sources().values()} == {str(grown)}
+    records = RunDirectory.open(run).records()
+    assert Catalogue.of([record.info for record in records]).classes == ("disc", "square", "cross", "dot", "ring")
+    before = state(run)
+    notes = train(run, grown, again="02-lines")
+    assert "Task 02-lines is already learned from these images" in notes.lines and notes.rows == notes.steps == []
+    assert state(run) == before
+
+
+def test_an_earlier_task_again_equals_removing_and_learning_it(run: Path, tmp_path: Path, grown: Path) -> None:
+    """Its images are where they were when it was learned; a new task of the same source comes after it."""
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    (grown / "02-lines").rename(grown / "00-new")
+    opened = RunDirectory.open(other)
+    opened.set_active_tasks(opened.active_tasks()[1:])
+    train(other, grown / "01-round", task_name="01-round")
+    train(other, grown)
+    notes = train(run, grown, again="01-round")
+    assert state(run) == state(other)
+    names = [record.info.name for record in RunDirectory.open(run).records()]
+    assert names == ["02-lines", "01-round", "00-new"] and notes.rows == [1, 2, 3]
+    before = state(run)
+    measure_run(RunDirectory.open(run), None, "cpu", None, Notes())
+    assert state(run) == before
+
+
+def test_without_data_a_task_is_learned_again_from_its_own_source(tmp_path: Path, grown: Path) -> None:
+    for name in ("01-round", "02-lines"):
+        train(tmp_path / "run", grown / name)
+    (grown / "01-round" / "train" / "disc" / "00.png").unlink()
+    train(tmp_path / "run", again="01-round")
+    assert [info["data"] for info in RunDirectory.open(tmp_path / "run").sources().values()] == [
+        str(grown / name) for name in ("01-round", "02-lines")
+    ]
+    names = [record.info.name for record in RunDirectory.open(tmp_path / "run").records()]
+    assert names == ["02-lines", "01-round"]
+    (tmp_path / "run" / "sources.json").unlink()
+    with pytest.raises(ConfigError, match="knows no images of '01-round'; name them with --data"):
+        train(tmp_path / "run", again="01-round")
+
+
+def test_of_several_tasks_that_have_grown_one_is_learned_again(run: Path, grown: Path, image_stream: Path) -> None:
+    first, second = RunDirectory.open(run).active_tasks()
+    notes = train(run, grown, again="02-lines")
+    assert "Task 01-round stays as it was learned from other images; --again '01-round' changes it" in notes.lines
+    opened = RunDirectory.open(run)
+    assert opened.active_tasks()[0] == first and second not in opened.active_tasks()
+    assert [Path(source["data"]) for source in opened.sources().values()] == [image_stream, grown]
+    train(run, grown, again="01-round")
+    notes = train(run, grown)
+    assert notes.rows == notes.steps == []
+    assert [record.info.name for record in opened.records()] == ["02-lines", "01-round"]
+
+
+class Stopped(Notes):
+    """Stops the training after three of its steps."""
+
+    def step(self, step: int, steps: int, loss: torch.Tensor, rate: float) -> None:
+        super().step(step, steps, loss, rate)
+        if step == 3:
+            raise KeyboardInterrupt
+
+
+def test_learning_again_continues_where_it_was_stopped(
+    run: Path, tmp_path: Path, grown: Path, image_stream: Path
+) -> None:
+    half_grown(grown, image_stream, "01-round")
+    whole, before = Path(shutil.copytree(run, tmp_path / "whole")), state(run)
+    train(whole, grown, again="01-round")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, grown, again="01-round", notes=Stopped())
+    assert state(run) == before and RunDirectory.open(run).training_steps() == 2
+    sources = RunDirectory.open(run).sources()
+    assert (sources["01-round"]["data"], sources["02-lines"]["data"]) == (str(image_stream), str(grown))
+    assert train(run, grown, again="01-round").steps[0] == 3
+    assert state(run) == state(whole) and not (run / "checkpoint").exists()
+
+
+def test_a_task_that_cannot_be_learned_again(
+    run: Path, tmp_path: Path, grown: Path, image_stream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(run)
+    with pytest.raises(RunError, match="has no task 'lines'; it has 01-round, 02-lines"):
+        train(run, grown, again="lines")
+    with pytest.raises(RunError, match="is not a folder"):
+        train(tmp_path / "none", grown, again="02-lines")
+    with pytest.raises(DataError, match=r"holds no task '02-lines' to learn again, but 01-round; name .* --task-name"):
+        train(run, grown / "01-round", again="02-lines")
+    monkeypatch.setattr(METHODS["dual_lora"], "removable", False)
+    with pytest.raises(RunError, match=r"Later tasks of dual_lora build on 01-round; only the newest can be .* again"):
+        train(run, grown, again="01-round")
+    assert "Task 01-round is already learned from these images" in train(run, image_stream, again="01-round").lines
+    assert state(run) == before
+    train(run, grown, again="02-lines")
+    assert state(run) != before
+
+
+def test_what_others_put_into_a_task_that_is_learned_again_stays(run: Path, grown: Path) -> None:
+    foreign = run / "tasks" / RunDirectory.open(run).active_tasks()[1].folder / "notes.txt"
+    foreign.write_text("mine")
+    notes = train(run, grown, again="02-lines")
+    assert f"{foreign.parent} stays: it holds files that the task did not write." in notes.lines
+    assert [path.name for path in foreign.parent.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(
