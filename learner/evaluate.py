@@ -54,6 +54,10 @@ class Tests:
             test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
         self._encoded[task.name] = self._encode(test, classes, cache=self.cache)
 
+    def encoded(self, task: str) -> Encoded:
+        """The test images of a task that was added."""
+        return self._encoded[task]
+
     @timed("evaluation")
     def row(self, tasks: Sequence[TaskRecord]) -> Row:
         """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
