@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duallora_edge.errors import BackboneError
 from duallora_edge.files import cache_folder, open_lock, own_folder, write_atomic
 from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import Callback, report_progress
@@ -71,6 +72,15 @@ def base_for(
     return distributed.on_main(lambda: _from_cache(backbone, frames, config, callback))
 
 
+def _delete_damaged(path: Path) -> None:
+    """Delete a file of the cache that cannot be read, so that it is made again."""
+    if path.exists():
+        try:
+            read_base(path)
+        except BackboneError:
+            path.unlink(missing_ok=True)
+
+
 def _from_cache(
     backbone: Backbone, frames: Bytes, config: TrainConfig, callback: Callback
 ) -> tuple[BaseAdaptation, bytes]:
@@ -100,6 +110,7 @@ def _from_cache(
     path = folder / f"{key}.safetensors"
     with open_lock(folder / f"{key}.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        _delete_damaged(path)
         if not path.exists():
             checkpoint = FileCheckpoint(folder / f"{key}.checkpoint", key)
             none = torch.zeros(0, backbone.dim)

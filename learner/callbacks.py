@@ -49,7 +49,8 @@ class Callback:
         """One line for the user."""
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Progress of ``stage``: ``decode`` and ``encode`` in images, ``train`` in steps."""
+        """Progress of ``stage``: ``decode``, ``collect``, ``teacher`` and ``encode`` in images, ``adapt`` and ``train``
+        in steps."""
 
 
 class Callbacks(Callback):

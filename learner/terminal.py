@@ -11,7 +11,14 @@ from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.report.metrics import Row, pool
 from duallora_edge.text import escaped
 
-STAGES = {"decode": "reading images", "encode": "frozen prefix", "train": "training"}
+STAGES = {
+    "decode": "reading images",
+    "collect": "taking images",
+    "teacher": "backbone at its own size",
+    "adapt": "base adaptation",
+    "encode": "frozen prefix",
+    "train": "training",
+}
 PLAIN_INTERVAL = 10.0
 
 
