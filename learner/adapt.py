@@ -90,7 +90,7 @@ def adapt_source(
     Args:
         source: anything that `open_source` opens: a folder of images, a video, a camera.
         output: the file to write; an older base adaptation there is replaced.
-        config: backbone, weights, size, prefix_blocks, resize, seed, device, precision and limits of memory.
+        config: backbone, weights, size, prefix_blocks, second_order, resize, seed, device, precision, limits of memory.
         callback: hears of frames and steps.
         images: how many frames to use at most.
 

@@ -105,7 +105,7 @@ def train(
 @option_group("Data")(
     "--images", "count", type=int, metavar="N", help="Use this many images at most. [default: 2000]"
 )  # fmt: skip
-@setting_options("device", "precision")
+@setting_options("prefix_blocks", "second_order", "device", "precision")
 def adapt(images: str, output: Path, count: int | None, **flags: Any) -> None:
     """Fit a backbone to another input size on images without labels, before anything is learned.
 
@@ -274,9 +274,12 @@ def describe(run: RunDirectory) -> dict[str, Any]:
 
 
 def _base_facts(run: RunDirectory) -> dict[str, Any] | None:
-    """Native size in pixels and number of images of the base adaptation, None where unknown; None without one."""
+    """Native size in pixels and number of images of the base adaptation, None where unknown.
+
+    None without one, also where base.safetensors holds only the directions of the second-order summary.
+    """
     made_from = run.base_made_from()
-    if made_from is None:
+    if made_from is None or made_from.get("rank") == 0:
         return None
     found = {key: made_from.get(key) for key in ("native_size", "images")}
     return {key: value if isinstance(value, int) else None for key, value in found.items()}
@@ -326,7 +329,7 @@ def privacy_list(run: RunDirectory) -> dict[str, Any]:
             what = STORED.get(path.name, "unknown")
             files.append({"file": str(path.relative_to(run.path)), "bytes": path.stat().st_size, "what": what})
     for name, what in (
-        (BASE, "updates of the network learned from images without labels; no pixels"),
+        (BASE, "updates of the network and directions of its features, from images without labels; no pixels"),
         ("sources.json", "the folders the images came from"),
         ("checkpoint/state.safetensors", "updates of the task in training"),
         ("reports/rows.json", "counts of right and wrong answers on test images"),

@@ -113,7 +113,8 @@ def distil(student: Backbone, teacher: Backbone, frames: Bytes, tmp_path: Path, 
     updates, positions = adapt.distil(
         student, teacher, frames, replace(CONFIG, **settings), checkpoint, settings.pop("callback", Callback())
     )
-    return BaseAdaptation(updates, positions, student.info.sha256, student.info.size, {})
+    none = torch.zeros(0, student.dim)
+    return BaseAdaptation(updates, positions, none, student.info.sha256, student.info.size, {})
 
 
 def features(backbone: Backbone, frames: Bytes) -> Tensor:
@@ -412,12 +413,17 @@ def test_a_run_keeps_its_base_adaptation(tmp_path: Path, image_stream: Path) -> 
 
 
 @pytest.mark.parametrize("settings", [{"size": 64}, {"size": None}, {"size": SIZE, "base": "none"}], ids=str)
-def test_without_a_base_adaptation(tmp_path: Path, image_stream: Path, settings: dict[str, Any]) -> None:
+def test_nothing_is_adapted(tmp_path: Path, image_stream: Path, settings: dict[str, Any]) -> None:
+    """At the native size, and with base=none: the file holds directions only."""
     notes = Stages()
     Learner(tmp_path / "run", callbacks=[notes], **settings, **QUICK).learn(image_stream / "01-round", evaluate=False)
     run = RunDirectory.open(tmp_path / "run")
-    assert run.info.base is None and run.base_made_from() is None and not (run.path / BASE).exists()
+    made_from, (base, _) = run.base_made_from(), read_base(run.path / BASE)
+    assert made_from is not None and made_from["rank"] == made_from["steps"] == 0
+    assert all(len(down) == len(up) == 0 for down, up in base.updates) and len(base.directions)
     assert not {"teacher", "adapt"} & set(notes.stages)
+    untouched = embedded(run.info.size).state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in run.backbone().state_dict().items())
 
 
 def test_a_run_with_a_file(tmp_path: Path, image_stream: Path) -> None:

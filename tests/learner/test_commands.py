@@ -136,7 +136,7 @@ def test_adapt_and_train_with_it(
     assert {"file": "base.safetensors", "bytes": file.stat().st_size} == {
         key: entry[key] for entry in listed if entry["file"] == "base.safetensors" for key in ("file", "bytes")
     }
-    assert "learned from images without labels; no pixels" in call("status", run, "--privacy")[1]
+    assert "from images without labels; no pixels" in call("status", run, "--privacy")[1]
     code, _, err = call(*train, "--run", tmp_path / "own", "--profile")
     assert code == 0 and "without labels" in err and re.search(r"^base adaptation +\d+\.\d\d s", err, re.M)
 

@@ -17,9 +17,9 @@ from safetensors.torch import load, save
 
 from duallora_edge.errors import BackboneError
 from duallora_edge.learner.network.backbone import Backbone
-from duallora_edge.learner.network.base_adaptation import BaseAdaptation, read_base, read_made_from
+from duallora_edge.learner.network.base_adaptation import MAX_DIRECTIONS, BaseAdaptation, read_base, read_made_from
 
-RANK, DIM, BLOCKS = 4, 48, 4
+RANK, DIM = 4, 48
 FACTS = {"backbone": "0" * 64, "size": 32, "made_from": {"images": 40, "native_size": 64}}
 
 
@@ -27,7 +27,7 @@ def random_base(seed: int = 0) -> BaseAdaptation:
     """One that fits the tiny backbone."""
     g = torch.Generator().manual_seed(seed)
     updates = tuple((torch.randn(RANK, DIM, generator=g), torch.randn(RANK, 3 * DIM, generator=g)) for _ in "1234")
-    return BaseAdaptation(updates, torch.randn(1, 17, DIM, generator=g), **FACTS)
+    return BaseAdaptation(updates, torch.randn(1, 17, DIM, generator=g), torch.randn(5, DIM, generator=g), **FACTS)
 
 
 def altered(facts: object = FACTS, entry: str = "base_adaptation", **changes: torch.Tensor | None) -> bytes:
@@ -46,7 +46,7 @@ def test_a_base_adaptation_reads_back(tmp_path: Path) -> None:
     found, content = read_base(path)
     assert content == base.to_bytes() == found.to_bytes()
     assert (found.backbone, found.size, found.made_from) == (base.backbone, base.size, base.made_from)
-    assert torch.equal(found.positions, base.positions)
+    assert torch.equal(found.positions, base.positions) and torch.equal(found.directions, base.directions)
     for pair, expected in zip(found.updates, base.updates, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(pair, expected, strict=True))
     assert read_made_from(path) == base.made_from
@@ -88,6 +88,9 @@ DAMAGED = {
     "width of up": altered(**{"blocks.0.up": torch.zeros(RANK, DIM)}),
     "vector": altered(**{"blocks.2.down": torch.zeros(DIM)}),
     "no positions": altered(positions=None),
+    "no directions": altered(directions=None),
+    "one direction": altered(directions=torch.zeros(DIM)),
+    "many directions": altered(directions=torch.zeros(MAX_DIRECTIONS + 1, DIM)),
     "no up": altered(**{"blocks.3.up": None}),
     "no block 0": altered(**{"blocks.0.up": None, "blocks.0.down": None}),
     "another tensor": altered(head=NUMBERS),
@@ -145,6 +148,7 @@ def test_a_backbone_takes_only_its_own(make_backbone: Callable[..., Backbone]) -
         {"backbone": "1" * 64},
         {"size": 40},
         {"positions": base.positions[:, 1:]},
+        {"directions": base.directions[:, 1:]},
         {"updates": base.updates[:-1]},
         {"updates": (*base.updates, base.updates[0])},
         {"updates": wide},
@@ -168,3 +172,13 @@ def test_adapting_adds_the_updates(make_backbone: Callable[..., Backbone]) -> No
     expected["model.pos_embed"] = base.positions
     for name, value in backbone.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert torch.equal(backbone.directions, base.directions)
+
+
+def test_without_updates_the_weights_stay(make_backbone: Callable[..., Backbone]) -> None:
+    """As where only directions were wanted."""
+    backbone, none = make_backbone(), torch.zeros(0, DIM)
+    base = replace(random_base(), updates=((none, none.repeat(1, 3)),) * 4, positions=backbone.model.pos_embed.detach())
+    backbone.adapt(BaseAdaptation.from_bytes(base.to_bytes()), "f" * 64)
+    untouched = make_backbone().state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in backbone.state_dict().items())
