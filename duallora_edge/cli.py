@@ -22,6 +22,11 @@ COMMANDS = {
         "train",
         "Learn the next task(s) of a run; continues where it stopped.",
     ),
+    "adapt": (
+        "duallora_edge.learner.commands:adapt",
+        "train",
+        "Fit a backbone to another input size, without labels.",
+    ),
     "compare": ("duallora_edge.compare:compare", "train", "Compare methods and seeds on one task sequence."),
     "evaluate": (
         "duallora_edge.learner.commands:evaluate",

@@ -12,8 +12,10 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duallora_edge.errors import BackboneError, ConfigError, DataError
 from duallora_edge.files import cache_folder, open_lock, own_folder, write_atomic
 from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import Callback, report_progress
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data.cache import Bytes
+from duallora_edge.learner.data.frames import spread_frames
+from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.methods.training import (
     ADAM_EPS,
     cosine_rate,
@@ -40,6 +45,8 @@ from duallora_edge.learner.network.prefix_cache import TokenStore
 from duallora_edge.learner.run_directory import FileCheckpoint
 from duallora_edge.learner.statistics.subspace import second_moment, top_directions
 from duallora_edge.learner.timing import phase
+from duallora_edge.runtime.preprocess import Preprocessing
+from duallora_edge.runtime.sources import open_source
 
 RANK = 16
 STEPS = 340
@@ -47,6 +54,7 @@ BATCH = 32
 LEARNING_RATE = 2e-3
 KEPT_PATCHES = 0.5
 MAX_FRAMES = 2000
+MIN_FRAMES = 32
 DIRECTION_FRAMES = 300
 # Raised whenever the same frames and settings would give another adaptation.
 _VERSION = 1
@@ -69,6 +77,79 @@ def base_for(
         callback: hears of the steps.
     """
     return distributed.on_main(lambda: _from_cache(backbone, frames, config, callback))
+
+
+def adapt_source(
+    source: str, output: Path, config: TrainConfig, callback: Callback, images: int = MAX_FRAMES
+) -> tuple[BaseAdaptation, str]:
+    """Adapt the backbone of a configuration on the frames of a source, and write it for the setting ``base``.
+
+    Of a folder or a video the frames are spread evenly over the whole of it; of a camera it is one a second
+    (`spread_frames`). Stopped at any moment, the same call continues, if the source gives the same frames again.
+
+    Args:
+        source: anything that `open_source` opens: a folder of images, a video, a camera.
+        output: the file to write; an older base adaptation there is replaced.
+        config: backbone, weights, size, prefix_blocks, second_order, resize, seed, device, precision, limits of memory.
+        callback: hears of frames and steps.
+        images: how many frames to use at most.
+
+    Returns:
+        The base adaptation, and the sha256 of its file.
+
+    Raises:
+        ConfigError: There is nothing to adapt, ``images`` is out of its range, or ``output`` is something else.
+        BackboneError: The backbone cannot be loaded.
+        SourceError: The source cannot be opened or read.
+        DataError: It gives too few frames.
+    """
+    least = 2 * MIN_FRAMES  # of a long source only half as many may remain
+    if not least <= images <= MAX_FRAMES:
+        raise ConfigError(f"images must be a whole number from {least} to {MAX_FRAMES}, not {images}.")
+    _check_output(output)
+    device = pick_device(config.device)
+    config = replace(config, precision=pick_precision(config.precision, device))
+    weights = Path(config.weights) if config.weights else None
+    backbone = load_backbone(config.backbone, weights=weights, size=config.size, prefix_blocks=config.prefix_blocks)
+    if backbone.info.size == backbone.native_size:
+        raise ConfigError(
+            f"{config.backbone} was trained for {backbone.native_size} px, so there is nothing to adapt at that size; "
+            "name another one with --size."
+        )
+    preprocessing = Preprocessing(backbone.info.size, config.resize, backbone.info.interpolation)
+    with open_source(source) as opened:
+        callback.say(f"Images from {opened.description}" + (", one a second" if opened.live else ""))
+        frames = spread_frames(opened, preprocessing, images, partial(report_progress, callback, "collect"))
+        refused = opened.stats.refused
+    if len(frames) < MIN_FRAMES:
+        damaged = f" ({refused} more cannot be read)" if refused else ""
+        raise DataError(
+            f"{opened.description} gave {len(frames)} images{damaged}, which is too few to adapt a backbone; give "
+            f"{MIN_FRAMES} or more."
+        )
+    base, content = base_for(backbone.to(device), frames, config, callback)
+    write_atomic(output, content)
+    return base, hashlib.sha256(content).hexdigest()
+
+
+def _check_output(path: Path) -> None:
+    """Raises `ConfigError` when a file could not be written to ``path``, or would replace something of the user's."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"The folder of {path} does not exist; make it, or give another name with -o.")
+    if os.path.lexists(path):
+        try:
+            read_base(path)
+        except BackboneError as error:
+            raise ConfigError(f"{path} exists and is not a base adaptation; give another name with -o.") from error
+
+
+def _delete_damaged(path: Path) -> None:
+    """Delete a file of the cache that cannot be read, so that it is made again."""
+    if path.exists():
+        try:
+            read_base(path)
+        except BackboneError:
+            path.unlink(missing_ok=True)
 
 
 def _from_cache(
@@ -100,6 +181,7 @@ def _from_cache(
     path = folder / f"{key}.safetensors"
     with open_lock(folder / f"{key}.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        _delete_damaged(path)
         if not path.exists():
             checkpoint = FileCheckpoint(folder / f"{key}.checkpoint", key)
             none = torch.zeros(0, backbone.dim)

@@ -1,4 +1,4 @@
-"""The commands of the learner: train, evaluate, status, rollback, remove.
+"""The commands of the learner: train, adapt, evaluate, status, rollback, remove.
 
 torch and NumPy take long to import, so each command imports what needs them by itself.
 """
@@ -19,7 +19,7 @@ from duallora_edge.files import cache_folder, write_json
 from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import FLAGS, MethodsCommand, setting_options
-from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.run_directory import BASE, RunDirectory
 from duallora_edge.text import escaped
 
 if TYPE_CHECKING:
@@ -106,6 +106,41 @@ def train(
             else:
                 echo(f"Not measured; 'duallora-edge evaluate {run_path}' does it.")
             echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("images", metavar="SOURCE")
+@essential(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
+    help="The file to write; an older base adaptation is replaced."
+)  # fmt: skip
+@setting_options("backbone", "weights", "size", "resize", "seed")
+@option_group("Data")(
+    "--images", "count", type=int, metavar="N", help="Use this many images at most. [default: 2000]"
+)  # fmt: skip
+@setting_options("prefix_blocks", "second_order", "device", "precision")
+def adapt(images: str, output: Path, count: int | None, **flags: Any) -> None:
+    """Fit a backbone to another input size on images without labels, before anything is learned.
+
+    'train' does the same with the images of the first task; this takes any others, such as a day in front of the
+    camera. SOURCE is a folder of images, a video file or a camera such as /dev/video0. A camera gives one image a
+    second. When it was stopped, the same command continues, except with a camera.
+
+    \b
+    Example:
+      duallora-edge adapt day.mp4 -o base.safetensors --size 128
+      duallora-edge train --data photos/ --run runs/site-a --size 128 --base base.safetensors
+    """
+    from duallora_edge.learner.adapt import MAX_FRAMES, adapt_source
+    from duallora_edge.learner.config import load_config
+    from duallora_edge.learner.terminal import TerminalCallback
+
+    config = load_config(None, flags)
+    base, sha256 = adapt_source(images, output, config, TerminalCallback(), MAX_FRAMES if count is None else count)
+    echo(
+        f"Adapted {config.backbone} to {base.size} px on {base.made_from['images']} images, sha256 {sha256[:12]}; "
+        f"use it with 'duallora-edge train --base {output}' and --size {base.size}."
+    )
 
 
 @click.command(cls=GroupedCommand)
@@ -241,6 +276,7 @@ def describe(run: RunDirectory) -> dict[str, Any]:
         "run": str(run.path),
         "method": run.config.method,
         "backbone": run.info.to_json(),
+        "base_adaptation": _base_facts(run),
         "tasks": tasks,
         "classes": len({name for entry in active for name in run.read_info(entry).classes}),
         "accuracy": pool(row).accuracy if row else None,
@@ -250,12 +286,29 @@ def describe(run: RunDirectory) -> dict[str, Any]:
     }
 
 
+def _base_facts(run: RunDirectory) -> dict[str, Any] | None:
+    """Native size in pixels and number of images of the base adaptation, None where unknown.
+
+    None without one, also where base.safetensors holds only the directions of the second-order summary.
+    """
+    made_from = run.base_made_from()
+    if made_from is None or made_from.get("rank") == 0:
+        return None
+    found = {key: made_from.get(key) for key in ("native_size", "images")}
+    return {key: value if isinstance(value, int) else None for key, value in found.items()}
+
+
 def status_text(value: dict[str, Any]) -> str:
     backbone = value["backbone"]
     lines = [
         f"{value['method']} on {backbone['name']}, {backbone['size']} px: {len(value['tasks'])} task(s), "
         f"{value['classes']} classes, {value['bytes'] / 1e6:.1f} MB, state {value['digest'][:12]}"
     ]
+    base, fitted = value["base_adaptation"], "none"
+    if base is not None:
+        native, images = (base[key] or "?" for key in ("native_size", "images"))
+        fitted = f"fitted from {native} to {backbone['size']} px on {images} images"
+    lines.append(f"Base adaptation: {fitted}")
     if value["tasks"]:
         lines.append(f"{'task':<24} {'classes':>7} {'images':>7} {'MB':>6}  {'residual':<9} accuracy now")
     for task in value["tasks"]:
@@ -275,7 +328,8 @@ STORED = {
     "head.safetensors": "a linear classifier",
     "kept_images.safetensors": "training images as pixels",
     "ridge_sums.safetensors": "sums of random features over the images of a class, and their Gram matrix",
-    "statistics.safetensors": "number of images and mean feature of each class, one covariance, calibration curves",
+    "statistics.safetensors": "number of images and mean feature of each class, one covariance in 32 directions, "
+    "calibration curves",
     "task.json": "names and counts of the classes",
 }
 
@@ -288,6 +342,7 @@ def privacy_list(run: RunDirectory) -> dict[str, Any]:
             what = STORED.get(path.name, "unknown")
             files.append({"file": str(path.relative_to(run.path)), "bytes": path.stat().st_size, "what": what})
     for name, what in (
+        (BASE, "updates of the network and directions of its features, from images without labels; no pixels"),
         ("sources.json", "the folders the images came from"),
         ("checkpoint/state.safetensors", "updates of the task in training"),
         ("reports/rows.json", "counts of right and wrong answers on test images"),

@@ -19,7 +19,7 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from duallora_edge.files import (
     note_holder,
     open_lock,
     read_json,
+    read_limited,
     sweep,
     write_atomic,
     write_json,
@@ -44,6 +45,7 @@ from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yam
 from duallora_edge.learner.distributed import held_by_main, main_first, main_only
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone_info import BackboneInfo
+from duallora_edge.learner.network.base_adaptation import MAX_BYTES, BaseAdaptation, read_made_from
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.settings import quoted
 
@@ -175,13 +177,9 @@ class RunDirectory:
 
     def _load_backbone(self, weights: str | None) -> Backbone:
         from duallora_edge.learner.network.backbone import load_backbone
-        from duallora_edge.learner.network.base_adaptation import read_base
 
-        source, base = weights or self.config.weights, None
-        if self.info.base is not None:
-            base, content = read_base(self.path / BASE)
-            if hashlib.sha256(content).hexdigest() != self.info.base:
-                raise RunError(f"{self.path / BASE} was altered since it was written; restore it from a copy.")
+        source = weights or self.config.weights
+        base = None if self.info.base is None else self._base()
         backbone = load_backbone(
             self.info.name,
             weights=Path(source) if source else None,
@@ -197,6 +195,25 @@ class RunDirectory:
         if base is not None:
             backbone.adapt(base, str(self.info.base))
         return backbone
+
+    def _base(self) -> BaseAdaptation:
+        """The base adaptation of the run, which its backbone.json names by its sha256."""
+        path = self.path / BASE
+        try:
+            content = read_limited(path, MAX_BYTES)
+            if hashlib.sha256(content).hexdigest() != self.info.base:
+                raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
+            return BaseAdaptation.from_bytes(content)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
+
+    def base_made_from(self) -> Mapping[str, Any] | None:
+        """What the base adaptation was made from, read without its tensors; None where the run has none."""
+        path = self.path / BASE
+        try:
+            return None if self.info.base is None else read_made_from(path)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
 
     # -- reading ----------------------------------------------------------------------------------------------
 

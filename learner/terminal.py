@@ -13,8 +13,9 @@ from duallora_edge.text import escaped
 
 STAGES = {
     "decode": "reading images",
-    "teacher": "native size",
-    "adapt": "adapting",
+    "collect": "taking images",
+    "teacher": "backbone at its own size",
+    "adapt": "base adaptation",
     "encode": "frozen prefix",
     "train": "training",
 }

@@ -97,7 +97,8 @@ class Backbone(nn.Module):
         if not fits:
             raise BackboneError("The base adaptation is damaged (it does not have the shapes of the backbone).")
         for attn, (down, up) in zip(attentions, base.updates, strict=True):
-            attn.qkv.weight += up.T.to(attn.qkv.weight) @ down.to(attn.qkv.weight)
+            # Multiplied where they were read, on the CPU, so that a run has the same weights on every device.
+            attn.qkv.weight += (up.T @ down).to(attn.qkv.weight)
         self.model.pos_embed.copy_(base.positions)
         self.directions = base.directions.to(self.device)
         self.info = replace(self.info, base=sha256)

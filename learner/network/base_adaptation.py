@@ -1,4 +1,7 @@
-"""The base adaptation: what fits a backbone to another input size than it was trained for. Made by `learner.adapt`."""
+"""The base adaptation: what fits a backbone to another input size than it was trained for. Made by `learner.adapt`.
+
+Importing this module does not import torch, so that commands that only describe a run start fast.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BackboneError
 from duallora_edge.files import parse_json, read_limited
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BYTES = 1 << 30
 MAX_DIRECTIONS = 128
@@ -45,6 +48,8 @@ class BaseAdaptation:
 
     def to_bytes(self) -> bytes:
         """The content of a safetensors file; the same adaptation gives the same bytes."""
+        from safetensors.torch import save
+
         tensors = {"positions": self.positions, "directions": self.directions}
         for index, (down, up) in enumerate(self.updates):
             tensors |= {f"blocks.{index}.down": down, f"blocks.{index}.up": up}
@@ -58,18 +63,15 @@ class BaseAdaptation:
     @classmethod
     def from_bytes(cls, content: bytes) -> BaseAdaptation:
         """The inverse of `to_bytes`. Raises `ValueError` for anything else."""
-        problems: list[str] = []
+        import torch
+        from safetensors.torch import load
+
         try:
             tensors = load(content)
-            length = int.from_bytes(content[:8], "little")  # checked by `load`
-            header = parse_json(content[8 : 8 + length])
-            facts = Section(parse_json(header.get("__metadata__", {}).get(_ENTRY, "").encode()), "", problems)
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(f"it is not a safetensors file ({error})") from error
-        backbone, size = facts.text("backbone"), facts.integer("size", 8, 4096)
-        made_from = facts.section("made_from").values
-        if problems:
-            raise ValueError("; ".join(problems[:5]))
+        length = int.from_bytes(content[:8], "little")  # checked by `load`
+        backbone, size, made_from = _facts(parse_json(content[8 : 8 + length]).get("__metadata__") or {})
         depth = (len(tensors) - 2) // 2
         names = {"positions", "directions"} | {f"blocks.{i}.{part}" for i in range(depth) for part in ("down", "up")}
         if tensors.keys() != names:
@@ -84,6 +86,33 @@ class BaseAdaptation:
         if tensors["directions"].dim() != 2 or len(tensors["directions"]) > MAX_DIRECTIONS:
             raise ValueError(f"the directions are not at most {MAX_DIRECTIONS} rows")
         return cls(updates, tensors["positions"], tensors["directions"], backbone, size, made_from)
+
+
+def _facts(metadata: Mapping[str, str]) -> tuple[str, int, Mapping[str, Any]]:
+    """Backbone, size and ``made_from`` in the metadata of the file. Raises `ValueError` when they are not there."""
+    if _ENTRY not in metadata:
+        raise ValueError("it holds no base adaptation")
+    problems: list[str] = []
+    facts = Section(parse_json(metadata[_ENTRY].encode()), "", problems)
+    backbone, size = facts.text("backbone"), facts.integer("size", 8, 4096)
+    made_from = facts.section("made_from").values
+    if problems:
+        raise ValueError("; ".join(problems[:5]))
+    return backbone, size, made_from
+
+
+def read_made_from(path: Path) -> Mapping[str, Any]:
+    """What the base adaptation in a file was made from; its tensors are not read.
+
+    Raises ``OSError`` when the file cannot be read and ``ValueError`` when it is something else.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("there is no such file")
+    try:
+        with safe_open(path, "np") as file:
+            return _facts(file.metadata() or {})[2]
+    except SafetensorError as error:
+        raise ValueError(f"it is not a safetensors file ({error})") from error
 
 
 def read_base(path: Path) -> tuple[BaseAdaptation, bytes]:

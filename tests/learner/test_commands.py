@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from duallora_edge.learner import adapt as base_adaptation
+from duallora_edge.learner import terminal
 from duallora_edge.learner.commands import folder_bytes
 from duallora_edge.learner.run_directory import RunDirectory
 
@@ -87,7 +90,7 @@ def test_json_on_standard_output_alone(call: Call, run: Path, image_stream: Path
 def test_status(call: Call, run: Path) -> None:
     code, out, err = call("status", run)
     assert (code, err) == (0, "")
-    assert "dual_lora on embedded, 64 px: 2 task(s), 4 classes" in out
+    assert "dual_lora on embedded, 64 px: 2 task(s), 4 classes" in out and "Base adaptation: none\n" in out
     assert out.splitlines()[-1] == f"Run: {run}"
     value = json.loads(call("status", run, "--json")[1])
     assert [(task["name"], task["classes"]) for task in value["tasks"]] == [("01-round", 2), ("02-lines", 2)]
@@ -103,6 +106,53 @@ def test_status_privacy_lists_every_file_of_the_tasks(call: Call, run: Path) -> 
         if path.is_file():
             assert listed[str(path.relative_to(run))] == path.stat().st_size
     assert "No pixels" in call("status", run, "--privacy")[1]
+
+
+def test_adapt_and_train_with_it(
+    call: Call, tmp_path: Path, image_stream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 56 images without labels; every stage of it has a name on the terminal and in the profile."""
+    monkeypatch.setattr(base_adaptation, "STEPS", 3)
+    monkeypatch.setattr(terminal, "PLAIN_INTERVAL", -1.0)
+    file, run = tmp_path / "base.safetensors", tmp_path / "run"
+    adapt = ("adapt", image_stream, "-o", file, "--size", 32, "--device", "cpu", "--precision", "fp32")
+    code, out, err = call(*adapt)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert code == 0 and out == (
+        f"Adapted embedded to 32 px on 56 images, sha256 {digest[:12]}; "
+        f"use it with 'duallora-edge train --base {file}' and --size 32.\n"
+    )
+    for stage in ("taking images 1/2000", "backbone at its own size 56/56", "base adaptation 3/3"):
+        assert stage in err
+    assert call(*adapt)[1] == out
+    train = ("train", "--data", image_stream / "01-round", "--size", 32, *QUICK, "--no-evaluate")
+    assert call(*train, "--run", run, "--base", file)[0] == 0
+    status = without_torch("status", run)[1]
+    assert "dual_lora on embedded, 32 px" in status
+    assert "Base adaptation: fitted from 64 to 32 px on 56 images\n" in status
+    value = json.loads(call("status", run, "--json")[1])
+    assert value["base_adaptation"] == {"native_size": 64, "images": 56} and value["backbone"]["base"] == digest
+    listed = json.loads(call("status", run, "--privacy", "--json")[1])["files"]
+    assert {"file": "base.safetensors", "bytes": file.stat().st_size} == {
+        key: entry[key] for entry in listed if entry["file"] == "base.safetensors" for key in ("file", "bytes")
+    }
+    assert "from images without labels; no pixels" in call("status", run, "--privacy")[1]
+    code, _, err = call(*train, "--run", tmp_path / "own", "--profile")
+    assert code == 0 and "without labels" in err and re.search(r"^base adaptation +\d+\.\d\d s", err, re.M)
+
+
+def test_adapt_is_refused_in_a_sentence(call: Call, tmp_path: Path, image_stream: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"years of work")
+    for output, options, reason in (
+        ("photo.jpg", ("--size", 32), "photo.jpg exists and is not a base adaptation; give another name with -o."),
+        ("base", (), "embedded was trained for 64 px, so there is nothing to adapt"),
+        ("base", ("--size", 32, "--images", 10), "images must be a whole number from 64 to"),
+    ):
+        message = failure(call("adapt", image_stream, "-o", tmp_path / output, *options, "--device", "cpu"))
+        assert reason in message
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+    assert call("adapt", image_stream)[0] == call("adapt", "-o", "base")[0] == 2
+    assert f"[default: {base_adaptation.MAX_FRAMES}]" in call("adapt", "--help")[1]
 
 
 def test_status_tells_of_interrupted_training(call: Call, run: Path) -> None:
@@ -145,7 +195,7 @@ def test_a_locked_run_can_be_read_but_not_changed(call: Call, run: Path, image_s
         assert call("status", run)[0] == 0
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "status", "rollback", "remove"])
+@pytest.mark.parametrize("command", ["train", "adapt", "evaluate", "status", "rollback", "remove"])
 def test_help_shows_an_example(call: Call, command: str) -> None:
     code, out, _ = call(command, "--help")
     assert code == 0 and "Example:\n" in out and f"duallora-edge {command}" in out

@@ -22,7 +22,7 @@ from duallora_edge.learner.config import SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.task_record import KeptImages, TaskRecord
-from duallora_edge.learner.run_directory import MARKER, SCHEMA, SPARE, FileCheckpoint, RunDirectory, StoredTask
+from duallora_edge.learner.run_directory import BASE, MARKER, SCHEMA, SPARE, FileCheckpoint, RunDirectory, StoredTask
 
 CONFIG = TrainConfig(seed=3, precision="fp32", data="somewhere", task_order=("b", "a"))
 
@@ -240,6 +240,7 @@ def test_a_description_without_a_key(run: RunDirectory, two_tasks: list[TaskReco
         ("statistics", "factor", lambda t: t[:, 1:], "must be of shape"),
         ("statistics", "diagonal", lambda t: t[1:], "must be of shape"),
         ("statistics", "diagonal", lambda t: t.bool(), "must hold torch.float32, not torch.bool"),
+        ("statistics", "diagonal", lambda t: t - 1, "impossible counts"),
         ("statistics", "curve.nll", lambda t: t.T, "must be of shape"),
         ("statistics", "curve.counts", lambda t: t.flip(0) + torch.tensor([0, 9]), "impossible counts"),
         ("statistics", "novelty", lambda t: t[None], "must be of shape"),
@@ -388,17 +389,19 @@ def test_a_foreign_folder_is_refused(tmp_path: Path, tiny_backbone: Backbone, na
     assert snapshot(path) == before
 
 
-def test_a_creation_that_was_killed_is_done_again(tmp_path: Path, tiny_backbone: Backbone) -> None:
+@pytest.mark.parametrize("base", [None, b"a base adaptation"])
+def test_a_creation_that_was_killed_is_done_again(tmp_path: Path, tiny_backbone: Backbone, base: bytes | None) -> None:
     """Killed before each file that it writes; a file that somebody put there meanwhile stays."""
-    expected = snapshot(RunDirectory.create(tmp_path / "whole", CONFIG, tiny_backbone.info).path)
-    for number in range(1, 5):
+    expected = snapshot(RunDirectory.create(tmp_path / "whole", CONFIG, tiny_backbone.info, base).path)
+    assert (BASE in expected) == (base is not None)
+    for number in range(1, 5 + (base is not None)):
         path = tmp_path / str(number)
         with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(Path, "replace", dying_at(number, Path.replace))
-            RunDirectory.create(path, CONFIG, tiny_backbone.info)
+            RunDirectory.create(path, CONFIG, tiny_backbone.info, base)
         assert not RunDirectory.exists(path)
         (path / "tasks.txt").write_text("mine")
-        run = RunDirectory.create(path, CONFIG, tiny_backbone.info)
+        run = RunDirectory.create(path, CONFIG, tiny_backbone.info, base)
         found = snapshot(path)
         assert found.pop("tasks.txt") == b"mine" and found == expected
         with pytest.raises(RunError, match="Another process has just made"):
