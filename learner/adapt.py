@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from duallora_edge.errors import BackboneError, ConfigError, DataError
 from duallora_edge.files import cache_folder, open_lock, own_folder, write_atomic
@@ -58,6 +59,11 @@ MIN_FRAMES = 32
 DIRECTION_FRAMES = 300
 # Raised whenever the same frames and settings would give another adaptation.
 _VERSION = 1
+
+
+def is_needed(backbone: Backbone, config: TrainConfig) -> bool:
+    """Whether a new run fits its backbone to the input size."""
+    return config.base == "auto" and backbone.native_size != backbone.info.size
 
 
 def base_for(
@@ -158,7 +164,7 @@ def _from_cache(
     generator = np.random.default_rng(derive_seed(config.seed, 3))
     chosen = np.sort(generator.permutation(len(frames))[:MAX_FRAMES])
     frames = frames[chosen]
-    adapts = config.base == "auto" and backbone.native_size != backbone.info.size
+    adapts = is_needed(backbone, config)
     facts = {
         "images": len(frames),
         "images_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
@@ -175,7 +181,8 @@ def _from_cache(
         "device": backbone.device.type,
         "version": _VERSION,
     }
-    identity = json.dumps([backbone.info.to_json(), facts], sort_keys=True)
+    info = replace(backbone.info, summary_blocks=())  # which do not matter here
+    identity = json.dumps([info.to_json(), facts], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()
     folder = own_folder(cache_folder() / "bases")
     path = folder / f"{key}.safetensors"
@@ -183,7 +190,7 @@ def _from_cache(
         fcntl.flock(file, fcntl.LOCK_EX)
         _delete_damaged(path)
         if not path.exists():
-            checkpoint = FileCheckpoint(folder / f"{key}.checkpoint", key)
+            progress = FileCheckpoint(folder / f"{key}.checkpoint", key)
             none = torch.zeros(0, backbone.dim)
             updates = tuple((none, none.repeat(1, 3)) for _ in backbone.model.blocks)
             positions = backbone.model.pos_embed.detach().cpu()
@@ -194,11 +201,11 @@ def _from_cache(
                 )
                 weights = Path(config.weights) if config.weights else None
                 teacher = load_backbone(config.backbone, weights=weights).to(backbone.device)
-                updates, positions = distil(backbone, teacher, frames, config, checkpoint, callback)
-            base = BaseAdaptation(updates, positions, none, backbone.info.sha256, backbone.info.size, facts)
+                updates, positions = distil(backbone, teacher, frames, config, progress, callback)
+            base = BaseAdaptation(updates, positions, none, info.sha256, info.size, info.prefix_blocks, facts)
             base = replace(base, directions=principal_directions(backbone, base, frames, config))
             write_atomic(path, base.to_bytes())
-            checkpoint.delete()
+            progress.delete()
         return read_base(path)
 
 
@@ -229,7 +236,7 @@ def distil(
     teacher: Backbone,
     frames: Bytes,
     config: TrainConfig,
-    checkpoint: FileCheckpoint,
+    progress: FileCheckpoint,
     callback: Callback,
 ) -> tuple[tuple[tuple[Tensor, Tensor], ...], Tensor]:
     """Train low-rank updates of all qkv weights and the position embedding so that the backbone imitates the teacher.
@@ -253,7 +260,7 @@ def distil(
     backbone.model.pos_embed = positions
     parameters = [*downs, *ups, positions]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=ADAM_EPS, fused=True)
-    start = restore_progress(checkpoint, optimizer, parameters, alone=True)
+    start = restore_progress(progress, optimizer, parameters, alone=True)
     patches = wanted.patches
     micro = min(config.micro_batch or BATCH, BATCH)
     epoch_steps = math.ceil(len(frames) / BATCH)
@@ -266,19 +273,16 @@ def distil(
             kept = torch.randperm(patches, generator=generator)[: max(round(KEPT_PATCHES * patches), 1)].sort().values
             optimizer.param_groups[0]["lr"] = cosine_rate(LEARNING_RATE, step, STEPS)
             optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros((), device=device)
             for part in batch.split(micro):
                 for block, weight, down, up in zip(blocks, weights, downs, ups, strict=True):
                     block.weight = weight + up.T @ down
                 pixels = torch.from_numpy(frames[part.numpy()]).to(device)
                 with phase("base adaptation"):
-                    loss = _loss(backbone, blocks, pixels, kept.to(device), wanted.rows(part), config.precision)
-                    loss = loss * (len(part) / len(batch))
-                    loss.backward()
-                total += loss.detach()
+                    loss = step_loss(backbone, blocks, pixels, kept.to(device), wanted.rows(part), config)
+                    (loss * (len(part) / len(batch))).backward()
             optimizer.step()
             if (step + 1) % config.checkpoint_steps == 0:
-                save_progress(checkpoint, step + 1, optimizer, parameters)
+                save_progress(progress, step + 1, optimizer, parameters)
             report_progress(callback, "adapt", step + 1, STEPS)
     finally:
         backbone.model.pos_embed = untouched
@@ -337,13 +341,19 @@ def enlarged(frames: Tensor, size: int) -> Tensor:
     return planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _loss(
-    student: Backbone, blocks: Sequence[AdaptedBlock], pixels: Tensor, kept: Tensor, wanted: Tensor, precision: str
+def step_loss(
+    student: Backbone,
+    blocks: Sequence[AdaptedBlock],
+    pixels: Tensor,
+    kept: Tensor,
+    wanted: Tensor,
+    config: TrainConfig,
 ) -> Tensor:
     """The mean distance of what the student makes of frames from the ``wanted`` tokens, on the ``kept`` patches."""
     special = student.special_tokens
     chosen = torch.cat([torch.arange(special, device=kept.device), special + kept])
-    middle, last = _middle_and_last(blocks, student.embed(pixels)[:, chosen], student.info.prefix_blocks, precision)
+    tokens, prefix = student.embed(pixels)[:, chosen], student.info.prefix_blocks
+    middle, last = _middle_and_last(blocks, tokens, prefix, config.precision, recompute=config.recompute)
     length = (wanted.shape[1] - 1) // 2
     wanted_middle, wanted_final = wanted[:, :length][:, chosen], wanted[:, length:-1][:, chosen]
     middle, wanted_middle = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (middle, wanted_middle))
@@ -360,13 +370,16 @@ def _distance(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _middle_and_last(
-    blocks: Sequence[AdaptedBlock], tokens: Tensor, prefix: int, precision: str
+    blocks: Sequence[AdaptedBlock], tokens: Tensor, prefix: int, precision: str, *, recompute: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Tokens float32 after the prefix and after the last block."""
+    """Tokens float32 after the prefix and after the last block; with ``recompute`` as in `run_suffix`."""
     middle = tokens
     for index, block in enumerate(blocks):
         with autocast(precision, tokens.device):
-            tokens = block(tokens)[0]
+            if recompute:
+                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)[0]
+            else:
+                tokens = block(tokens)[0]
         tokens = tokens.float()
         if index == prefix - 1:
             middle = tokens

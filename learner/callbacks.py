@@ -49,12 +49,8 @@ class Callback:
         """One line for the user."""
 
     def progress(self, stage: str, done: int, total: int) -> None:
-<<<<<<< HEAD
-        """Progress of ``stage``: ``decode``, ``teacher`` and ``encode`` in images, ``adapt`` and ``train`` in steps."""
-=======
         """Progress of ``stage``: ``decode``, ``collect``, ``teacher`` and ``encode`` in images, ``adapt`` and ``train``
         in steps."""
->>>>>>> adaptcmd
 
 
 class Callbacks(Callback):

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from duallora_edge.errors import ConfigError
 from duallora_edge.files import read_json, write_json
+from duallora_edge.learner import adapt
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedStream
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
@@ -103,6 +104,10 @@ class Cost:
     def of(self, batch: int) -> int:
         return self.fixed + batch * self.image
 
+    def larger(self, other: Cost) -> Cost:
+        """A bound of both."""
+        return Cost(max(self.fixed, other.fixed), max(self.image, other.image))
+
     @classmethod
     def measure(cls, run: Callable[[int], object]) -> Cost:
         """The cost of ``run(batch)``, from batches of one image and of three."""
@@ -179,6 +184,23 @@ def forward_cost(backbone: Backbone, config: TrainConfig) -> Cost:
     return Cost.measure(run)
 
 
+def adaptation_cost(backbone: Backbone, config: TrainConfig) -> Cost:
+    """The cost of forward and backward passes through all blocks when the backbone is fitted to its input size."""
+    size, dim, device = backbone.info.size, backbone.dim, backbone.device
+    patches, blocks = (size // backbone.patch_size) ** 2, [AdaptedBlock(block) for block in backbone.model.blocks]
+    kept = torch.arange(max(round(adapt.KEPT_PATCHES * patches), 1), device=device)
+
+    @torch.enable_grad()
+    def step(batch: int) -> None:
+        for block in blocks:
+            block.weight = block.weight.detach().requires_grad_()
+        images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
+        wanted = torch.ones(batch, 2 * (backbone.special_tokens + patches) + 1, dim, device=device)
+        adapt.step_loss(backbone, blocks, images, kept, wanted, config).backward()
+
+    return Cost.measure(step)
+
+
 def summary_width(backbone: Backbone, config: TrainConfig) -> int:
     """Length of the prefix summary once the run has the directions of its second-order part."""
     if len(backbone.directions):
@@ -227,18 +249,23 @@ def make_plan(
     statistics = statistics_bytes(backbone, config, stream) if on_cpu else 0
     batch = 3 * config.batch_size * token_bytes(backbone)  # in float16 and float32
     tokens = max(len(task.train) for task in stream.tasks) * token_bytes(backbone)
+    adapts = not learned and adapt.is_needed(backbone, config)
+    teacher = sum(parameter.nbytes for parameter in backbone.parameters()) if adapts else 0
     costs: dict[tuple[str, bool], tuple[Cost, Cost]] = {}
     least = sys.maxsize
     for option in [*([before] if before else []), *_options(config, free_precision)]:
         chosen = replace(config, **{key: option[key] for key in ("precision", "recompute", "micro_batch")})
         key = (chosen.precision, chosen.recompute)
         if key not in costs:
-            costs[key] = training_cost(backbone, chosen), forward_cost(backbone, chosen)
+            training = training_cost(backbone, chosen)
+            if adapts:
+                training = training.larger(adaptation_cost(backbone, chosen))
+            costs[key] = training, forward_cost(backbone, chosen)
         training, forward = costs[key]
         # Only now, since measuring has loaded kernels and started threads, which stay.
         base = LATER + resident_bytes() if on_cpu else torch.cuda.memory_allocated(device)
         for passes in [option["forward_batch"]] if option is before else PASSES:
-            most = held + max(batch + training.of(option["micro_batch"]), forward.of(passes), statistics)
+            most = held + teacher + max(batch + training.of(option["micro_batch"]), forward.of(passes), statistics)
             free = int((budget - base) / MARGIN) - most
             least = min(least, int(base + MARGIN * most))
             if free >= 0:

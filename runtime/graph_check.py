@@ -41,6 +41,8 @@ Attention of 12 heads over 4096 tokens (1024 pixels in patches of 16) needs 1.6 
 MAX_IMAGE_WORK = 2**42
 """The most multiply-adds, or elements of results where there are none, for one image."""
 MAX_PADDING = 4096
+# The upper triangle of the second-order summary with its most directions, 128.
+MAX_POSITIONS = 128 * 129 // 2
 
 FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
 _BYTES = {FLOAT: 4, UINT8: 1, INT64: 8, FLOAT16: 2}
@@ -149,7 +151,7 @@ def _initializer(tensor: Tensor) -> _Value:
         raise ValueError(f"'{tensor.name}' has {len(tensor.raw)} bytes instead of {size}")
     if dtype != INT64:
         return _Value(dtype, shape)
-    _require(len(shape) == 1 and shape[0] <= MAX_RANK, f"shape {list(shape)} of the integers '{tensor.name}'")
+    _require(len(shape) == 1 and shape[0] <= MAX_POSITIONS, f"shape {list(shape)} of the integers '{tensor.name}'")
     ints = struct.unpack(f"<{shape[0]}q", tensor.raw)
     _require(all(abs(value) <= _MAX_SIZE for value in ints), f"value too large in '{tensor.name}'")
     return _Value(INT64, shape, ints)
@@ -297,7 +299,9 @@ def _conv(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> 
 
 def _reshape(shapes: Sequence[Dims], constants: Sequence[Dims], _: Attributes) -> list[Dims]:
     shape, wanted = shapes[0], constants[0]
-    _require(all(size >= -1 for size in wanted) and wanted.count(-1) <= 1, f"shape {wanted}")
+    _require(
+        len(wanted) <= MAX_RANK and all(size >= -1 for size in wanted) and wanted.count(-1) <= 1, f"shape {wanted}"
+    )
     _require(all(size or axis < len(shape) for axis, size in enumerate(wanted)), f"shape {wanted}")
     made = [size or shape[axis] for axis, size in enumerate(wanted)]
     if -1 in made:

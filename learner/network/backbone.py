@@ -86,11 +86,12 @@ class Backbone(nn.Module):
             BackboneError: It belongs to another backbone or another input size.
         """
         attentions = [block.attn for block in self.model.blocks]
-        if (base.backbone, base.size) != (self.info.sha256, self.info.size):
+        made_for = (base.backbone, base.size, base.prefix_blocks)
+        if made_for != (self.info.sha256, self.info.size, self.info.prefix_blocks):
             raise BackboneError(
-                f"The base adaptation was made for the weights {base.backbone[:12]} at {base.size} px, not for "
-                f"{self.info.name} ({self.info.sha256[:12]}) at {self.info.size} px; "
-                "'duallora-edge adapt' makes one."
+                f"The base adaptation was made for the weights {base.backbone[:12]} at {base.size} px with "
+                f"{base.prefix_blocks} frozen blocks, not for {self.info.name} ({self.info.sha256[:12]}) at "
+                f"{self.info.size} px with {self.info.prefix_blocks}; 'duallora-edge adapt' makes one."
             )
         fits = [down.shape[1] for down, _ in base.updates] == [attn.qkv.in_features for attn in attentions]
         fits = fits and base.positions.shape == self.model.pos_embed.shape and base.directions.shape[1] == self.dim

@@ -36,6 +36,7 @@ class BaseAdaptation:
         directions: rows [m, d], float32, on which `Backbone.second_order` projects patch tokens; m may be 0.
         backbone: sha256 of the weights that it belongs to.
         size: side of the input in pixels that it is for.
+        prefix_blocks: number of frozen blocks that it was made for.
         made_from: images and settings, for people; nothing depends on it.
     """
 
@@ -44,6 +45,7 @@ class BaseAdaptation:
     directions: Tensor
     backbone: str
     size: int
+    prefix_blocks: int
     made_from: Mapping[str, Any]
 
     def to_bytes(self) -> bytes:
@@ -54,7 +56,12 @@ class BaseAdaptation:
         for index, (down, up) in enumerate(self.updates):
             tensors |= {f"blocks.{index}.down": down, f"blocks.{index}.up": up}
         # One entry, since safetensors writes entries in no fixed order.
-        facts = {"backbone": self.backbone, "size": self.size, "made_from": dict(self.made_from)}
+        facts = {
+            "backbone": self.backbone,
+            "size": self.size,
+            "prefix_blocks": self.prefix_blocks,
+            "made_from": dict(self.made_from),
+        }
         return save(
             {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()},
             {_ENTRY: json.dumps(facts, sort_keys=True, ensure_ascii=False)},
@@ -71,7 +78,7 @@ class BaseAdaptation:
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(f"it is not a safetensors file ({error})") from error
         length = int.from_bytes(content[:8], "little")  # checked by `load`
-        backbone, size, made_from = _facts(parse_json(content[8 : 8 + length]).get("__metadata__") or {})
+        facts = _facts(parse_json(content[8 : 8 + length]).get("__metadata__") or {})
         depth = (len(tensors) - 2) // 2
         names = {"positions", "directions"} | {f"blocks.{i}.{part}" for i in range(depth) for part in ("down", "up")}
         if tensors.keys() != names:
@@ -85,20 +92,20 @@ class BaseAdaptation:
                 raise ValueError(f"the update of block {index} is not of low rank")
         if tensors["directions"].dim() != 2 or len(tensors["directions"]) > MAX_DIRECTIONS:
             raise ValueError(f"the directions are not at most {MAX_DIRECTIONS} rows")
-        return cls(updates, tensors["positions"], tensors["directions"], backbone, size, made_from)
+        return cls(updates, tensors["positions"], tensors["directions"], *facts)
 
 
-def _facts(metadata: Mapping[str, str]) -> tuple[str, int, Mapping[str, Any]]:
-    """Backbone, size and ``made_from`` in the metadata of the file. Raises `ValueError` when they are not there."""
+def _facts(metadata: Mapping[str, str]) -> tuple[str, int, int, Mapping[str, Any]]:
+    """Backbone, size, prefix_blocks and made_from in the metadata of the file. Raises `ValueError` without them."""
     if _ENTRY not in metadata:
         raise ValueError("it holds no base adaptation")
     problems: list[str] = []
     facts = Section(parse_json(metadata[_ENTRY].encode()), "", problems)
     backbone, size = facts.text("backbone"), facts.integer("size", 8, 4096)
-    made_from = facts.section("made_from").values
+    prefix_blocks, made_from = facts.integer("prefix_blocks", 1, 1000), facts.section("made_from").values
     if problems:
         raise ValueError("; ".join(problems[:5]))
-    return backbone, size, made_from
+    return backbone, size, prefix_blocks, made_from
 
 
 def read_made_from(path: Path) -> Mapping[str, Any]:
@@ -110,7 +117,7 @@ def read_made_from(path: Path) -> Mapping[str, Any]:
         raise FileNotFoundError("there is no such file")
     try:
         with safe_open(path, "np") as file:
-            return _facts(file.metadata() or {})[2]
+            return _facts(file.metadata() or {})[3]
     except SafetensorError as error:
         raise ValueError(f"it is not a safetensors file ({error})") from error
 

@@ -71,15 +71,13 @@ class ClassStatistics:
         """These statistics with at most ``rank`` rows in ``factor``; every variance stays exactly what it is.
 
         The rows are the leading principal directions of the correlations, so that the scales of the features do not
-        matter. What they leave out of the variances goes to ``diagonal``.
+        matter. What they leave out of the variances goes to ``diagonal``. No row is the feature of an image any more.
         """
-        if len(self.factor) <= rank:
-            return self
         variances = self.factor.square().sum(dim=0)
         scale = variances.sqrt().clamp(min=torch.finfo(variances.dtype).tiny)
         rows = self.factor / scale
         _, vectors = torch.linalg.eigh(rows @ rows.T)
-        kept = vectors[:, len(rows) - rank :].T @ self.factor
+        kept = vectors[:, max(len(rows) - rank, 0) :].T @ self.factor
         rest = (variances - kept.square().sum(dim=0)).clamp(min=0)
         return ClassStatistics(self.counts, self.means, kept, self.diagonal + rest)
 

@@ -114,7 +114,9 @@ def distil(student: Backbone, teacher: Backbone, frames: Bytes, tmp_path: Path, 
         student, teacher, frames, replace(CONFIG, **settings), checkpoint, settings.pop("callback", Callback())
     )
     none = torch.zeros(0, student.dim)
-    return BaseAdaptation(updates, positions, none, student.info.sha256, student.info.size, {})
+    return BaseAdaptation(
+        updates, positions, none, student.info.sha256, student.info.size, student.info.prefix_blocks, {}
+    )
 
 
 def features(backbone: Backbone, frames: Bytes) -> Tensor:
@@ -159,13 +161,13 @@ def test_the_loss_goes_down(
     small: Callable[..., tuple[Backbone, Backbone]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapt, "STEPS", 40)
-    losses, loss_of = [], adapt._loss
+    losses, loss_of = [], adapt.step_loss
 
     def noted(*arguments: Any) -> Tensor:
         losses.append(loss := loss_of(*arguments))
         return loss
 
-    monkeypatch.setattr(adapt, "_loss", noted)
+    monkeypatch.setattr(adapt, "step_loss", noted)
     distil(*small(), pictures(32, 16), tmp_path)
     values = [float(loss.detach()) for loss in losses]
     assert len(values) == 40 and np.mean(values[-8:]) < 0.8 * np.mean(values[:4])
@@ -176,8 +178,10 @@ def test_a_student_that_is_the_teacher_has_no_loss(
 ) -> None:
     """Every token meets its own: pooling and the choice of patches keep the order."""
     monkeypatch.setattr(adapt, "KEPT_PATCHES", 1.0)
-    losses, loss_of = [], adapt._loss
-    monkeypatch.setattr(adapt, "_loss", lambda *arguments: losses.append(loss_of(*arguments)) or loss_of(*arguments))
+    losses, loss_of = [], adapt.step_loss
+    monkeypatch.setattr(
+        adapt, "step_loss", lambda *arguments: losses.append(loss_of(*arguments)) or loss_of(*arguments)
+    )
     distil(make_backbone(), make_backbone(), pictures(32, 32), tmp_path)
     assert abs(float(losses[0].detach())) < 1e-5  # float16 is what is left
 
@@ -447,7 +451,7 @@ def test_a_file_of_another_size_makes_no_run(tmp_path: Path, image_stream: Path)
     path = tmp_path / "base.safetensors"
     adapt.adapt_source(str(write_pictures(tmp_path / "images", 33)), path, CONFIG, Callback())
     for base, size, reason in (
-        (path, 48, r"was made for the weights .* at 32 px, not for embedded .* at 48 px"),
+        (path, 48, r"was made for the weights .* at 32 px with .*, not for embedded .* at 48 px"),
         (path, 64, "was made for the weights"),
         (tmp_path / "images" / "000.png", SIZE, "cannot be used as a base adaptation"),
         (tmp_path / "missing", SIZE, "cannot be used as a base adaptation"),

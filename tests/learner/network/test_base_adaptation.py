@@ -20,7 +20,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.base_adaptation import MAX_DIRECTIONS, BaseAdaptation, read_base, read_made_from
 
 RANK, DIM = 4, 48
-FACTS = {"backbone": "0" * 64, "size": 32, "made_from": {"images": 40, "native_size": 64}}
+FACTS = {"backbone": "0" * 64, "size": 32, "prefix_blocks": 2, "made_from": {"images": 40, "native_size": 64}}
 
 
 def random_base(seed: int = 0) -> BaseAdaptation:
@@ -45,7 +45,8 @@ def test_a_base_adaptation_reads_back(tmp_path: Path) -> None:
     path.write_bytes(base.to_bytes())
     found, content = read_base(path)
     assert content == base.to_bytes() == found.to_bytes()
-    assert (found.backbone, found.size, found.made_from) == (base.backbone, base.size, base.made_from)
+    assert (found.backbone, found.size, found.prefix_blocks) == (base.backbone, base.size, base.prefix_blocks)
+    assert found.made_from == base.made_from
     assert torch.equal(found.positions, base.positions) and torch.equal(found.directions, base.directions)
     for pair, expected in zip(found.updates, base.updates, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(pair, expected, strict=True))
@@ -103,6 +104,7 @@ DAMAGED = {
     "no backbone": altered(facts={**FACTS, "backbone": None}),
     "size as text": altered(facts={**FACTS, "size": "32"}),
     "huge size": altered(facts={**FACTS, "size": 10**9}),
+    "no frozen block": altered(facts={**FACTS, "prefix_blocks": 0}),
     "made from a text": altered(facts={**FACTS, "made_from": "images"}),
 }
 
@@ -147,6 +149,7 @@ def test_a_backbone_takes_only_its_own(make_backbone: Callable[..., Backbone]) -
     others: list[dict[str, Any]] = [
         {"backbone": "1" * 64},
         {"size": 40},
+        {"prefix_blocks": 1},
         {"positions": base.positions[:, 1:]},
         {"directions": base.directions[:, 1:]},
         {"updates": base.updates[:-1]},
