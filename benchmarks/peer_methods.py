@@ -43,7 +43,7 @@ from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.calibration import CalibrationCurve
 from duallora_edge.learner.statistics.gaussian import ClassStatistics
 
-DRIFT_RIDGE = 1.0  # times the mean square of a feature
+DRIFT_RIDGE = 1.0  # share of the mean of the diagonal of the Gram matrix, as in `statistics.ridge`
 SIGMA = 0.3  # of the root mean square distance to a class mean; 0.3 on features of length 1 in Yu et al.
 FLOOR = 1e-3  # added to correlations, which are singular where LayerNorm fixes the sum of the features
 FECAM_SCALE = 64.0  # distances of features of length 1 are small; nothing but the range of the temperatures needs it
@@ -108,9 +108,8 @@ def _moved(tasks: Sequence[TaskRecord]) -> list[TaskRecord]:
 class DriftMap(Carried):
     """f_new = f_old W with the W nearest to the identity: min |F_new - F_old W|^2 + r |W - 1|^2.
 
-    The ridge r is relative to the scale of f: as if each direction had been seen without drift in `DRIFT_RIDGE` more
-    images. Where new images say nothing about a direction, W leaves it alone. Variances that the factor of the
-    statistics leaves out stay independent of each other.
+    The ridge r is `DRIFT_RIDGE` times the mean of the diagonal of F_old^T F_old; a much weaker one fits the few new
+    images and is wrong for old classes. Variances that the factor of the statistics leaves out stay independent.
     """
 
     name = "drift_map"
@@ -118,8 +117,8 @@ class DriftMap(Carried):
 
     def fit_move(self, old: Tensor, new: Tensor, statistics: Sequence[ClassStatistics]) -> Move:
         eye = torch.eye(old.shape[1], dtype=torch.float64)
-        gram = old.T @ old + DRIFT_RIDGE * old.square().mean() * eye
-        W = eye + torch.linalg.solve(gram, old.T @ (new - old))
+        gram = old.T @ old
+        W = eye + torch.linalg.solve(gram + DRIFT_RIDGE * gram.diagonal().mean() * eye, old.T @ (new - old))
 
         def times(rows: Tensor, w: Tensor) -> Tensor:
             return torch.cat([rows[..., : len(w)].double() @ w, rows[..., len(w) :]], dim=-1)
