@@ -9,9 +9,8 @@ images, seed and network. So a run can be learned, measured and continued in one
 
 * ``drift_map``: sequential LoRA; a linear map carries the old class statistics to the new features.
 * ``ssiat``: sequential LoRA; old class means move as the new images around them (SSIAT, Tan et al. 2024, arXiv
-  2403.19979, by the semantic drift compensation of Yu et al. 2020, arXiv 2004.00440). Left out of SSIAT: its adapters
-  beside the MLPs, its cosine loss with a margin, and the head trained on samples from the class Gaussians; here it is
-  LoRA, cross-entropy and the linear discriminants of those Gaussians.
+  2403.19979, by the semantic drift compensation of Yu et al. 2020, arXiv 2004.00440). Of SSIAT it leaves out adapters
+  beside the MLPs, the cosine loss with a margin, and the head trained on samples from the class Gaussians.
 * ``fecam``: a Mahalanobis distance for each class on the frozen f (FeCAM, Goswami et al. 2023, arXiv 2309.14062).
 """
 
@@ -116,8 +115,7 @@ class DriftMap(Carried):
     summary = "sequential, old class statistics carried along by a linear map of the features"
 
     def fit_move(self, old: Tensor, new: Tensor, statistics: Sequence[ClassStatistics]) -> Move:
-        eye = torch.eye(old.shape[1], dtype=torch.float64)
-        gram = old.T @ old
+        eye, gram = torch.eye(old.shape[1], dtype=torch.float64), old.T @ old
         W = eye + torch.linalg.solve(gram + DRIFT_RIDGE * gram.diagonal().mean() * eye, old.T @ (new - old))
 
         def times(rows: Tensor, w: Tensor) -> Tensor:
@@ -167,17 +165,19 @@ class Fecam(Frozen):
         f, g = (suffix_features(lesson.backbone, suffix, x, lesson.config.precision, "none")[0] for x in (train, held))
         catalogue = Catalogue.of([*(task.info for task in lesson.past), record.info])
         truth = torch.tensor([catalogue.classes.index(name) for name in record.info.classes])[held.labels]
-        logits = _distances(g, [*_all_gaussians(lesson.past), *_gaussians(f, train.labels)])
+        logits = _distances(
+            g, [*(pair for task in lesson.past for pair in _recall(task)), *_gaussians(f, train.labels)]
+        )
         curve = CalibrationCurve.of(logits, catalogue.class_sums(), truth)
         _kept[_key(record)] = _gaussians(torch.cat([f, g]), torch.cat([train.labels, held.labels]))
-        validation = {**record.info.validation, "accuracy": curve.accuracy}
-        return replace(record, info=replace(record.info, validation=validation), curve=curve)
+        info = replace(record.info, validation={**record.info.validation, "accuracy": curve.accuracy})
+        return replace(record, info=info, curve=curve)
 
     def compose(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
         model, data = super().compose(backbone, tasks), ClassifierData.of(tasks, backbone.dim)
         mixture, scale = model.classifier.mixture, model.classifier.scale
         fecam = FecamClassifier(model.catalogue, data.gaussian, mean_f(data), mixture, scale, backbone.device)
-        fecam.gaussians = [(m.to(backbone.device), w.to(backbone.device)) for m, w in _all_gaussians(tasks)]
+        fecam.gaussians = [(m.to(backbone.device), w.to(backbone.device)) for t in tasks for m, w in _recall(t)]
         model.classifier = fecam
         return model
 
@@ -191,10 +191,6 @@ class FecamClassifier(Classifier):
         return _distances(features, self.gaussians)
 
 
-def _all_gaussians(tasks: Sequence[TaskRecord]) -> list[tuple[Tensor, Tensor]]:
-    return [gaussian for task in tasks for gaussian in _recall(task)]
-
-
 def _gaussians(f: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     """For each class of features [n, d] its centre [d] and W [d, d] with W W^T = R^-1, float32."""
     gaussians = []
@@ -205,8 +201,7 @@ def _gaussians(f: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         variance, covariance = S.diagonal().mean(), (S.sum() - S.trace()) / (S.numel() - len(S))
         S = S + variance * eye + covariance * (1 - eye)
         scale = S.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-        R = (S / scale / scale[:, None]).fill_diagonal_(1 + FLOOR)
-        root = torch.linalg.cholesky(R)
+        root = torch.linalg.cholesky((S / scale / scale[:, None]).fill_diagonal_(1 + FLOOR))
         whitening = torch.linalg.solve_triangular(root, eye, upper=False).T
         gaussians.append((F.normalize(_power(own.mean(dim=0)), dim=0).float(), whitening.float()))
     return gaussians
