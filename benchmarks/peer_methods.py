@@ -47,9 +47,8 @@ SIGMA = 0.3  # of the root mean square distance to a class mean; 0.3 on features
 FLOOR = 1e-3  # added to correlations, which are singular where LayerNorm fixes the sum of the features
 FECAM_SCALE = 64.0  # distances of features of length 1 are small; nothing but the range of the temperatures needs it
 
-# From statistics of [f ; phi] of earlier tasks before a task was trained to those after it.
+# Statistics of [f ; phi] of earlier tasks before a task was trained to those after it.
 Move = Callable[[Sequence[ClassStatistics]], list[ClassStatistics]]
-
 _kept: dict[tuple[str, bytes], Any] = {}
 
 
