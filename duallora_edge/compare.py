@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 TABLE, PICTURE = "comparison.md", "comparison.png"
 
 PEERS = (
-    "dual_lora", "inflora", "sequential", "sequential:classifier=lda", "frozen:classifier=mean_f",
-    "frozen:classifier=lda_f", "frozen:classifier=ridge", "frozen", "frozen:prefix_blocks=-1:summaries=6",
-    "task_arithmetic", "joint",
+    "dual_lora", "inflora", "sequential", "sequential:classifier=lda", "first_session",
+    "first_session:classifier=ridge", "frozen:classifier=mean_f", "frozen:classifier=lda_f", "frozen:classifier=ridge",
+    "frozen", "frozen:prefix_blocks=-1:summaries=6", "task_arithmetic", "task_arithmetic:classifier=lda", "joint",
 )  # fmt: skip
 ABLATIONS = (
     "dual_lora", "dual_lora:rank_orthogonal=16:rank_residual=0", "dual_lora:residual=isolated",
@@ -47,7 +47,7 @@ ABLATIONS = (
     "dual_lora:learning_rate=0.005", "dual_lora:base=none",
     "dual_lora:second_order=0", "dual_lora:second_order=0:summaries=3", "dual_lora:classifier=lda_f",
     "dual_lora:classifier=heads",
-    "dual_lora:calibration=temperature", "dual_lora:calibration=none",
+    "dual_lora:calibration=temperature", "dual_lora:calibration=none", "first_session", "inflora",
 )  # fmt: skip
 ARITHMETIC = (
     "task_arithmetic:kept_images_per_class=0:task_scale=0.1", "task_arithmetic:kept_images_per_class=0",

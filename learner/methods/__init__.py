@@ -36,6 +36,10 @@ BUILT_IN = {
     "dual_lora": ("dual_lora:DualLora", "orthogonal and residual adapters, dynamic memory, task identity"),
     "inflora": ("inflora:InfLora", "orthogonal adapters with bases from all tokens (InfLoRA)"),
     "sequential": ("sequential:Sequential", "unconstrained adapters of the same size, one linear head for each task"),
+    "first_session": (
+        "first_session:FirstSession",
+        "adapters trained on the first task alone, then only statistics (RanPAC with the classifier ridge)",
+    ),
     "task_arithmetic": ("task_arithmetic:TaskArithmetic", "task vectors added up, then fine-tuned on stored images"),
     "frozen": ("frozen:Frozen", "no training: a closed-form classifier on the untouched network"),
     "joint": ("joint:Joint", "adapters trained on all tasks at once: what forgetting nothing could reach"),

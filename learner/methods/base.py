@@ -20,7 +20,7 @@ from duallora_edge.learner.methods.scoring import (
     known_ridge_sums,
     overconfidence,
 )
-from duallora_edge.learner.methods.training import DownProjections, past_bases, train_adapters, unadapted_blocks
+from duallora_edge.learner.methods.training import DownProjections, past_bases, train_adapters, untrained
 from duallora_edge.learner.network.adapters import AdaptedBlock, Collect
 from duallora_edge.learner.network.answers import Catalogue, Classifier, ComposedModel, Scores
 from duallora_edge.learner.network.backbone import Backbone
@@ -158,7 +158,7 @@ class Method(ABC):
             gradient: it gets no adapters and a head of zeros, so that only its statistics are learned.
         """
         if len(lesson.task.classes) == 1:
-            return unadapted_blocks(lesson.backbone), torch.zeros(1, lesson.backbone.dim + 1)
+            return untrained(lesson)
         suffix = self.training_blocks(lesson)
         features, moments = suffix_features(lesson.backbone, suffix, lesson.train, lesson.config.precision, collect)
         with phase("bases"):

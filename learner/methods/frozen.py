@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from duallora_edge.learner.methods.base import Method
 from duallora_edge.learner.methods.lesson import Lesson
-from duallora_edge.learner.methods.training import unadapted_blocks
+from duallora_edge.learner.methods.training import untrained
 from duallora_edge.learner.network.task_record import TaskRecord
 
 
@@ -19,5 +17,5 @@ class Frozen(Method):
 
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Collect statistics."""
-        head = torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
-        return self.finish(lesson, unadapted_blocks(lesson.backbone), head)
+        blocks, head = untrained(lesson)
+        return self.finish(lesson, blocks, head)

@@ -21,7 +21,7 @@ from duallora_edge.learner.methods.base import Method
 from duallora_edge.learner.methods.lesson import Lesson
 from duallora_edge.learner.methods.losses import Loss, cross_entropy, kl_distillation_loss
 from duallora_edge.learner.methods.scoring import ClassifierData
-from duallora_edge.learner.methods.training import DownProjections, derive_seed, train_adapters, unadapted_blocks
+from duallora_edge.learner.methods.training import derive_seed, leading_directions, train_adapters, untrained
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.network.answers import Scores
 from duallora_edge.learner.network.backbone import Backbone
@@ -29,7 +29,6 @@ from duallora_edge.learner.network.features import suffix_features
 from duallora_edge.learner.network.network import fold_all
 from duallora_edge.learner.network.prefix_cache import Encoded
 from duallora_edge.learner.network.task_record import BlockRecord, KeptImages, TaskRecord, empty_adapter
-from duallora_edge.learner.statistics.subspace import empty_basis, top_directions
 
 
 class NoCheckpoint:
@@ -56,8 +55,8 @@ class TaskArithmetic(Method):
 
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Train the task from the pretrained weights, merge, fine-tune on the kept images."""
-        config, dim = lesson.config, lesson.backbone.dim
-        blocks, head = unadapted_blocks(lesson.backbone), torch.zeros(len(lesson.task.classes), dim + 1)
+        config = lesson.config
+        blocks, head = untrained(lesson)
         if len(lesson.task.classes) > 1:
             plain = [AdaptedBlock(block) for block in lesson.backbone.suffix]
             blocks, head = _train(lesson, plain, head, partial(kl_distillation_loss, weight=config.kl_weight))
@@ -128,10 +127,8 @@ def _train(
     lesson: Lesson, blocks: Sequence[AdaptedBlock], head: Tensor, loss: Loss
 ) -> tuple[tuple[BlockRecord, ...], Tensor]:
     """Train adapters of both ranks together in the leading directions of the features."""
-    rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
-    none = empty_basis(lesson.backbone.dim)
     features, moments = suffix_features(lesson.backbone, blocks, lesson.train, lesson.config.precision, "class")
-    downs = [DownProjections(top_directions(q, rank), top_directions(v, rank), none) for q, v in moments]
+    downs = [leading_directions(lesson, q, v) for q, v in moments]
     return train_adapters(lesson, blocks, downs, features, loss, head)
 
 

@@ -21,7 +21,7 @@ from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.network.backbone import Backbone, autocast
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.task_record import BlockRecord, TaskRecord, empty_adapter
-from duallora_edge.learner.statistics.subspace import empty_basis
+from duallora_edge.learner.statistics.subspace import empty_basis, top_directions
 from duallora_edge.learner.timing import phase, timed
 
 # The head starts at zero and the features have not moved yet, so the first gradient of the adapters is nothing but
@@ -49,11 +49,23 @@ def past_bases(past: Sequence[TaskRecord], index: int, dim: int) -> tuple[Tensor
     return q, v
 
 
+def leading_directions(lesson: Lesson, q: Tensor, v: Tensor) -> DownProjections:
+    """Unconstrained down-projections of one block, both ranks together and no residual: the leading directions of the
+    second moments, float64 [d, d], of what its query and value projections read."""
+    rank = lesson.config.rank_orthogonal + lesson.config.rank_residual
+    return DownProjections(top_directions(q, rank), top_directions(v, rank), empty_basis(lesson.backbone.dim))
+
+
 def unadapted_blocks(backbone: Backbone) -> tuple[BlockRecord, ...]:
     """Block records without adapters and without bases."""
     empty = empty_adapter(backbone.dim)
     none = empty_basis(backbone.dim)
     return tuple(BlockRecord(empty, empty, none, none) for _ in backbone.suffix)
+
+
+def untrained(lesson: Lesson) -> tuple[tuple[BlockRecord, ...], Tensor]:
+    """What a task adds of which only statistics are learned: blocks without adapters and a head [K, d + 1] of zeros."""
+    return unadapted_blocks(lesson.backbone), torch.zeros(len(lesson.task.classes), lesson.backbone.dim + 1)
 
 
 def train_adapters(

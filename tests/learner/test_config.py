@@ -48,7 +48,8 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "task_order must be a list of names, not [1, 2]",
         "backbone cannot be null; leave it out for the default",
         "energy must be between 0 and 1, not 2.5",
-        "method must be one of dual_lora, inflora, sequential, task_arithmetic, frozen, joint, not 'magic'",
+        "method must be one of dual_lora, inflora, sequential, first_session, task_arithmetic, frozen, joint, "
+        "not 'magic'",
         "train.yaml",
     ):
         assert part in message

@@ -19,8 +19,8 @@ from duallora_edge.learner.network.task_record import TaskRecord
 MakeTask = Callable[..., PreparedTask]
 Learn = Callable[..., list[TaskRecord]]
 Accuracy = Callable[..., float]
-METHODS = ["dual_lora", "inflora", "task_arithmetic", "sequential", "frozen"]
-CLOSED_FORM = ["dual_lora", "inflora", "frozen"]  # those that are expected to remember
+METHODS = ["dual_lora", "inflora", "task_arithmetic", "sequential", "first_session", "frozen"]
+CLOSED_FORM = ["dual_lora", "inflora", "first_session", "frozen"]  # those that are expected to remember
 
 
 def pair(make_task: MakeTask, number: int, **sizes: int) -> PreparedTask:
@@ -219,6 +219,7 @@ MANY = [
     ("dual_lora", 50, {"energy": 0.99}),
     ("inflora", 20, {"energy": 0.99}),
     ("sequential", 20, {}),
+    ("first_session", 20, {}),
     ("task_arithmetic", 20, {"kept_images_per_class": 1}),
 ]
 

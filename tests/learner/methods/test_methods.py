@@ -275,17 +275,54 @@ def test_a_curve_follows_what_the_statistics_predict_of_the_logits(
     assert asked.temperature == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.usefixtures("few_random_features")
-@pytest.mark.parametrize("classifier", ["lda", "lda_f", "mean_f", "ridge", "heads"])
-def test_the_classifier_of_the_configuration_wins(
-    tiny_backbone: Backbone, learn: Learn, tasks: list[PreparedTask], classifier: str
+@torch.no_grad()
+def test_only_the_first_session_trains(
+    tiny_backbone: Backbone,
+    make_task: MakeTask,
+    learn: Learn,
+    learned: Callable[[str], list[TaskRecord]],
+    tasks: list[PreparedTask],
 ) -> None:
-    records = learn(tasks, method="dual_lora", classifier=classifier)
+    """The first task is that of `Sequential`; later ones answer in its network, and leave it as it is."""
+    first, second = learned("first_session")
+    plain = learned("sequential")[0]
+    assert torch.equal(first.head, plain.head) and float(first.head.abs().max()) > 0
+    for block, other in zip(first.blocks, plain.blocks, strict=True):
+        assert torch.equal(block.orthogonal.q_up, other.orthogonal.q_up) and float(block.orthogonal.q_up.norm()) > 0
+    assert not any(len(a.q_down) for block in second.blocks for a in (block.orthogonal, block.residual))
+    assert not second.head.any()
+    frames = torch.from_numpy(tasks[0].test.pixels.copy())
+    before, after = (compose(tiny_backbone, records).network(frames) for records in ([first], [first, second]))
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    alone = learn([make_task("single", ["alone"], [5]), tasks[1]], method="first_session", **QUICK)
+    assert compose(tiny_backbone, alone).network.is_untouched
+
+
+@pytest.mark.usefixtures("few_random_features")
+@pytest.mark.parametrize(
+    ("method", "classifier"),
+    [
+        *(("dual_lora", classifier) for classifier in ("lda", "lda_f", "mean_f", "ridge", "heads")),
+        ("first_session", "ridge"),
+        ("task_arithmetic", "lda"),
+    ],
+)
+def test_the_classifier_of_the_configuration_wins(
+    tiny_backbone: Backbone,
+    learn: Learn,
+    accuracy: Callable[..., float],
+    tasks: list[PreparedTask],
+    method: str,
+    classifier: str,
+) -> None:
+    records = learn(tasks, method=method, classifier=classifier, **QUICK)
     assert [record.info.classifier for record in records] == [classifier] * 2
     assert (records[0].ridge_sums is not None) == (classifier == "ridge")
     with torch.no_grad():
         outputs = compose(tiny_backbone, records)(torch.from_numpy(tasks[0].test.pixels.copy()))
     torch.testing.assert_close(outputs.probabilities.sum(dim=1), torch.ones(8))
+    if classifier in ("lda", "ridge"):
+        assert min(accuracy(records, task) for task in tasks) >= 0.5  # by chance one in five
 
 
 def lopsided(block: BlockRecord) -> BlockRecord:
