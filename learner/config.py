@@ -107,8 +107,14 @@ class TrainConfig:
     rank_residual: int = setting(
         8,
         "Rank of the adapters that open for images of their own task; a higher rank learns more, and inference "
-        "slows down with every task.",
+        "slows down with every task until 'max_residual_rank' is reached.",
         "Method", low=0, high=256,
+    )  # fmt: skip
+    max_residual_rank: int = setting(
+        64,
+        "Rank of these adapters of all tasks together, so that neither latency nor memory grows for ever; tasks beyond "
+        "it have none.",
+        "Method", low=0, high=100_000,
     )  # fmt: skip
     energy: float = setting(
         0.95,

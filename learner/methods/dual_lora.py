@@ -52,7 +52,7 @@ class DualLora(Method):
         as reliable.
         """
         config = lesson.config
-        if config.rank_residual == 0 or len(lesson.task.classes) == 1:
+        if self.residual_rank(lesson) == 0 or len(lesson.task.classes) == 1:
             return "none"
         if config.residual != "auto":
             return config.residual
@@ -66,6 +66,13 @@ class DualLora(Method):
         mean = sum(images * accuracy for images, accuracy in known) / sum(images for images, _ in known)
         return "isolated" if mean >= RELIABLE_GATE else "previous"
 
+    def residual_rank(self, lesson: Lesson) -> int:
+        """The rank of the residual adapter, as far as those of all tasks stay within ``max_residual_rank``."""
+        config = lesson.config
+        blocks = zip(*(task.blocks for task in lesson.past), strict=True)
+        used = max((sum(len(block.residual.q_down) for block in column) for column in blocks), default=0)
+        return min(config.rank_residual, max(config.max_residual_rank - used, 0))
+
     def down_projections(self, lesson: Lesson, residual: str, index: int, q: Tensor, v: Tensor) -> DownProjections:
         """Down-projections of block ``index`` from its second moments, float64 [d, d], of query and value.
 
@@ -77,10 +84,10 @@ class DualLora(Method):
         both = q / q.trace() + v / v.trace()
         shared = empty_basis(lesson.backbone.dim)
         if residual == "isolated":
-            shared = top_directions(both, config.rank_residual)
+            shared = top_directions(both, self.residual_rank(lesson))
         elif residual == "previous" and past:
             newest = union(past[-1].q_basis.double(), past[-1].v_basis.double())
-            shared = inside_directions(both, newest, config.rank_residual)
+            shared = inside_directions(both, newest, self.residual_rank(lesson))
         return DownProjections(
             q=constrained_directions(q, q_basis, config.rank_orthogonal),
             v=constrained_directions(v, v_basis, config.rank_orthogonal),

@@ -422,3 +422,10 @@ def test_a_method_of_ones_own_answers_for_its_records(
     monkeypatch.setitem(METHODS, "cautious", Cautious())
     records = [changed(record, method="cautious") for record in two_tasks]
     assert compose(tiny_backbone, records).catalogue.tasks == ("first", "second")
+
+
+def test_residual_adapters_stay_within_their_rank(make_task: MakeTask, learn: Learn) -> None:
+    tasks = [make_task(name, [f"{name}x", f"{name}y"], [2 * i, 2 * i + 1]) for i, name in enumerate("abc")]
+    records = learn(tasks, rank_residual=2, max_residual_rank=3, residual="isolated", **QUICK)
+    assert [len(record.blocks[0].residual.q_down) for record in records] == [2, 1, 0]
+    assert [record.info.residual for record in records] == ["isolated", "isolated", "none"]
