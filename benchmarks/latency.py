@@ -2,7 +2,8 @@
 
     python benchmarks/latency.py BUNDLE... --weights vit_tiny_patch16_224.safetensors --json latency.json
 
-The peer is the same backbone with its own head, exported by timm's ONNX exporter. Every round runs each model once,
+The peer is the same backbone with its own head, exported by timm's ONNX exporter, at the size of the bundle and at
+those of --peer-size; ratios are to the first. Every round runs each model once,
 in a random order, so that all see the same state of the machine; the ratio is of medians, its spread the 5th to 95th
 percentile of bootstrap resamples of rounds.
 """
@@ -45,21 +46,28 @@ def export_peer(name: str, weights: Path | None, size: int, opset: int, path: Pa
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), help="Of the peer's backbone; else the hub.")
+@click.option("--peer-size", "peer_sizes", multiple=True, type=int, help="Another size of the peer; repeat for more.")
 @click.option("--rounds", default=400, show_default=True, type=click.IntRange(20))
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(bundles: tuple[Path, ...], weights: Path | None, rounds: int, threads: int, json_path: Path | None) -> None:
+def main(
+    bundles: tuple[Path, ...], weights: Path | None, peer_sizes: tuple[int, ...], rounds: int, threads: int,
+    json_path: Path | None,
+) -> None:  # fmt: skip
     opened = [Bundle.open(path) for path in bundles]
     backbone = opened[0].manifest.provenance["backbone"]
     size, opset = backbone["size"], opened[0].manifest.target["opset"]
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    sessions, feeds, nodes = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        peer = Path(folder) / "peer.onnx"
-        export_peer(backbone["name"], weights, size, opset, peer)
-        nodes = {"peer": len(onnx.load(peer, load_external_data=False).graph.node)}
-        sessions = {"peer": session(str(peer), threads)}
-    feeds = {"peer": {sessions["peer"].get_inputs()[0].name: frames.transpose(0, 3, 1, 2).astype(np.float32) / 255}}
+        for number in dict.fromkeys([size, *peer_sizes]):
+            peer, label = Path(folder) / f"{number}.onnx", f"plain, {number} px"
+            export_peer(backbone["name"], weights, number, opset, peer)
+            nodes[label] = len(onnx.load(peer, load_external_data=False).graph.node)
+            sessions[label] = session(str(peer), threads)
+            pixels = rng.random((1, 3, number, number), dtype=np.float32)
+            feeds[label] = {sessions[label].get_inputs()[0].name: pixels}
     for bundle in opened:
         label = f"{bundle.manifest.name} ({len(bundle.manifest.tasks)} tasks)"
         sessions[label] = session(str(bundle.model_path), threads)
@@ -72,7 +80,7 @@ def main(bundles: tuple[Path, ...], weights: Path | None, rounds: int, threads: 
             sessions[label].run(None, feeds[label])
             if round_number >= 20:
                 times[label].append(1000 * (time.perf_counter() - start))
-    rows = [summary(label, times[label], times["peer"], nodes[label], rng) for label in sessions]
+    rows = [summary(label, times[label], times[f"plain, {size} px"], nodes[label], rng) for label in sessions]
     click.echo(f"{backbone['name']}, {size} px, batch 1, opset {opset}, ONNX Runtime {onnxruntime.__version__} CPU, "
                f"{threads} threads, {rounds} rounds")  # fmt: skip
     click.echo(f"{'model':<28} {'nodes':>6} {'p50 ms':>8} {'p90 ms':>8} {'ratio':>7}  5 to 95 % of resamples")
