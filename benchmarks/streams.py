@@ -3,7 +3,7 @@
     DUALLORA_EDGE_ASSETS=... python benchmarks/streams.py domains7 --seeds 0,1,2 --out out/domains7
 
 Reads the archives of the asset folder, unpacks those of the stream, and compares methods with the defaults on a
-ViT-Ti/16 at 128 px. Further options go to `duallora-edge compare`.
+ViT-Ti/16 (or a DeiT-Ti/16) at 128 px. Further options go to `duallora-edge compare`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ STREAMS = {
     "cifar100-10": ("cifar100",),
     "cifar100-50": ("cifar100",),
     "pacs4": ("pacs",),
+}
+
+
+NETWORKS = {
+    "vit": ("vit_tiny_patch16_224", "vit_tiny_patch16_224.safetensors"),
+    "deit": ("deit_tiny_patch16_224", "deit_tiny_patch16_224.fp16.safetensors"),
 }
 
 
@@ -42,16 +48,17 @@ def unpack(assets: Path, stream: str, folder: Path) -> list[str]:
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("stream", type=click.Choice(list(STREAMS)))
+@click.option("--network", default="vit", show_default=True, type=click.Choice(list(NETWORKS)))
 @click.option("--images", default="out/images", show_default=True, type=click.Path(path_type=Path))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def main(stream: str, images: Path, options: tuple[str, ...]) -> None:
+def main(stream: str, network: str, images: Path, options: tuple[str, ...]) -> None:
     """Compare methods on STREAM; OPTIONS are those of `duallora-edge compare`: --methods, --seeds, --out."""
     assets = os.environ.get("DUALLORA_EDGE_ASSETS")
     if not assets:
         raise click.UsageError("Set DUALLORA_EDGE_ASSETS to the folder of the assets.")
     data = unpack(Path(assets), stream, images)
-    weights = Path(assets) / "weights" / "vit_tiny_patch16_224.safetensors"
-    backbone = ["--backbone", "vit_tiny_patch16_224", "--weights", str(weights), "--size", "128"]
+    name, file = NETWORKS[network]
+    backbone = ["--backbone", name, "--weights", str(Path(assets) / "weights" / file), "--size", "128"]
     duallora_edge(["compare", *data, *backbone, *options])
 
 
