@@ -101,8 +101,9 @@ class GaussianClassifier:
 
     ``inflation`` is the factor by which the logits vary more among new images than among those of the statistics. It
     is the correction of generalised cross-validation (Golub, Heath and Wahba 1979), 1 / (1 - df / n)^2 with n images
-    (minus K) and df = tr(S (S + R)^-1) degrees of freedom, where S is the pooled covariance and R what shrinkage adds
-    to it. None where it was not asked for.
+    (minus K) and df = tr(S (S + R)^-1) degrees of freedom, where S is the part of the pooled covariance that the
+    factors of the statistics make, and R is diagonal: their ``diagonal`` and what shrinkage adds. None where it was not
+    asked for.
     """
 
     weight: Tensor
@@ -124,12 +125,15 @@ class GaussianClassifier:
         counts = torch.cat([s.counts for s in statistics])
         means = torch.cat([s.means for s in statistics])
         pooled = torch.zeros(means.shape[1], means.shape[1], dtype=torch.float64)
+        apart = torch.zeros(means.shape[1], dtype=torch.float64)
         for s in statistics:  # one by one, since a stack would take the memory of all of them once more
             rows = s.factor.double()
             pooled.addmm_(rows.T, rows)
-            pooled.diagonal().add_(s.diagonal)
+            apart += s.diagonal
         images = (counts.sum() - len(counts)).clamp(min=1)
         pooled /= images
+        apart /= images
+        pooled.diagonal().add_(apart)
         variance = pooled.diagonal()
         prior = PRIOR_IMAGES_PER_FEATURE * len(variance)
         shrinkage = prior / (float(counts.sum()) + prior)
@@ -146,6 +150,7 @@ class GaussianClassifier:
         gram = weight @ centred.T
         factor = None
         if inflation:
+            added = added + (1 - shrinkage) * apart
             freedom = len(variance) - added @ torch.cholesky_inverse(root).diagonal()
             factor = float((1 - freedom.clamp(min=0) / images).clamp(min=0.1) ** -2)
         return cls(weight, -weight @ centre - gram.diagonal() / 2, gram, shares, factor)
