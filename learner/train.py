@@ -19,7 +19,7 @@ from duallora_edge.learner.data import PreparedStream, PreparedTask
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import Tests, add_tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
-from duallora_edge.learner.network.backbone import Backbone, load_backbone
+from duallora_edge.learner.network.backbone import Backbone, load_backbone, relative_work
 from duallora_edge.learner.network.base_adaptation import BaseAdaptation, read_base
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.reading import check_apart, read_images
@@ -40,6 +40,18 @@ def new_backbone(config: TrainConfig, callback: Callback) -> Backbone:
             summaries=config.summaries,
         )
     )
+
+
+def describe_size(backbone: Backbone) -> str:
+    """One line on what the input size costs beside the native and a smaller one."""
+    size, native = backbone.info.size, backbone.native_size
+    text = f"Input {size} px"
+    if native != size:
+        text += f" (the backbone's own size of {native} px takes {relative_work(backbone, native):.1f} times the work)"
+    smaller = 3 * size // 4 // backbone.patch_size * backbone.patch_size
+    if smaller:
+        text += f"; --size {smaller} would take {relative_work(backbone, smaller):.2f} of it and cost accuracy"
+    return text
 
 
 def _apply(found: tuple[BaseAdaptation, bytes], backbone: Backbone) -> bytes:
@@ -96,6 +108,7 @@ def train_run(
     free_precision = run is None and config.precision == "auto"
     if run is None:
         backbone = new_backbone(config, callback)
+        callback.say(describe_size(backbone))
         config = replace(config, precision=pick_precision(config.precision, device))
     else:
         backbone = run.backbone(config.weights)

@@ -174,6 +174,16 @@ class Backbone(nn.Module):
         return self.model.fc_norm(pooled)
 
 
+def relative_work(backbone: Backbone, size: int) -> float:
+    """Multiplications for an image of ``size`` pixels, as a share of those at the backbone's input size."""
+
+    def work(side: int) -> int:
+        tokens = (side // backbone.patch_size) ** 2 + backbone.special_tokens
+        return tokens * (6 * backbone.dim + tokens)  # of a block, up to a factor: projections and MLP, attention
+
+    return work(size) / work(backbone.info.size)
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which matrix multiplications run in ``precision``: bf16, or unchanged for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -21,9 +21,10 @@ from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import measure_run
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.network.answers import Catalogue
+from duallora_edge.learner.network.backbone import load_backbone
 from duallora_edge.learner.report.metrics import Row
 from duallora_edge.learner.run_directory import RunDirectory
-from duallora_edge.learner.train import train_run
+from duallora_edge.learner.train import describe_size, train_run
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -430,3 +431,15 @@ def test_devices() -> None:
 def test_precision() -> None:
     assert pick_precision("fp32", torch.device("cpu")) == "fp32"
     assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (64, "Input 64 px; --size 48 would take 0.56 of it and cost accuracy"),
+        (32, "Input 32 px (the backbone's own size of 64 px takes 4.0 times the work); --size 24 would take 0.58 "),
+        (8, "Input 8 px (the backbone's own size of 64 px takes 34.3 times the work)"),
+    ],
+)
+def test_what_a_size_costs_is_said(size: int, expected: str) -> None:
+    assert describe_size(load_backbone("embedded", size=size)).startswith(expected)
