@@ -18,7 +18,7 @@ import click
 import numpy as np
 import onnxruntime
 import torch
-from training import NoCheckpoint, make_backbone, make_task
+from synthetic import NoCheckpoint, make_backbone, make_task
 
 from duallora_edge.export.graph import build_model
 from duallora_edge.learner.callbacks import Callback
