@@ -148,7 +148,7 @@ class TrainConfig:
     second_order: int = setting(
         48,
         "Directions in which the classifier and the dynamic memory also read how the patches of an image vary "
-        "together; 0 for none. A FILE for 'base' brings its own.",
+        "together; 0 for none (a FILE for 'base' brings its own).",
         "Method", low=0, high=128,
     )  # fmt: skip
 

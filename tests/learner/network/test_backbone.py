@@ -41,7 +41,7 @@ def test_embedded_backbone() -> None:
     backbone = load_backbone(embedded.NAME)
     info = backbone.info
     assert (info.name, info.size, info.prefix_blocks, len(backbone.suffix)) == ("embedded", 64, 2, 2)
-    assert info.sha256 == embedded.SHA256 and info.summary_blocks == (0, 1)
+    assert info.sha256 == embedded.SHA256 and info.summary_blocks == (1,)
     assert BackboneInfo.from_json(json.loads(json.dumps(info.to_json()))) == info
     assert not any(parameter.requires_grad for parameter in backbone.parameters()) and not backbone.model.training
 
@@ -52,7 +52,7 @@ def test_embedded_backbone_of_another_size(size: int) -> None:
     assert backbone.info.size == size
     tokens, phi = backbone.prefix(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     assert tokens.shape == (1, (size // 8) ** 2 + 1, 192)
-    assert phi.shape == (1, 2 * 3 * 192)
+    assert phi.shape == (1, 3 * 192)
 
 
 def test_weights_file(weights: Path) -> None:
@@ -230,15 +230,6 @@ def test_real_weights_answer_as_timm_does(assets: Path) -> None:
 def test_the_embedded_backbone_takes_no_other_weights(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="has its own weights"):
         load_backbone(embedded.NAME, weights=tmp_path / "any.safetensors")
-
-
-@pytest.mark.parametrize(("width", "blocks"), [("tiny", (0, 1, 2)), ("small", (0, 1, 2)), ("base", (2,))])
-def test_wide_backbones_are_summarised_at_fewer_depths(tmp_path: Path, width: str, blocks: tuple[int, ...]) -> None:
-    name = f"vit_{width}_patch16_224"
-    model = timm.create_model(name, num_classes=0, img_size=32)
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    backbone = load_backbone(name, weights=tmp_path / "weights.safetensors", size=32, prefix_blocks=3)
-    assert backbone.info.summary_blocks == blocks
 
 
 @pytest.mark.parametrize("variant", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])
