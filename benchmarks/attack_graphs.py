@@ -242,7 +242,7 @@ NODES: dict[str, tuple[str, Make]] = {
     "one_hot_giant": (UNKNOWN, lambda _: one("OneHot", np.array([1], I), np.array([2**31 - 1], I), np.zeros(2, F))),
     "reshape_giant": ("value too large", lambda _: one("Reshape", "x", np.array([LARGE, LARGE], I))),
     "reshape_overflow": ("that does not fit", lambda _: one("Reshape", "x", np.array([2**31 - 1] * 4, I))),
-    "reshape_to_many_axes": ("of the integers", lambda _: one("Reshape", "x", np.array([-1, 48, *[1] * 60], I))),
+    "reshape_to_many_axes": ("62 axes", lambda _: one("Reshape", "x", np.array([-1, 48, *[1] * 60], I))),
     "reshape_two_unknown": ("shape (-1, -1)", lambda _: one("Reshape", "x", np.array([-1, -1], I))),
     "reshape_negative": ("shape (-3, 48)", lambda _: one("Reshape", "x", np.array([-3, 48], I))),
     "reshape_zero_of_nothing": ("shape (48, -1, 0)", lambda _: one("Reshape", "x", np.array([48, -1, 0], I))),

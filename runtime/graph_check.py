@@ -299,9 +299,8 @@ def _conv(shapes: Sequence[Dims], _: Sequence[Dims], attributes: Attributes) -> 
 
 def _reshape(shapes: Sequence[Dims], constants: Sequence[Dims], _: Attributes) -> list[Dims]:
     shape, wanted = shapes[0], constants[0]
-    _require(
-        len(wanted) <= MAX_RANK and all(size >= -1 for size in wanted) and wanted.count(-1) <= 1, f"shape {wanted}"
-    )
+    _require(len(wanted) <= MAX_RANK, f"{len(wanted)} axes")
+    _require(all(size >= -1 for size in wanted) and wanted.count(-1) <= 1, f"shape {wanted}")
     _require(all(size or axis < len(shape) for axis, size in enumerate(wanted)), f"shape {wanted}")
     made = [size or shape[axis] for axis, size in enumerate(wanted)]
     if -1 in made:
