@@ -108,7 +108,8 @@ def test_a_broken_version_does_not_hide_a_good_one(tmp_path: Path, write: Write)
         assert watching.version() == 8
         time.sleep(0.2)
         assert len(watching.lines) == 2
-        shutil.copy(folder / "8" / MODEL, folder / "9" / MODEL)  # mended
+        shutil.copy(folder / "8" / MODEL, tmp_path / "mended")
+        (tmp_path / "mended").rename(folder / "9" / MODEL)  # whole at once, since half of it would be refused again
         watching.until_said(3)
         assert watching.version() == 9
 
