@@ -17,7 +17,7 @@ import click
 import numpy as np
 from matplotlib.figure import Figure
 
-from duallora_edge.compare import Variant, single_image_times
+from duallora_edge.compare import single_image_times
 from duallora_edge.files import read_json, write_atomic
 from duallora_edge.learner.report.plots import BLUE, GREY, INK, style_axes, to_png
 from duallora_edge.learner.run_directory import RunDirectory
@@ -28,14 +28,14 @@ from duallora_edge.learner.run_directory import RunDirectory
 @click.option("--rounds", default=200, show_default=True, type=click.IntRange(20))
 def main(folder: Path, rounds: int) -> None:
     accuracies: dict[str, list[float]] = {}
+    runs: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
         result = read_json(path)
         accuracies.setdefault(result["variant"], []).append(100 * result["last"])
-    runs = {
-        label: next(folder.glob(f"{Variant.parse(label).file_name}-[0-9]*/run.yaml")).parent for label in accuracies
-    }
+        runs.setdefault(result["variant"], path.with_suffix(""))
     times = single_image_times(runs, rounds)
-    infos = {label: RunDirectory.open(run).info for label, run in runs.items()}
+    opened = {label: RunDirectory.open(run) for label, run in runs.items()}
+    infos = {label: run.info for label, run in opened.items()}
     peer = max(infos, key=lambda label: infos[label].size)
     rng = np.random.default_rng(0)
     draws = rng.integers(0, rounds, (1000, rounds))
@@ -45,7 +45,7 @@ def main(folder: Path, rounds: int) -> None:
         ratios = np.median(times[label][draws], axis=1) / np.median(times[peer][draws], axis=1)
         low, high = np.quantile(ratios, (0.05, 0.95))
         milliseconds, accuracy = float(np.median(times[label])), mean(accuracies[label])
-        adapted = "base=none" not in label and infos[label].size != infos[peer].size
+        adapted = bool((opened[label].base_made_from() or {}).get("rank"))
         points[adapted].append((milliseconds, accuracy, infos[label].size))
         ratio = milliseconds / float(np.median(times[peer]))
         lines.append(
@@ -62,9 +62,9 @@ def picture(points: dict[bool, list[tuple[float, float, int]]]) -> bytes:
     """Accuracy over latency, one line with and one without the adaptation, each point named by its size."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    largest = max(points[False])
+    largest = max([*points[False], *points[True]])  # where both lines end
     for adapted, color, name in ((True, BLUE, "adapted"), (False, GREY, "as it was trained")):
-        chosen = sorted([*points[adapted], *([largest] if adapted else [])])
+        chosen = sorted({*points[adapted], largest})
         axes.plot([p[0] for p in chosen], [p[1] for p in chosen], marker="o", color=color, label=name)
         for milliseconds, accuracy, size in chosen:
             axes.annotate(

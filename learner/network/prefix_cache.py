@@ -148,7 +148,7 @@ class Encoded:
         self._shared = distributed.world_size() == 1
         own = self.counts[distributed.rank()]
         fits = distributed.all_agree(
-            count * row * distributed.local_world_size() < MAX_CACHE_SHARE * available_memory()
+            count * row * distributed.local_world_size() < MAX_CACHE_SHARE * _available_memory()
         )
         if cache_bytes is not None or fits:
             self.tokens = TokenStore(own, (row // (2 * backbone.dim), backbone.dim), cache_bytes)
@@ -221,7 +221,7 @@ def token_bytes(backbone: Backbone) -> int:
     return ((backbone.info.size // backbone.patch_size) ** 2 + backbone.special_tokens) * backbone.dim * 2
 
 
-def available_memory() -> int:
+def _available_memory() -> int:
     """Bytes that can be used without swapping (MemAvailable), or 4 GiB where the system does not tell."""
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as file:
