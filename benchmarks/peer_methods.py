@@ -40,7 +40,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.features import suffix_features
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.calibration import CalibrationCurve
-from duallora_edge.learner.statistics.gaussian import ClassStatistics
+from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
 
 DRIFT_RIDGE = 1.0  # share of the mean of the diagonal of the Gram matrix, as in `statistics.ridge`
 SIGMA = 0.3  # of the root mean square distance to a class mean; 0.3 on features of length 1 in Yu et al.
@@ -100,7 +100,10 @@ def _moved(tasks: Sequence[TaskRecord]) -> list[TaskRecord]:
     statistics: list[ClassStatistics] = []
     for task in tasks:
         statistics = [*_recall(task)(statistics), task.statistics]
-    return [replace(task, statistics=new) for task, new in zip(tasks, statistics, strict=True)]
+    return [
+        replace(task, statistics=new, discriminants=GaussianClassifier.fit([new]))
+        for task, new in zip(tasks, statistics, strict=True)
+    ]
 
 
 class DriftMap(Carried):

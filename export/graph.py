@@ -512,7 +512,8 @@ class VitGraph:
         if c.expansion.numel():
             read = b.node("Relu", b.project(features, "classifier.expansion", c.expansion))
         mixture = c.mixture
-        logits = b.project(read, "classifier", c.weight / mixture.temperature, c.bias / mixture.temperature)
+        gaussian = b.project(read, "classifier", c.weight / mixture.temperature, c.bias / mixture.temperature)
+        logits = self._within_tasks(gaussian, features) if len(c.within_bias) else gaussian
         components = b.node("Softmax", logits, axis=-1)
         if mixture.share:
             flat = b.node(
@@ -526,10 +527,24 @@ class VitGraph:
         b.project(components, "classifier.class_sums", c.class_sums.T, output="probabilities")
         b.project(components, "classifier.task_sums", c.task_sums.T, output="task_probabilities")
         if torch.equal(c.gaussian_weight, c.weight) and torch.equal(c.gaussian_bias, c.bias):
-            gaussian = b.node("Mul", logits, b.number("classifier.temperature", mixture.temperature))
+            gaussian = b.node("Mul", gaussian, b.number("classifier.temperature", mixture.temperature))
         else:
             gaussian = b.project(features, "novelty", c.gaussian_weight, c.gaussian_bias)
         self._novelty(gaussian)
+
+    def _within_tasks(self, logits: str, features: str) -> str:
+        """Logits [N, K] in the order of the task's own discriminants within each task, see `Classifier.logits`."""
+        b, c = self.b, self.model.classifier
+        weight, bias = (value / c.mixture.temperature for value in (c.within_weight, c.within_bias))
+        within = b.project(features, "classifier.within", weight, bias)
+        tasks, longest = c.members.shape
+
+        def best(x: str) -> str:
+            members = b.node("Gather", x, b.ints("classifier.members", *c.members.flatten().tolist()), axis=1)
+            return b.reshape(b.max_last(b.reshape(members, "members", -1, tasks, longest)), "tasks", -1, tasks)
+
+        gap = b.node("Sub", best(logits), best(within))
+        return b.node("Add", within, b.project(gap, "classifier.task_of", c.task_sums))
 
     def _novelty(self, gaussian: str) -> None:
         """Relative Mahalanobis distance from the Gaussian logits [N, K], on the scale of validation images."""

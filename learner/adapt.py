@@ -58,7 +58,7 @@ MAX_FRAMES = 2000
 MIN_FRAMES = 32
 DIRECTION_FRAMES = 300
 # Raised whenever the same frames and settings would give another adaptation.
-_VERSION = 1
+_VERSION = 2
 
 
 def is_needed(backbone: Backbone, config: TrainConfig) -> bool:
@@ -214,13 +214,14 @@ def principal_directions(backbone: Backbone, base: BaseAdaptation, frames: Bytes
     """Whitened principal directions [m, d] of the patch tokens after the prefix, centred within each of the frames.
 
     On the CPU, float32; m is the setting ``second_order``, or d where that is less. At most `DIRECTION_FRAMES` frames
-    are looked at.
+    are looked at, spread evenly.
     """
     fitted = copy.deepcopy(backbone)
     fitted.adapt(base, "")
     moment = torch.zeros(backbone.dim, backbone.dim, dtype=torch.float64)
     count = 0
-    for part in torch.arange(min(len(frames), DIRECTION_FRAMES)).split(config.forward_batch):
+    spread = torch.linspace(0, len(frames) - 1, min(len(frames), DIRECTION_FRAMES)).round().long()
+    for part in spread.split(config.forward_batch):
         tokens, _ = fitted.prefix(torch.from_numpy(frames[part.numpy()]).to(backbone.device), config.precision)
         patches = tokens[:, backbone.special_tokens :]
         rows = (patches - patches.mean(dim=1, keepdim=True)).flatten(0, 1).cpu()

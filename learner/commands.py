@@ -325,11 +325,12 @@ def status_text(value: dict[str, Any]) -> str:
 STORED = {
     "adapters.safetensors": "low-rank updates of the network",
     "bases.safetensors": "directions of features that later updates must not touch",
+    "discriminants.safetensors": "a linear classifier of the features",
     "head.safetensors": "a linear classifier",
     "kept_images.safetensors": "training images as pixels",
     "ridge_sums.safetensors": "sums of random features over the images of a class, and their Gram matrix",
-    "statistics.safetensors": "number of images and mean feature of each class, one covariance in 32 directions, "
-    "calibration curves",
+    "statistics.safetensors": "number of images and mean feature of each class, one covariance in at most 256 "
+    "directions, calibration curves",
     "task.json": "names and counts of the classes",
 }
 

@@ -68,7 +68,8 @@ _WRITTEN = (
     "reports/matrix.png", "reports/reliability.png",
 )  # fmt: skip
 FILES = tuple(
-    f"{name}.safetensors" for name in ("adapters", "bases", "head", "statistics", "ridge_sums", "kept_images")
+    f"{name}.safetensors"
+    for name in ("adapters", "bases", "head", "statistics", "discriminants", "ridge_sums", "kept_images")
 )
 
 

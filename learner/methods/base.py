@@ -17,7 +17,6 @@ from duallora_edge.learner.methods.scoring import (
     CLASSIFIERS,
     ClassifierData,
     fit_ridge_sums,
-    known_ridge_sums,
     overconfidence,
 )
 from duallora_edge.learner.methods.training import DownProjections, past_bases, train_adapters, untrained
@@ -101,7 +100,12 @@ class Method(ABC):
 
     def is_complete(self, task: TaskRecord, backbone: Backbone) -> bool:
         """Whether a task that was read has what this method and its classifier need, and nothing else."""
-        return (task.ridge_sums is not None) == (task.info.classifier == "ridge") and task.kept_images is None
+        classifier = task.info.classifier
+        return (
+            (task.ridge_sums is not None) == (classifier == "ridge")
+            and (task.discriminants is not None) == (classifier == "lda")
+            and task.kept_images is None
+        )
 
     def compose(self, backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
         """The model of some tasks (at least one), to be evaluated, exported and served."""
@@ -209,12 +213,13 @@ class Method(ABC):
         ridge_sums = None
         if info.classifier == "ridge":
             ridge_sums = fit_ridge_sums(
-                known_ridge_sums(known.ridge_sums),
+                known.ridge_sums,
                 (features, train.labels),
                 (validation_features, validation.labels),
                 classes,
             )
-        data = known.followed_by(head, statistics, ridge_sums)
+        discriminants = GaussianClassifier.fit([seen]) if info.classifier == "lda" else None
+        data = known.followed_by(head, statistics, discriminants, ridge_sums)
         scores, catalogue = self.scores(info.classifier, data), Catalogue.of(infos)
         uncalibrated = Classifier(
             catalogue, data.gaussian, scores, Mixture(1.0), NoveltyScale.unknown(), torch.device("cpu")
@@ -227,6 +232,8 @@ class Method(ABC):
             factor = overconfidence(scores, catalogue, statistics, lesson.number)
             seen = seen + ClassStatistics.of(validation_features, validation.labels, classes)
             statistics = seen.compressed(STORED_DIRECTIONS)
+            if discriminants:
+                discriminants = GaussianClassifier.fit([seen])
             if ridge_sums:
                 ridge_sums = ridge_sums + RidgeSums.of(validation_features, validation.labels, classes)
         return TaskRecord(
@@ -238,6 +245,7 @@ class Method(ABC):
             gate_nll=gate.nll,
             novelty=novelty,
             overconfidence=factor or 0.0,
+            discriminants=discriminants,
             ridge_sums=ridge_sums,
             kept_images=kept_images,
         )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from duallora_edge.learner.network.answers import Catalogue, Scores
 from duallora_edge.learner.network.task_record import TaskRecord
-from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.gaussian import ClassStatistics, Discriminants, GaussianClassifier
 from duallora_edge.learner.statistics.ridge import (
     RidgeSums,
     best_strength,
@@ -22,6 +23,7 @@ from duallora_edge.learner.statistics.ridge import (
     right_answers,
 )
 
+T = TypeVar("T")
 RIDGE_SCALE = 64.0  # regression to 0 and 1 gives scores far below the range of the temperatures
 
 
@@ -33,25 +35,41 @@ class ClassifierData:
         dim: width d of the final feature f; the features [f ; phi] are D wide.
         heads: linear heads [K, d + 1], bias last.
         statistics: class statistics of the features.
+        discriminants: of the classes of each task alone, for `lda`, None for tasks learned with another classifier.
         ridge_sums: sums for `ridge`, None for tasks learned with another classifier.
     """
 
     dim: int
     heads: Sequence[Tensor]
     statistics: Sequence[ClassStatistics]
+    discriminants: Sequence[Discriminants | None]
     ridge_sums: Sequence[RidgeSums | None]
 
     @classmethod
     def of(cls, tasks: Sequence[TaskRecord], dim: int) -> ClassifierData:
         """The data of tasks."""
         return cls(
-            dim, [task.head for task in tasks], [task.statistics for task in tasks], [task.ridge_sums for task in tasks]
+            dim,
+            [task.head for task in tasks],
+            [task.statistics for task in tasks],
+            [task.discriminants for task in tasks],
+            [task.ridge_sums for task in tasks],
         )
 
-    def followed_by(self, head: Tensor, statistics: ClassStatistics, ridge_sums: RidgeSums | None) -> ClassifierData:
+    def followed_by(
+        self,
+        head: Tensor,
+        statistics: ClassStatistics,
+        discriminants: Discriminants | None,
+        ridge_sums: RidgeSums | None,
+    ) -> ClassifierData:
         """The data with one more task."""
         return ClassifierData(
-            self.dim, [*self.heads, head], [*self.statistics, statistics], [*self.ridge_sums, ridge_sums]
+            self.dim,
+            [*self.heads, head],
+            [*self.statistics, statistics],
+            [*self.discriminants, discriminants],
+            [*self.ridge_sums, ridge_sums],
         )
 
     @cached_property
@@ -66,26 +84,31 @@ class ClassifierData:
 
 
 def lda(data: ClassifierData) -> Scores:
-    """Linear discriminants of all features [f ; phi]."""
-    return Scores(data.gaussian.weight, data.gaussian.bias, inflation=data.gaussian.inflation)
+    """Linear discriminants of all features [f ; phi]; between the classes of one task, with a covariance of its own.
+
+    The covariance of all tasks together tells the tasks apart, but it is no task's: where tasks differ much, as roads
+    and textures do, it takes the differences between images of other tasks for noise.
+    """
+    within = _known(data.discriminants)
+    return Scores(data.gaussian.weight, data.gaussian.bias, data.gaussian.inflation, within=within)
 
 
 def lda_f(data: ClassifierData) -> Scores:
     """Linear discriminants of the final feature f alone."""
     alone = GaussianClassifier.fit([statistics.part(slice(0, data.dim)) for statistics in data.statistics])
-    return Scores(_with_phi(alone.weight, data), alone.bias, inflation=alone.inflation)
+    return Scores(_with_phi(alone.weight, data), alone.bias, alone.inflation)
 
 
 def mean_f(data: ClassifierData) -> Scores:
     """The nearest class mean m of the final feature f: -|f - m|^2 / 2 up to a common term."""
     means = torch.cat([statistics.means[:, : data.dim] for statistics in data.statistics])
-    return Scores(_with_phi(means, data), -means.square().sum(dim=1) / 2)
+    return Scores(_with_phi(means, data), -means.square().sum(dim=1) / 2, None)
 
 
 def heads(data: ClassifierData) -> Scores:
     """The linear heads on f that the adapters were trained with."""
     weights = torch.cat([*data.heads]).double()
-    return Scores(_with_phi(weights[:, :-1], data), weights[:, -1])
+    return Scores(_with_phi(weights[:, :-1], data), weights[:, -1], None)
 
 
 def _with_phi(weight: Tensor, data: ClassifierData) -> Tensor:
@@ -98,19 +121,19 @@ def ridge(data: ClassifierData) -> Scores:
 
     The strength of the ridge is the one with the most right answers on the validation images of all tasks.
     """
-    sums = known_ridge_sums(data.ridge_sums)
+    sums = _known(data.ridge_sums)
     weight = ridge_weights(sums, best_strength(sums))
     bias = torch.zeros(len(weight), dtype=torch.float64)
-    return Scores(RIDGE_SCALE * weight, bias, random_projection(data.features))
+    return Scores(RIDGE_SCALE * weight, bias, None, random_projection(data.features))
 
 
-def known_ridge_sums(sums: Sequence[RidgeSums | None]) -> list[RidgeSums]:
-    """The sums of tasks that all have them; that a run has them is checked when it is read."""
-    return [each for each in sums if each is not None]
+def _known(values: Sequence[T | None]) -> list[T]:
+    """The values of tasks that all have one; that a run has them is checked when it is read."""
+    return [each for each in values if each is not None]
 
 
 def fit_ridge_sums(
-    past: Sequence[RidgeSums],
+    past: Sequence[RidgeSums | None],
     train: tuple[Tensor, Tensor],
     validation: tuple[Tensor, Tensor],
     classes: int,
@@ -124,8 +147,24 @@ def fit_ridge_sums(
     features, labels = validation
     if not len(labels):
         return new
-    offset = sum(len(task.sums) for task in past)
-    return RidgeSums(new.gram, new.sums, right_answers([*past, new], features, labels + offset))
+    known = _known(past)
+    offset = sum(len(task.sums) for task in known)
+    return RidgeSums(new.gram, new.sums, right_answers([*known, new], features, labels + offset))
+
+
+class _Gaps:
+    """Logits of the mean images of the classes of a task, and how gaps between logits vary within its classes."""
+
+    def __init__(self, discriminants: Discriminants, means: Tensor, covariance: Tensor) -> None:
+        weight = discriminants.weight.double()
+        self.means = means @ weight.T + discriminants.bias
+        self._covariance = weight @ covariance @ weight.T
+        self._inflation = discriminants.inflation or 1.0
+
+    def variance(self, first: int, second: int) -> float:
+        """The variance of the gap between two logits among new images."""
+        c = self._covariance
+        return self._inflation * float(c[first, first] + c[second, second] - 2 * c[first, second])
 
 
 CLASSIFIERS: dict[str, Callable[[ClassifierData], Scores]] = {
@@ -148,18 +187,23 @@ def overconfidence(scores: Scores, catalogue: Catalogue, statistics: ClassStatis
     """
     if scores.inflation is None:
         return None
-    own = (catalogue.task_of == task).nonzero()[:, 0]
-    means = statistics.means @ scores.weight.T + scores.bias
-    covariance = scores.weight @ statistics.covariance() @ scores.weight.T
-    variances = covariance.diagonal()
+    own = (catalogue.task_of == task).nonzero()[:, 0].tolist()
+    covariance = statistics.covariance()
+    among_all = _Gaps(scores, statistics.means, covariance)
+    among_own = _Gaps(scores.within[task], statistics.means, covariance) if scores.within else None
     logarithms = []
-    for row, component in zip(means, own.tolist(), strict=True):
-        gaps = row[component] - row
+    for row, component in enumerate(own):
+        gaps = among_all.means[row, component] - among_all.means[row]
+        if among_own:
+            gaps[own] = among_own.means[row, row] - among_own.means[row]
         rival = (catalogue.class_of != catalogue.class_of[component]) & (gaps > 0)
         if not rival.any():
             continue
         nearest = int(gaps.where(rival, torch.inf).argmin())
-        variance = variances[component] + variances[nearest] - 2 * covariance[component, nearest]
+        if among_own and nearest in own:
+            variance = among_own.variance(row, own.index(nearest))
+        else:
+            variance = among_all.variance(component, nearest)
         if variance > 0:
-            logarithms.append(float((scores.inflation * variance / (2 * gaps[nearest])).log()))
+            logarithms.append(math.log(variance / (2 * gaps[nearest])))
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None

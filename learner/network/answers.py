@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duallora_edge.learner.network.network import Network
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.statistics.calibration import Mixture, NoveltyScale
-from duallora_edge.learner.statistics.gaussian import GaussianClassifier
+from duallora_edge.learner.statistics.gaussian import Discriminants, GaussianClassifier
 
 NOVELTY_THRESHOLD = 0.95
 
@@ -58,27 +58,30 @@ class Catalogue:
         """Matrix [K, C] of zeros and ones that adds the probabilities of the components of a class."""
         return nn.functional.one_hot(self.class_of, len(self.classes)).float()
 
+    def members(self) -> Tensor:
+        """The components of each task, int64 [T, most components of a task]; short rows repeat their first one."""
+        rows = [(self.task_of == task).nonzero()[:, 0] for task in range(len(self.tasks))]
+        longest = max(len(row) for row in rows)
+        return torch.stack([torch.cat([row, row[:1].expand(longest - len(row))]) for row in rows])
+
     def task_sums(self) -> Tensor:
         """Matrix [K, T] of zeros and ones that adds the probabilities of the components of a task."""
         return nn.functional.one_hot(self.task_of, len(self.tasks)).float()
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The logits of K components as an affine function of features x [B, D]: x weight^T + bias.
+class Scores(Discriminants):
+    """The logits v = x weight^T + bias of K components, functions of features x [B, D].
 
     Attributes:
-        weight: [K, D], or [K, M] with an expansion.
-        bias: [K].
-        expansion: [M, D]; where it is given, relu(x expansion^T) [B, M] is read instead of x.
-        inflation: how much more the logits vary among new images than among those they were fitted to; None where
-            that is not known.
+        expansion: [M, D]; where it is given, relu(x expansion^T) [B, M] is read instead of x, and ``weight`` is [K, M].
+        within: discriminants u of the classes of each task alone, or none. Where they are given, the likeliest
+            component of a task keeps its logit among all tasks, and the others stand behind it as they do in u: the
+            logits are v' = u - max u + max v, with both maxima over the task.
     """
 
-    weight: Tensor
-    bias: Tensor
     expansion: Tensor | None = None
-    inflation: float | None = None
+    within: Sequence[Discriminants] = ()
 
 
 class Classifier(nn.Module):
@@ -93,6 +96,9 @@ class Classifier(nn.Module):
     weight: Tensor
     bias: Tensor
     expansion: Tensor
+    within_weight: Tensor
+    within_bias: Tensor
+    members: Tensor
     gaussian_weight: Tensor
     gaussian_bias: Tensor
     background: Tensor
@@ -122,6 +128,8 @@ class Classifier(nn.Module):
             weight=scores.weight,
             bias=scores.bias,
             expansion=torch.zeros(0, 0) if scores.expansion is None else scores.expansion,
+            within_weight=torch.cat([each.weight for each in scores.within]) if scores.within else torch.zeros(0, 0),
+            within_bias=torch.cat([each.bias for each in scores.within]) if scores.within else torch.zeros(0),
             gaussian_weight=gaussian.weight,
             gaussian_bias=gaussian.bias,
             background=background,
@@ -132,12 +140,17 @@ class Classifier(nn.Module):
             class_sums=catalogue.class_sums(),
             task_sums=catalogue.task_sums(),
         )
+        self.register_buffer("members", catalogue.members().to(device), persistent=False)
 
     def logits(self, features: Tensor) -> Tensor:
         """Uncalibrated logits of the components [B, K] of features [B, D]."""
-        if self.expansion.numel():
-            features = (features @ self.expansion.T).relu()
-        return features @ self.weight.T + self.bias
+        read = (features @ self.expansion.T).relu() if self.expansion.numel() else features
+        logits = read @ self.weight.T + self.bias
+        if not len(self.within_bias):
+            return logits
+        within = features @ self.within_weight.T + self.within_bias
+        best, best_within = (each[:, self.members].amax(dim=2) for each in (logits, within))
+        return within + (best - best_within) @ self.task_sums.T
 
     def raw_novelty(self, features: Tensor) -> Tensor:
         """Relative squared Mahalanobis distance [B]: negative for images nearer to a class than to the mean of all."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.statistics.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
-from duallora_edge.learner.statistics.gaussian import ClassStatistics
+from duallora_edge.learner.statistics.gaussian import ClassStatistics, Discriminants
 from duallora_edge.learner.statistics.ridge import RANDOM_FEATURES, STRENGTHS, RidgeSums
 
 
@@ -49,6 +49,7 @@ class TaskRecord:
         novelty: quantiles [QUANTILES] of the raw novelty of the validation images.
         overconfidence: how overconfident the statistics predicted the logits to be on which ``curve`` was measured;
             0 where that is not known.
+        discriminants: of its classes alone, for the classifier ``lda``; None with other classifiers.
         ridge_sums: what the classifier ``ridge`` needs; None with other classifiers.
         kept_images: training images, of methods that keep any.
     """
@@ -61,6 +62,7 @@ class TaskRecord:
     gate_nll: Tensor
     novelty: Tensor
     overconfidence: float = 0.0
+    discriminants: Discriminants | None = None
     ridge_sums: RidgeSums | None = None
     kept_images: KeptImages | None = None
 
@@ -89,6 +91,10 @@ class TaskRecord:
             "overconfidence": torch.tensor([self.overconfidence]),
         }
         files = {"adapters": adapters, "bases": bases, "head": {"head": self.head}, "statistics": statistics}
+        if self.discriminants:
+            own = self.discriminants
+            inflation = torch.tensor([own.inflation or 0.0])
+            files["discriminants"] = {"weight": own.weight, "bias": own.bias, "inflation": inflation}
         if self.ridge_sums:
             ridge = self.ridge_sums
             files["ridge_sums"] = {"gram": ridge.gram, "sums": ridge.sums, "right": ridge.right}
@@ -156,9 +162,19 @@ class TaskRecord:
             gate_nll=read("statistics/gate_nll", len(TEMPERATURES)),
             novelty=read("statistics/novelty", QUANTILES),
             overconfidence=float(overconfidence),
+            discriminants=_discriminants(read, classes, features) if "discriminants" in files else None,
             ridge_sums=_ridge_sums(read, classes) if "ridge_sums" in files else None,
             kept_images=_kept_images(read, classes) if "kept_images" in files else None,
         )
+
+
+def _discriminants(read: _Tensors, classes: int, features: int) -> Discriminants:
+    inflation = float(read("discriminants/inflation", 1))
+    if inflation < 0:
+        raise ValueError("the discriminants hold an impossible inflation")
+    return Discriminants(
+        read("discriminants/weight", classes, features), read("discriminants/bias", classes), inflation or None
+    )
 
 
 def _ridge_sums(read: _Tensors, classes: int) -> RidgeSums:

@@ -91,7 +91,23 @@ class ClassStatistics:
 
 
 @dataclass(frozen=True)
-class GaussianClassifier:
+class Discriminants:
+    """Logits of K classes as affine functions of features x [n, D]: x weight^T + bias.
+
+    Attributes:
+        weight: [K, D].
+        bias: [K].
+        inflation: the factor by which the logits vary more among new images than among those they were fitted to; None
+            where that is not known.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    inflation: float | None
+
+
+@dataclass(frozen=True)
+class GaussianClassifier(Discriminants):
     """K Gaussians with one covariance Sigma, as functions of features x [n, D] through K logits. All float64.
 
     With the means M [K, D] centred at the mean of all images c, the logits ``x weight^T + bias`` are log N(x; mu_k,
@@ -99,18 +115,14 @@ class GaussianClassifier:
     and ``gram`` [K, K] = M Sigma^-1 M^T. ``shares`` [K] are the shares of the images. Centring keeps the terms small,
     which float32 needs.
 
-    ``inflation`` is the factor by which the logits vary more among new images than among those of the statistics. It
-    is the correction of generalised cross-validation (Golub, Heath and Wahba 1979), 1 / (1 - df / n)^2 with n images
-    (minus K) and df = tr(S (S + R)^-1) degrees of freedom, where S is the part of the pooled covariance that the
-    factors of the statistics make, and R is diagonal: their ``diagonal`` and what shrinkage adds. None where it was not
-    asked for.
+    The ``inflation`` is the correction of generalised cross-validation (Golub, Heath and Wahba 1979),
+    1 / (1 - df / n)^2 with n images (minus K) and df = tr(S (S + R)^-1) degrees of freedom, where S is the part of the
+    pooled covariance that the factors of the statistics make, and R is diagonal: their ``diagonal`` and what shrinkage
+    adds. None where it was not asked for.
     """
 
-    weight: Tensor
-    bias: Tensor
     gram: Tensor
     shares: Tensor
-    inflation: float | None
 
     @classmethod
     def fit(cls, statistics: Sequence[ClassStatistics], *, inflation: bool = True) -> GaussianClassifier:
@@ -153,7 +165,7 @@ class GaussianClassifier:
             added = added + (1 - shrinkage) * apart
             freedom = len(variance) - added @ torch.cholesky_inverse(root).diagonal()
             factor = float((1 - freedom.clamp(min=0) / images).clamp(min=0.1) ** -2)
-        return cls(weight, -weight @ centre - gram.diagonal() / 2, gram, shares, factor)
+        return cls(weight, -weight @ centre - gram.diagonal() / 2, factor, gram, shares)
 
     def background(self) -> tuple[Tensor, Tensor]:
         """(F [K, K], o [K]) with |logits F + o|^2 = |x - c|^2 under Sigma minus |x - c|^2 under Sigma + B.

@@ -43,7 +43,8 @@ def test_flops_of_the_backbone_equal_the_count_by_hand(compose: Compose) -> None
     block = linear(L, D, 3 * D) + 2 * linear(L, D, L) + linear(L, D, D) + 2 * linear(L, D, 4 * D)
     last = linear(1, D, D) + linear(L, D, 2 * D) + 2 * linear(1, D, L) + linear(1, D, D) + 2 * linear(1, D, 4 * D)
     memory = linear(1, PHI, components) + linear(1, components, tasks)
-    answer = linear(1, features, components) + linear(1, components, 4) + linear(1, components, tasks)
+    within = linear(1, features, components) + linear(1, tasks, components)
+    answer = linear(1, features, components) + within + linear(1, components, 4) + linear(1, components, tasks)
     novelty = linear(1, components, components) + linear(1, len(LEVELS), 1)
     work = workload(build_model(compose(["ab", "cd"], method="frozen"), 17, 8))
     assert work.flops == embed + (DEPTH - 1) * block + last + memory + answer + novelty
@@ -68,7 +69,8 @@ def test_bytes_are_those_of_fp16(compose: Compose) -> None:
     features, components, tasks = D + PHI, 4, 2
     vit = sum(value.numel() for value in model.network.backbone.model.state_dict().values())
     memory = components * (PHI + 1 + tasks)
-    answer = components * (features + 1) + components * (4 + tasks)
+    within = components * (features + 1 + tasks)
+    answer = components * (features + 1) + within + components * (4 + tasks)
     novelty = components * (components + 1) + 3 * len(LEVELS)
     work = workload(build_model(model, 17, 8))
     assert work.weight_bytes / 2 == pytest.approx(vit + memory + answer + novelty, abs=200)  # shapes, scalars and ones

@@ -356,9 +356,11 @@ def negative(statistics: ClassStatistics) -> ClassStatistics:
         (lambda a, b: [a, a], "'first': another task has the same name"),
         (lambda a, b: [changed(a, classifier="ridge"), changed(b, classifier="ridge")], "it lacks something"),
         (lambda a, b: [replace(a, kept_images=kept(32)), b], "it lacks something"),
+        (lambda a, b: [a, replace(b, discriminants=None)], "it lacks something"),
         (
             lambda a, b: [
-                changed(replace(t, head=t.head[:1]), classifier="heads", method="sequential") for t in (a, b)
+                changed(replace(t, head=t.head[:1], discriminants=None), classifier="heads", method="sequential")
+                for t in (a, b)
             ],
             "heads are not those of its classes",
         ),

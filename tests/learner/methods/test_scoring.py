@@ -21,10 +21,11 @@ from duallora_edge.learner.methods.scoring import (
 from duallora_edge.learner.network.answers import Catalogue, Scores
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.statistics import ridge
-from duallora_edge.learner.statistics.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics
+from duallora_edge.learner.statistics.gaussian import PRIOR_IMAGES_PER_FEATURE, ClassStatistics, GaussianClassifier
 from duallora_edge.learner.statistics.ridge import STRENGTHS, RidgeSums, random_projection
 
 F, D, SIZES = 4, 7, ((30, 2), (40, 3))  # f is the first part of the features; images and classes of two tasks
+TASKS = (("s", 2), ("t", 3))
 RIGHT = (torch.tensor([9.0, 8, 0, 0, 0, 0, 0]), torch.tensor([0.0, 8, 9, 0, 0, 0, 0]))  # together 10^-2 is best
 
 
@@ -39,12 +40,12 @@ def draw(seed: int, images: int, classes: int) -> tuple[Tensor, Tensor]:
 def data(monkeypatch: pytest.MonkeyPatch) -> ClassifierData:
     """Two tasks of random features, with fewer random features than in use."""
     monkeypatch.setattr(ridge, "RANDOM_FEATURES", 50)
-    data = ClassifierData(F, [], [], [])
+    data = ClassifierData(F, [], [], [], [])
     for seed, (images, classes) in enumerate(SIZES):
         features, labels = draw(seed, images, classes)
         head = torch.randn(classes, F + 1, generator=torch.Generator().manual_seed(seed))
         sums = replace(RidgeSums.of(features, labels, classes), right=RIGHT[seed])
-        data = data.followed_by(head, ClassStatistics.of(features, labels, classes), sums)
+        data = data.followed_by(head, ClassStatistics.of(features, labels, classes), None, sums)
     return data
 
 
@@ -150,7 +151,7 @@ def test_overconfidence_is_the_temperature_of_gaussian_classes(images: int, dim:
         centre = rng.normal(size=dim)
         means = np.stack([centre, -centre]) / np.linalg.norm(centre)
         statistics = ClassStatistics.of(torch.from_numpy(rng.normal(size=(images, dim)) + means[labels]), labels, 2)
-        fitted = lda(ClassifierData(dim, [], [statistics], []))
+        fitted = lda(ClassifierData(dim, [], [statistics], [None], []))
         scores = replace(fitted, weight=factor * fitted.weight, bias=factor * fitted.bias)
         asked = torch.arange(5000) % 2
         new = torch.from_numpy(rng.normal(size=(5000, dim)) + means[asked])
@@ -159,9 +160,21 @@ def test_overconfidence_is_the_temperature_of_gaussian_classes(images: int, dim:
     assert np.exp(np.mean(np.log(predicted))) == pytest.approx(np.exp(np.mean(np.log(found))), rel=0.3)
 
 
+def test_overconfidence_within_a_task_is_that_of_its_own_discriminants(data: ClassifierData) -> None:
+    """Two tasks far from each other: the nearest rival of each class is in its own task."""
+    moved = replace(data.statistics[1], means=data.statistics[1].means + 100)
+    own = [GaussianClassifier.fit([statistics]) for statistics in (data.statistics[0], moved)]
+    infos = [TaskInfo(name, tuple(name + str(k) for k in range(n)), "frozen", "none", 0, "", {}) for name, n in TASKS]
+    scores = lda(replace(data, statistics=[data.statistics[0], moved], discriminants=own))
+    for task, (statistics, info) in enumerate(zip((data.statistics[0], moved), infos, strict=True)):
+        alone = lda(ClassifierData(F, [], [statistics], [None], []))
+        expected = overconfidence(alone, Catalogue.of([info]), statistics, 0)
+        assert expected == pytest.approx(overconfidence(scores, Catalogue.of(infos), statistics, task), rel=1e-4)
+
+
 def test_overconfidence_is_unknown_without_a_rival() -> None:
     catalogue = Catalogue.of([TaskInfo(name, ("a",), "frozen", "none", 0, "", {}) for name in "xy"])  # one class, twice
     statistics = [ClassStatistics.of(*draw(seed, 9, 1), 1) for seed in range(2)]
-    scores = lda(ClassifierData(F, [], statistics, []))
+    scores = lda(ClassifierData(F, [], statistics, [None, None], []))
     assert overconfidence(scores, catalogue, statistics[1], 1) is None
     assert overconfidence(replace(scores, inflation=None), catalogue, statistics[1], 1) is None

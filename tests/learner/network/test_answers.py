@@ -17,7 +17,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.statistics.calibration import LEVELS, Mixture, NoveltyScale
-from duallora_edge.learner.statistics.gaussian import ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.gaussian import ClassStatistics, Discriminants, GaussianClassifier
 
 
 def info(name: str, classes: list[str], residual: str = "isolated") -> TaskInfo:
@@ -82,7 +82,7 @@ def test_novelty_is_the_relative_distance_on_the_scale_of_validation_images() ->
     classifier = Classifier(
         Catalogue.of([info("t", ["a", "b", "c"])]),
         gaussian,
-        Scores(gaussian.weight, gaussian.bias),
+        Scores(gaussian.weight, gaussian.bias, None),
         Mixture(1.0),
         NoveltyScale(knots),
         torch.device("cpu"),
@@ -92,6 +92,30 @@ def test_novelty_is_the_relative_distance_on_the_scale_of_validation_images() ->
     np.testing.assert_allclose(classifier.novelty(features), expected, atol=1e-5)
     far = features[:1] + 100 * torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])  # away from the line of the classes
     assert float(classifier.raw_novelty(far)) > float(raw.max())
+
+
+@given(classes=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 999))
+def test_the_order_within_a_task_is_that_of_its_own_discriminants(classes: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    catalogue = Catalogue.of([info(f"t{t}", [f"{t}.{k}" for k in range(n)]) for t, n in enumerate(classes)])
+    x = 3 * torch.randn(6, 5, generator=generator)
+    total = sum(classes)
+    gaussian = GaussianClassifier.fit([ClassStatistics.of(torch.randn(40, 5), torch.arange(40) % total, total)])
+    weight, bias = torch.randn(total, 5, generator=generator), torch.randn(total, generator=generator)
+    own = [
+        Discriminants(torch.randn(n, 5, generator=generator), torch.randn(n, generator=generator), 1.0) for n in classes
+    ]
+    scores = Scores(weight, bias, None, within=own)
+    classifier = Classifier(catalogue, gaussian, scores, Mixture(1.0), NoveltyScale.unknown(), torch.device("cpu"))
+    found = classifier.logits(x)
+    first = 0
+    for task in own:
+        part = slice(first, first + len(task.bias))
+        among_all, alone = x @ weight[part].T + bias[part], x @ task.weight.T + task.bias
+        for row in range(len(x)):
+            expected = [float(u - alone[row].max() + among_all[row].max()) for u in alone[row]]
+            torch.testing.assert_close(found[row, part], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+        first = part.stop
 
 
 def test_sequential_answers_with_the_trained_heads(
