@@ -173,14 +173,14 @@ class TrainConfig:
         120, "Train each task for at least this many steps, so that a small task gets more epochs.",
         "Optimisation", low=0, high=1_000_000,
     )  # fmt: skip
-    augment: str = setting(
-        "none",
-        "Augmentation of the training images: 'none', or 'light' (crop and colours), which is slower because the "
-        "frozen blocks then run in every step.",
-        "Optimisation", choices=("none", "light"), scope="call",
+    views: int = setting(
+        1,
+        "Random views of each training image (part of it, other colours) that are learned beside it; they help most "
+        "where images are few.",
+        "Optimisation", low=0, high=16, scope="call",
     )  # fmt: skip
     flip: bool = setting(
-        False, "Mirror half of the training images; wrong for digits, letters and signs.",
+        False, "Mirror half of these views; wrong for digits, letters and signs.",
         "Optimisation", scope="call",
     )  # fmt: skip
 

@@ -211,7 +211,7 @@ def summary_width(backbone: Backbone, config: TrainConfig) -> int:
 def held_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream, learned: int) -> int:
     """Bytes that stay occupied while the last task of the stream is learned: records, summaries phi, features."""
     dim, summary = backbone.dim, summary_width(backbone, config)
-    images = max(len(task.train) + len(task.validation) for task in stream.tasks)
+    images = max((1 + config.views) * len(task.train) + len(task.validation) for task in stream.tasks)
     tests = sum(len(task.test) for task in stream.tasks)
     factors = (learned + len(stream.tasks)) * STORED_DIRECTIONS * (dim + summary) * 4
     return factors + images * 4 * (2 * summary + dim) + tests * 4 * summary
@@ -220,7 +220,7 @@ def held_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream, 
 def statistics_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream) -> int:
     """Bytes that are needed to sum up the features of a task: three times float64, and some matrices."""
     width = backbone.dim + summary_width(backbone, config)
-    images = max(len(task.train) + len(task.validation) for task in stream.tasks)
+    images = max((1 + config.views) * len(task.train) + len(task.validation) for task in stream.tasks)
     return STATISTICS_MATRICES * width**2 * 8 + images * 3 * 8 * width
 
 
@@ -248,7 +248,7 @@ def make_plan(
     held = held_bytes(backbone, config, stream, learned) if on_cpu else 0
     statistics = statistics_bytes(backbone, config, stream) if on_cpu else 0
     batch = 3 * config.batch_size * token_bytes(backbone)  # in float16 and float32
-    tokens = max(len(task.train) for task in stream.tasks) * token_bytes(backbone)
+    tokens = (1 + config.views) * max(len(task.train) for task in stream.tasks) * token_bytes(backbone)
     adapts = not learned and adapt.is_needed(backbone, config)
     teacher = sum(parameter.nbytes for parameter in backbone.parameters()) if adapts else 0
     costs: dict[tuple[str, bool], tuple[Cost, Cost]] = {}

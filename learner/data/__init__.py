@@ -1,6 +1,6 @@
 """Images: where they lie, what is wrong with them, and their pixels at the size of the model.
 
-Augmentation is in `duallora_edge.learner.data.augment`, the only module here that imports torch.
+Random views of images are in `duallora_edge.learner.data.augment`, the only module here that imports torch.
 """
 
 from duallora_edge.learner.data.health import HealthReport

@@ -208,7 +208,7 @@ class Method(ABC):
         features, moments = collect_features(network, train, config.precision, collect)
         validation_features, _ = collect_features(network, validation, config.precision)
         known = ClassifierData.of(past, lesson.backbone.dim)
-        seen = ClassStatistics.of(features, train.labels, classes)
+        seen = lesson.statistics(features)
         statistics = seen.compressed(STORED_DIRECTIONS)
         ridge_sums = None
         if info.classifier == "ridge":
@@ -218,7 +218,7 @@ class Method(ABC):
                 (validation_features, validation.labels),
                 classes,
             )
-        discriminants = GaussianClassifier.fit([seen]) if info.classifier == "lda" else None
+        discriminants = GaussianClassifier.fit([statistics]) if info.classifier == "lda" else None
         data = known.followed_by(head, statistics, discriminants, ridge_sums)
         scores, catalogue = self.scores(info.classifier, data), Catalogue.of(infos)
         uncalibrated = Classifier(
@@ -233,7 +233,7 @@ class Method(ABC):
             seen = seen + ClassStatistics.of(validation_features, validation.labels, classes)
             statistics = seen.compressed(STORED_DIRECTIONS)
             if discriminants:
-                discriminants = GaussianClassifier.fit([seen])
+                discriminants = GaussianClassifier.fit([statistics])
             if ridge_sums:
                 ridge_sums = ridge_sums + RidgeSums.of(validation_features, validation.labels, classes)
         return TaskRecord(
@@ -252,7 +252,7 @@ class Method(ABC):
 
     def _describe(self, lesson: Lesson, residual: str) -> TaskInfo:
         """The description of a task; the accuracy of the classifier is not known yet."""
-        config, labels = lesson.config, lesson.train.labels
+        config, labels = lesson.config, lesson.train.labels[: lesson.train.images]
         return TaskInfo(
             name=lesson.task.name,
             classes=lesson.task.classes,

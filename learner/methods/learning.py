@@ -14,6 +14,7 @@ from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.methods.lesson import Checkpoint, Lesson
+from duallora_edge.learner.methods.training import derive_seed
 from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache
@@ -46,7 +47,14 @@ def learn_task(
     _check_fit(backbone, past)
     encode = partial(Encoded, backbone, precision=config.precision, batch_size=config.forward_batch)
     train = encode(
-        task.train, task.classes, partial(report_progress, callback, "encode"), cache, cache_bytes=config.cache_bytes
+        task.train,
+        task.classes,
+        partial(report_progress, callback, "encode"),
+        cache,
+        cache_bytes=config.cache_bytes,
+        views=config.views,
+        flip=config.flip,
+        seed=derive_seed(config.seed, len(past), 0, 1),
     )
     # Validation images are read only once or twice, so memory is left to those that are read in every epoch.
     validation = encode(

@@ -73,11 +73,16 @@ class Lesson:
         """How many tasks were learned before."""
         return len(self.past)
 
+    def statistics(self, features: Tensor) -> ClassStatistics:
+        """The statistics of features [n, D] of the training images with their views, which count as one image."""
+        rows = ClassStatistics.of(features, self.train.labels, len(self.task.classes))
+        return rows.scaled(1 / (1 + self.train.views))
+
     @cached_property
     def gaussian(self) -> GaussianClassifier:
         """The classes of all tasks, this one included, as Gaussians of phi."""
         with phase("statistics"):
-            new = ClassStatistics.of(self.train.phi, self.train.labels, len(self.task.classes))
+            new = self.statistics(self.train.phi)
             known = summary_statistics(self.past, self.backbone)
             return GaussianClassifier.fit([*known, new.compressed(STORED_DIRECTIONS)], inflation=False)
 

@@ -94,7 +94,7 @@ class TaskArithmetic(Method):
 def _draw(lesson: Lesson) -> KeptImages:
     """Some training images of each class, drawn by seed and task."""
     generator = torch.Generator().manual_seed(derive_seed(lesson.config.seed, lesson.number, 2))
-    order = torch.randperm(len(lesson.train), generator=generator)
+    order = torch.randperm(lesson.train.images, generator=generator)
     labels = lesson.train.labels[order]
     chosen = torch.cat(
         [order[labels == k][: lesson.config.kept_images_per_class] for k in range(len(lesson.task.classes))]

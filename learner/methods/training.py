@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch.nn import functional as F
 
 from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import report_progress
-from duallora_edge.learner.data.augment import Augment
 from duallora_edge.learner.methods.lesson import Checkpoint, Lesson
 from duallora_edge.learner.methods.losses import Loss, cross_entropy
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
@@ -131,17 +129,18 @@ def head_logits(f: Tensor, head: Tensor) -> Tensor:
 def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Adam with a cosine rate over shuffled epochs; ``loss_of`` takes image numbers [B] and tokens [B, L, d].
 
+    An epoch takes as many images and views as there are images.
+
     The order of the images depends only on seed, task and epoch, and checkpoints have the whole state, so that an
     interrupted training ends in the same bytes. Several processes take neighbouring images of each batch and weight
     their mean losses by the number of images, so that their gradients sum up to that of the batch.
     """
     config, train = lesson.config, lesson.train
-    epoch_steps = math.ceil(len(train) / config.batch_size)
+    epoch_steps = math.ceil(train.images / config.batch_size)
     total = max(config.epochs * epoch_steps, config.min_steps)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, eps=ADAM_EPS, fused=True)
     start = restore_progress(lesson.checkpoint, optimizer, parameters)
     train.share_tokens()
-    augment = Augment(config.augment, horizontal_flip=config.flip)
     order, generator = torch.empty(0, dtype=torch.long), torch.Generator()
     micro = config.micro_batch or config.batch_size
     for step in range(start, total):
@@ -151,17 +150,12 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
                 len(train), generator=generator.manual_seed(derive_seed(config.seed, lesson.number, epoch))
             )
         batch = order[position * config.batch_size :][: config.batch_size]
-        rows = distributed.own_rows(len(batch))
-        own, view = batch[rows], None
-        if config.augment != "none" or config.flip:
-            seed = derive_seed(config.seed, lesson.number, step, 1)
-            views = torch.Generator().manual_seed(seed)
-            view = partial(augment, generator=views, rows=rows, total=len(batch))
+        own = batch[distributed.own_rows(len(batch))]
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(config.learning_rate, step, total)
         if len(own):
-            images = train.batch(own, view)
-            micro, loss = accumulate_gradients(lesson, optimizer, loss_of, own, images, len(batch), micro)
+            tokens = train.batch(own)
+            micro, loss = accumulate_gradients(lesson, optimizer, loss_of, own, tokens, len(batch), micro)
         else:
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros(())

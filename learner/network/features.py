@@ -40,7 +40,7 @@ def collect_features(
     for indices, tokens, phi in encoded.batches():
         if encoded.cache is not None and network.is_untouched and collect == "none":
             features.append(
-                encoded.cache.features(network.backbone, encoded.pixels[indices.numpy()], partial(run, tokens, phi))
+                encoded.cache.features(network.backbone, encoded.frames(indices), partial(run, tokens, phi))
             )
             continue
         batch, rows = run(tokens, phi)

@@ -19,6 +19,7 @@ from torch import Tensor
 from duallora_edge.files import cache_folder
 from duallora_edge.learner import distributed
 from duallora_edge.learner.data import PixelSet
+from duallora_edge.learner.data.augment import random_views
 from duallora_edge.learner.data.cache import release
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.timing import phase
@@ -117,6 +118,9 @@ class Encoded:
     ``cache_bytes`` that many bytes of them are kept in memory, the others in a file that vanishes with the process.
     ``batch_size`` images go through the network at once, with matrix multiplications in ``precision``.
 
+    Behind the ``images`` come ``views`` random views of each (see `random_views`), all views of a kind together; which
+    ones they are depends on ``seed`` alone.
+
     Of several processes each encodes neighbouring batches as a whole, so that every image is in the same batch as with
     one process; ``counts`` are their numbers of images. All processes know all summaries, and all tokens once
     `share_tokens` was called.
@@ -133,12 +137,17 @@ class Encoded:
         precision: str = "fp32",
         batch_size: int = BATCH,
         cache_bytes: int | None = None,
+        views: int = 0,
+        flip: bool = False,
+        seed: int = 0,
     ) -> None:
         self.cache, self.precision, self.batch_size = cache, precision, batch_size
         self.backbone, self.pixels = backbone, images.pixels
         index = {name: number for number, name in enumerate(classes)}
-        self.labels = torch.tensor([index[name] for name in images.labels], dtype=torch.long)
-        count = len(images)
+        self.images, self.views, self._flip = len(images), views, flip
+        self.labels = torch.tensor([index[name] for name in images.labels], dtype=torch.long).repeat(1 + views)
+        self._draws = torch.rand(views * len(images), 8, generator=torch.Generator().manual_seed(seed))
+        count = len(self.labels)
         row = token_bytes(backbone)
         self.tokens: TokenStore | None = None
         parts = distributed.shards(self._batches())
@@ -170,36 +179,34 @@ class Encoded:
             self.tokens.in_memory = distributed.all_gather(self.tokens.in_memory, self.counts)
             self._first, self._shared = 0, True
 
-    def _pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
-        """Copies of frames uint8 [B, S, S, 3]; the file from which they are mapped does not stay in memory."""
-        pixels = self.pixels[indices.numpy()]
+    def frames(self, indices: Tensor) -> npt.NDArray[np.uint8]:
+        """Frames uint8 [B, S, S, 3]; the file from which they are mapped does not stay in memory."""
+        pixels = self.pixels[indices.numpy() % max(self.images, 1)]
         release(self.pixels)
+        rows = indices >= self.images
+        if bool(rows.any()):
+            views = random_views(
+                torch.from_numpy(pixels[rows.numpy()]), self._draws[indices[rows] - self.images], flip=self._flip
+            )
+            pixels[rows.numpy()] = views.numpy()
         return pixels
 
     @torch.no_grad()
     def _encode(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens float16 and phi float32 of some images as they are, on the CPU."""
+        """Tokens float16 and phi float32 of some images, on the CPU."""
         with phase("frozen prefix"):
-            pixels = self._pixels(indices)
+            pixels = self.frames(indices)
             if self.cache is not None:
                 return self.cache(self.backbone, pixels, self.precision)
             tokens, phi = self.backbone.prefix(torch.from_numpy(pixels).to(self.backbone.device), self.precision)
             return tokens.half().cpu(), phi.cpu()
 
     @torch.no_grad()
-    def batch(self, indices: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Prefix tokens float32 [B, L, d] of some images; ``transform`` augments their pixels first.
+    def batch(self, indices: Tensor) -> Tensor:
+        """Prefix tokens float32 [B, L, d] of some images.
 
         They are rounded to float16 even where they are recomputed, so that results do not depend on free memory.
         """
-        if transform is not None:
-            with phase("frozen prefix"):
-                views = transform(torch.from_numpy(self._pixels(indices)).to(self.backbone.device))
-                parts = [
-                    self.backbone.prefix(part, self.precision)[0].half().float()
-                    for part in views.split(self.batch_size)
-                ]
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.tokens is None:
             tokens = torch.cat([self._encode(part)[0] for part in indices.split(self.batch_size)])
         else:

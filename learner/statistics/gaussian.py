@@ -81,6 +81,10 @@ class ClassStatistics:
         rest = (variances - kept.square().sum(dim=0)).clamp(min=0)
         return ClassStatistics(self.counts, self.means, kept, self.diagonal + rest)
 
+    def scaled(self, share: float) -> ClassStatistics:
+        """The statistics where every image counts as ``share`` images."""
+        return ClassStatistics(self.counts * share, self.means, self.factor * share**0.5, self.diagonal * share)
+
     def part(self, features: slice) -> ClassStatistics:
         """The statistics of a contiguous part of the features."""
         return ClassStatistics(self.counts, self.means[:, features], self.factor[:, features], self.diagonal[features])

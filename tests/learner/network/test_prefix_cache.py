@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from duallora_edge.learner.data import PreparedTask
+from duallora_edge.learner.data.augment import random_views
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.prefix_cache import Encoded, PrefixCache, token_bytes
 
@@ -44,6 +46,25 @@ def test_tokens_in_a_file_are_those_in_memory(
     assert torch.equal(split.batch(chosen), plain.batch(chosen))
     for one, two in zip(split.batches(), plain.batches(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(("views", "flip"), [(0, False), (1, False), (2, True)])
+def test_views_come_behind_the_images(
+    tiny_backbone: Backbone, make_task: Callable[..., PreparedTask], views: int, flip: bool
+) -> None:
+    images = make_task("a", ["x", "y"], [0, 1]).train
+    before, n = images.pixels.copy(), len(images)
+    encoded = Encoded(tiny_backbone, images, ["x", "y"], batch_size=7, views=views, flip=flip, seed=5)
+    assert (encoded.images, encoded.views, len(encoded)) == (n, views, n * (1 + views))
+    draws = torch.rand(views * n, 8, generator=torch.Generator().manual_seed(5))
+    pixels = torch.from_numpy(before.copy())
+    parts = [random_views(pixels, part, flip=flip) for part in draws.split(n)] if views else []
+    frames = torch.cat([pixels, *parts])
+    tokens, phi = tiny_backbone.prefix(frames)
+    torch.testing.assert_close(encoded.batch(torch.arange(len(frames))), tokens, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(encoded.phi, phi)
+    assert encoded.labels.tolist() == encoded.labels[:n].tolist() * (1 + views)
+    assert np.array_equal(images.pixels, before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
