@@ -5,7 +5,7 @@
 All train the same timm backbone with Adam, the same batch and the same precision of products on random images (speed
 does not depend on what they show). PEFT's LoRA has the ranks of both our adapters together, on the fused query, key and
 value projections of every block, since timm has no others; with timm's attention kernel and with a plain one, which
-a CPU may prefer. Ours learns from cached prefix tokens, or runs the prefix in every step as where the tokens do not fit into memory.
+a CPU may prefer. Ours learns from cached prefix tokens, or runs the prefix in every step, as where they do not fit.
 
 Every round runs a few steps of each, in a random order, so that all see the same state of the machine. Ratios are of
 medians, their spread the 5th to 95th percentile of bootstrap resamples of rounds. Memory is the peak (VmHWM) of a
