@@ -63,11 +63,11 @@ _VERSION = 2
 
 def is_needed(backbone: Backbone, config: TrainConfig) -> bool:
     """Whether a new run fits its backbone to the input size."""
-    return config.base == "auto" and backbone.native_size != backbone.info.size
+    return config.base in ("auto", "all") and backbone.native_size != backbone.info.size
 
 
 def base_for(
-    backbone: Backbone, frames: Bytes, config: TrainConfig, callback: Callback
+    backbone: Backbone, frames: Sequence[Bytes], config: TrainConfig, callback: Callback
 ) -> tuple[BaseAdaptation, bytes]:
     """The base adaptation of a backbone from frames, with the content of its file; made before, it is in the cache.
 
@@ -78,7 +78,8 @@ def base_for(
 
     Args:
         backbone: at its working size; its weights stay as they are.
-        frames: RGB, uint8 [n, S, S, 3] at the working size; at most `MAX_FRAMES` of them, drawn by the seed, are used.
+        frames: sets of RGB frames, uint8 [n, S, S, 3] at the working size; at most `MAX_FRAMES` of them all, drawn by
+            the seed, are used.
         config: where the weights are, seed, precision and limits of memory.
         callback: hears of the steps.
     """
@@ -133,7 +134,7 @@ def adapt_source(
             f"{opened.description} gave {len(frames)} images{damaged}, which is too few to adapt a backbone; give "
             f"{MIN_FRAMES} or more."
         )
-    base, content = base_for(backbone.to(device), frames, config, callback)
+    base, content = base_for(backbone.to(device), [frames], config, callback)
     write_atomic(output, content)
     return base, hashlib.sha256(content).hexdigest()
 
@@ -159,11 +160,15 @@ def _delete_damaged(path: Path) -> None:
 
 
 def _from_cache(
-    backbone: Backbone, frames: Bytes, config: TrainConfig, callback: Callback
+    backbone: Backbone, sets: Sequence[Bytes], config: TrainConfig, callback: Callback
 ) -> tuple[BaseAdaptation, bytes]:
+    ends = np.cumsum([len(frames) for frames in sets])
     generator = np.random.default_rng(derive_seed(config.seed, 3))
-    chosen = np.sort(generator.permutation(len(frames))[:MAX_FRAMES])
-    frames = frames[chosen]
+    chosen = np.sort(generator.permutation(ends[-1])[:MAX_FRAMES])
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    frames = np.concatenate(
+        [frames[numbers - end + len(frames)] for frames, numbers, end in zip(sets, parts, ends, strict=True)]
+    )
     adapts = is_needed(backbone, config)
     facts = {
         "images": len(frames),

@@ -47,8 +47,9 @@ class TrainConfig:
     base: str = setting(
         "auto",
         "How the backbone is fitted to another input size than its own before the first task: 'auto' on the images of "
-        "that task, which needs no labels and a minute or two, 'none' not at all, or a FILE made by 'adapt'.",
-        "Essentials", metavar="auto|none|FILE",
+        "that task, 'all' on those of all tasks at hand, neither of which needs labels, 'none' not at all, or a FILE "
+        "made by 'adapt'.",
+        "Essentials", metavar="auto|all|none|FILE",
     )  # fmt: skip
     epochs: int = setting(
         4, "Passes over the training images of each task; training takes longer in proportion.",

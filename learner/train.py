@@ -114,11 +114,11 @@ def train_run(
         backbone = run.backbone(config.weights)
         config = replace(run.config, **{key: getattr(config, key) for key in PER_CALL if key != "weights"})
     base = None
-    if run is None and config.base not in ("auto", "none"):
+    if run is None and config.base not in ("auto", "all", "none"):
         base = _apply(distributed.on_main(lambda: read_base(Path(config.base))), backbone)
     stream = read_images(config, backbone.info, callback, apart_from=path)
     callback.say(stream.health.table())
-    frames = stream.tasks[0].train.pixels if stream.tasks else None
+    frames = [task.train.pixels for task in (stream.tasks if config.base == "all" else stream.tasks[:1])]
     if METHODS[config.method].single_task:
         stream = stream.merged()
     names = tuple(task.name for task in stream.tasks)
@@ -136,7 +136,7 @@ def train_run(
         callback.say(plan.describe(config.batch_size))
     if run is None:
         # Only now, so that images that cannot be used do not leave an empty run behind.
-        if base is None and frames is not None:
+        if base is None and frames:
             base = _apply(base_for(backbone, frames, config, callback), backbone)
         run = RunDirectory.create(path, config, backbone.info, base)
     with run.locked():

@@ -242,13 +242,13 @@ def test_stopped_and_resumed_ends_in_the_same_bytes(
 ) -> None:
     config, frames = replace(CONFIG, checkpoint_steps=2), pictures(40, SIZE)
     backbone = embedded()
-    _, whole = adapt.base_for(backbone, frames, config, Callback())
+    _, whole = adapt.base_for(backbone, [frames], config, Callback())
     monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path / "another"))
     with pytest.raises(KeyboardInterrupt):
-        adapt.base_for(backbone, frames, config, StopAt(moment))
+        adapt.base_for(backbone, [frames], config, StopAt(moment))
     assert bases_in_cache() == {".lock", ".checkpoint"}
     resumed = Stages()
-    assert adapt.base_for(backbone, frames, config, resumed)[1] == whole
+    assert adapt.base_for(backbone, [frames], config, resumed)[1] == whole
     assert resumed.stages.count("adapt") == 6 - moment // 2 * 2
     assert bases_in_cache() == {".lock", ".safetensors"}
 
@@ -256,26 +256,30 @@ def test_stopped_and_resumed_ends_in_the_same_bytes(
 def test_the_same_call_again_takes_it_from_the_cache() -> None:
     frames, backbone = pictures(40, SIZE), embedded()
     first, again, other = Stages(), Stages(), Stages()
-    base, content = adapt.base_for(backbone, frames, CONFIG, first)
+    base, content = adapt.base_for(backbone, [frames], CONFIG, first)
     assert first.lines == ["Adapting the backbone from 64 to 32 px on 40 images, without labels"]
     assert (base.backbone, base.size, base.made_from["images"]) == (backbone.info.sha256, SIZE, 40)
-    assert adapt.base_for(backbone, frames, CONFIG, again)[1] == content
+    assert adapt.base_for(backbone, [frames], CONFIG, again)[1] == content
     assert again.lines == [] and again.stages == []
-    assert adapt.base_for(backbone, frames[:39], CONFIG, other)[1] != content and other.lines
+    assert adapt.base_for(backbone, [frames[:39]], CONFIG, other)[1] != content and other.lines
 
 
 def test_a_damaged_cache_is_made_again() -> None:
     frames, backbone = pictures(40, SIZE), embedded()
-    _, content = adapt.base_for(backbone, frames, CONFIG, Callback())
+    _, content = adapt.base_for(backbone, [frames], CONFIG, Callback())
     (path,) = (cache_folder() / "bases").glob("*.safetensors")
     path.write_bytes(content[:-5])
-    assert adapt.base_for(backbone, frames, CONFIG, Callback())[1] == content == path.read_bytes()
+    assert adapt.base_for(backbone, [frames], CONFIG, Callback())[1] == content == path.read_bytes()
 
 
 def test_of_many_frames_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapt, "MAX_FRAMES", 20)
     frames, backbone = pictures(40, SIZE), embedded()
-    contents = {adapt.base_for(backbone, frames, replace(CONFIG, seed=seed), Callback())[1] for seed in (0, 0, 1)}
+    sets = [frames[:3], frames[3:3], frames[3:]]
+    contents = {
+        adapt.base_for(backbone, given, replace(CONFIG, seed=seed), Callback())[1]
+        for given, seed in (([frames], 0), (sets, 0), ([frames], 1))
+    }
     assert len(contents) == 2
     base = BaseAdaptation.from_bytes(contents.pop())
     drawn = {hashlib.sha256(frames[list(rows)].tobytes()).hexdigest() for rows in (range(20), range(20, 40))}
@@ -414,6 +418,15 @@ def test_a_run_keeps_its_base_adaptation(tmp_path: Path, image_stream: Path) -> 
         opened.backbone()
     with pytest.raises(RunError, match=r"base\.safetensors cannot be read .*; restore it"):
         opened.base_made_from()
+
+
+@pytest.mark.parametrize(("base", "tasks"), [("auto", 1), ("all", 2)])
+def test_whose_images_serve(tmp_path: Path, image_stream: Path, base: str, tasks: int) -> None:
+    Learner(tmp_path / "run", size=SIZE, base=base, **QUICK).learn(image_stream, evaluate=False)
+    run = RunDirectory.open(tmp_path / "run")
+    made_from = run.base_made_from()
+    learned = [sum(record.info.counts.values()) for record in run.records()]
+    assert len(learned) == 2 and made_from is not None and made_from["images"] == sum(learned[:tasks])
 
 
 @pytest.mark.parametrize("settings", [{"size": 64}, {"size": None}, {"size": SIZE, "base": "none"}], ids=str)
