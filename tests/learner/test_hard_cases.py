@@ -134,7 +134,7 @@ def test_the_same_images_under_other_names(
 ) -> None:
     """Nothing tells the tasks apart: the names share the probability, and calibration says so."""
     tasks = [make_task("one", ["a", "b"], [0, 1]), make_task("two", ["c", "d"], [0, 1])]
-    records = learn(tasks, method=method)
+    records = learn(tasks, method=method, views=0)
     assert_finite(records)
     outputs = answers(tiny_backbone, records, tasks[0])
     if method == "frozen":  # equal statistics, so equal answers

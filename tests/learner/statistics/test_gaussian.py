@@ -13,6 +13,7 @@ from duallora_edge.learner.statistics.gaussian import (
     PRIOR_IMAGES_PER_FEATURE,
     ClassStatistics,
     GaussianClassifier,
+    _solve,
 )
 
 DIM = 6
@@ -180,6 +181,26 @@ def test_the_inflation_is_how_much_more_the_logits_of_new_images_vary(images: in
         ratios.append(float(outside / inside))
         predicted.append(fitted.inflation)
     assert np.mean(predicted) == pytest.approx(np.mean(ratios), rel=0.15)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [((2, 1), 9), ((0, 4), 9), ((4,), 8), ((30, 5), 9)])
+def test_few_rows_are_solved_as_many_are(rows: tuple[int, ...], dim: int) -> None:
+    rng = np.random.default_rng(len(rows))
+    factors = [rng.normal(size=(count, dim)) for count in rows]
+    right, diagonal = rng.normal(size=(3, dim)), rng.uniform(0.1, 2, size=dim)
+    scatter = 0.3 * sum(factor.T @ factor for factor in factors)
+    inverse = np.linalg.inv(scatter + np.diag(diagonal))
+    given = (
+        torch.from_numpy(right),
+        [torch.from_numpy(f) for f in factors],
+        torch.tensor(0.3, dtype=torch.float64),
+        torch.from_numpy(diagonal),
+    )
+    found, freedom = _solve(*given, freedom=True)
+    np.testing.assert_allclose(found, right @ inverse, rtol=1e-9, atol=1e-9)
+    assert float(freedom) == pytest.approx(np.trace(scatter @ inverse))
+    again, none = _solve(*given, freedom=False)
+    assert torch.equal(again, found) and none is None
 
 
 def test_without_spread_nothing_is_inflated() -> None:
