@@ -42,12 +42,18 @@ PEERS = (
     "frozen", "frozen:prefix_blocks=-1:summaries=6", "task_arithmetic", "task_arithmetic:classifier=lda", "joint",
 )  # fmt: skip
 ABLATIONS = (
-    "dual_lora", "dual_lora:rank_orthogonal=16:rank_residual=0", "dual_lora:residual=isolated",
+    "dual_lora", "dual_lora:base=all", "dual_lora:base=none", "dual_lora:views=0", "dual_lora:residual=isolated",
     "dual_lora:residual=previous", "dual_lora:residual=previous:gate=open", "dual_lora:distillation=0",
-    "dual_lora:learning_rate=0.005", "dual_lora:base=none",
+    "dual_lora:learning_rate=0.005",
     "dual_lora:second_order=0", "dual_lora:second_order=0:summaries=3", "dual_lora:classifier=lda_f",
     "dual_lora:classifier=heads",
-    "dual_lora:calibration=temperature", "dual_lora:calibration=none", "first_session", "inflora",
+    "dual_lora:calibration=temperature", "dual_lora:calibration=none",
+)  # fmt: skip
+ADAPTERS = (  # as many trained numbers in each
+    "frozen", "first_session", "dual_lora:rank_orthogonal=16:rank_residual=0",
+    "dual_lora:rank_orthogonal=0:rank_residual=16:residual=isolated:max_residual_rank=1000",
+    "dual_lora:rank_orthogonal=0:rank_residual=16:residual=previous:max_residual_rank=1000",
+    "dual_lora", "inflora",
 )  # fmt: skip
 ARITHMETIC = (
     "task_arithmetic:kept_images_per_class=0:task_scale=0.1", "task_arithmetic:kept_images_per_class=0",
@@ -63,7 +69,7 @@ SIZES = (
     "frozen:size=160:base=none", "frozen:size=160", "frozen:size=192:base=none", "frozen:size=192",
     "frozen:size=224",
 )  # fmt: skip
-GROUPS = {"peers": PEERS, "ablations": ABLATIONS, "arithmetic": ARITHMETIC, "sizes": SIZES}
+GROUPS = {"peers": PEERS, "ablations": ABLATIONS, "adapters": ADAPTERS, "arithmetic": ARITHMETIC, "sizes": SIZES}
 
 
 @dataclass(frozen=True)

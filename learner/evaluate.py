@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import Callback
-from duallora_edge.learner.data import PixelSet, PreparedTask
+from duallora_edge.learner.data import PixelSet
+from duallora_edge.learner.data.kept_split import measurable
 from duallora_edge.learner.device import pick_device
 from duallora_edge.learner.measurements import measured_rows, write_rows
 from duallora_edge.learner.methods import METHODS, compose
@@ -46,13 +48,10 @@ class Tests:
         self._encode = partial(Encoded, backbone, precision=precision, batch_size=batch_size, cache_bytes=cache_bytes)
         self._encoded: dict[str, Encoded] = {}
 
-    def add(self, task: PreparedTask, classes: Sequence[str]) -> None:
+    def add(self, name: str, test: PixelSet, classes: Sequence[str]) -> None:
         """Encode the test images of a task. Images of classes that the task did not learn are left out."""
-        test = task.test
-        keep = [i for i, label in enumerate(test.labels) if label in set(classes)]
-        if len(keep) < len(test):
-            test = PixelSet(test.pixels[keep], tuple(test.labels[i] for i in keep))
-        self._encoded[task.name] = self._encode(test, classes, cache=self.cache)
+        keep = np.isin(test.labels, list(classes))
+        self._encoded[name] = self._encode(test if keep.all() else test.where(keep), classes, cache=self.cache)
 
     def encoded(self, task: str) -> Encoded:
         """The test images of a task that was added."""
@@ -143,9 +142,12 @@ def add_tests(
 ) -> None:
     """Read and encode the test images of the active tasks from where they were learned (or from ``data``).
 
-    A source that is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
+    No image that a task learned is among them, however the source has changed since (see `measurable`). A source that
+    is gone is said, and its tasks stay unmeasured; a ``data`` that was asked for must be readable.
     """
-    infos = {info.name: info for info in map(run.read_info, run.active_tasks()) if info.name not in skip}
+    entries = {run.read_info(entry).name: entry for entry in run.active_tasks()}
+    splits = {name: run.read_split(entry) for name, entry in entries.items()}
+    infos = {name: run.read_info(entry) for name, entry in entries.items() if name not in skip}
     sources = run.sources()
     for settings in source_groups(run, infos):
         # A source may also hold tasks that were learned from another one, of which it has other images.
@@ -163,7 +165,11 @@ def add_tests(
             stream = stream.merged()
         for task in stream.tasks:
             if task.name in own:
-                tests.add(task, infos[task.name].classes)
+                others = [split for name, split in splits.items() if name != task.name]
+                test = measurable(task, splits[task.name], others, every=data is not None)
+                if data is None and (message := splits[task.name].changes(task, others, len(test))):
+                    callback.say(message)
+                tests.add(task.name, test, infos[task.name].classes)
 
 
 def measure_run(

@@ -52,6 +52,7 @@ from duallora_edge.learner.settings import quoted
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from duallora_edge.learner.data.kept_split import KeptSplit
     from duallora_edge.learner.network.backbone import Backbone
     from duallora_edge.learner.network.task_record import TaskRecord
 
@@ -69,7 +70,7 @@ _WRITTEN = (
 )  # fmt: skip
 FILES = tuple(
     f"{name}.safetensors"
-    for name in ("adapters", "bases", "head", "statistics", "discriminants", "ridge_sums", "kept_images")
+    for name in ("adapters", "bases", "head", "statistics", "discriminants", "split", "ridge_sums", "kept_images")
 )
 
 
@@ -258,30 +259,35 @@ class RunDirectory:
 
     def read(self, task: StoredTask) -> TaskRecord:
         """Read one task and check every file against its sha256. Raises `RunError` when anything was altered."""
-        from safetensors.torch import load
-
         from duallora_edge.learner.network.task_record import TaskRecord
 
         info, digests = self._description(task)
-        folder = self.path / "tasks" / task.folder
-        files: dict[str, dict[str, Tensor]] = {}
-        for name, digest in digests.items():
-            path = folder / f"{name}.safetensors"
-            try:
-                if not path.is_file():  # a pipe would be waited for
-                    raise FileNotFoundError("there is no such file")
-                content = path.read_bytes()
-                if hashlib.sha256(content).hexdigest() != digest:
-                    raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
-                files[name] = load(content)
-            except (OSError, KeyError, ValueError, MemoryError, SafetensorError) as error:
-                raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
-        try:
+        files = {name: self._tensors(task, name, digest) for name, digest in digests.items()}
+        with _damage_named(task):
             return TaskRecord.from_tensors(info, files)
-        except KeyError as error:
-            raise RunError(f"The task {task.folder} lacks the tensor {error}; restore it from a copy.") from error
-        except ValueError as error:
-            raise RunError(f"The task {task.folder} is damaged ({error}); restore it from a copy.") from error
+
+    def read_split(self, task: StoredTask) -> KeptSplit:
+        """Which images one task learned and which are for its test; checked like `read`."""
+        from duallora_edge.learner.network.task_record import read_split
+
+        digests = self._description(task)[1]
+        with _damage_named(task):
+            return read_split(self._tensors(task, "split", digests["split"]))
+
+    def _tensors(self, task: StoredTask, name: str, digest: str) -> dict[str, Tensor]:
+        """The tensors of a file of a task whose content has this sha256."""
+        from safetensors.torch import load
+
+        path = self.path / "tasks" / task.folder / f"{name}.safetensors"
+        try:
+            if not path.is_file():  # a pipe would be waited for
+                raise FileNotFoundError("there is no such file")
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise RunError(f"{path} was altered since it was written; restore it from a copy of the run.")
+            return load(content)
+        except (OSError, KeyError, ValueError, MemoryError, SafetensorError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it from a copy of the run.") from error
 
     def records(self, tasks: Sequence[StoredTask] | None = None) -> list[TaskRecord]:
         """The records of the given tasks, or of all active ones."""
@@ -483,6 +489,17 @@ class FileCheckpoint:
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # missing, or with a file of somebody else
             self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def _damage_named(task: StoredTask) -> Iterator[None]:
+    """Turn what wrong tensors raise into a `RunError` that names the task."""
+    try:
+        yield
+    except KeyError as error:
+        raise RunError(f"The task {task.folder} lacks the tensor {error}; restore it from a copy.") from error
+    except ValueError as error:
+        raise RunError(f"The task {task.folder} is damaged ({error}); restore it from a copy.") from error
 
 
 @contextlib.contextmanager

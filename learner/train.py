@@ -16,6 +16,7 @@ from duallora_edge.learner.adapt import base_for
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask
+from duallora_edge.learner.data.kept_split import keep_apart
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import Tests, add_tests, evaluate_run, report
 from duallora_edge.learner.methods import METHODS, learn_task
@@ -166,11 +167,15 @@ def train_run(
                 )
                 continue
             start_task(task.name)
+            splits = {entry: run.read_split(entry) for entry in run.active_tasks()}
+            if replaced and task.name == again:
+                task = splits.pop(replaced).extend(task)
+            task = keep_apart(task, splits.values(), callback.say)
             _learn(run, backbone, task, config, callback, cache, replaced if task.name == again else None)
             if task.name == again:
                 run.remember_source([again], config)
             if tests:
-                tests.add(task, task.classes)
+                tests.add(task.name, task.test, task.classes)
             metrics = evaluate_run(run, tests, reuse=True, on_row=callback.measured)
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")

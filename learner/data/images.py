@@ -140,13 +140,17 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The images of one task. ``validation`` is held back from training; ``test`` chooses nothing and may be empty."""
+    """The images of one task. ``validation`` is held back from training; ``test`` chooses nothing and may be empty.
+
+    ``test_given`` tells whether the source says which images are for the test.
+    """
 
     name: str
     train: ImageSet
     validation: ImageSet
     test: ImageSet
     notes: tuple[str, ...] = ()
+    test_given: bool = True
 
 
 @dataclass(frozen=True)

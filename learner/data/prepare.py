@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,27 @@ _BATCH = 256
 
 @dataclass(frozen=True, eq=False)
 class PixelSet:
-    """Checked images: ``pixels`` ``uint8 [N, S, S, 3]`` RGB, read-only, mapped from disk; ``labels``: N class names."""
+    """Checked images: ``pixels`` ``uint8 [N, S, S, 3]`` RGB, read-only, mapped from disk; ``labels``: N class names.
+
+    ``hashes`` ``uint8 [N, 16]`` identify the images by their full-size pixels; by default by ``pixels``.
+    """
 
     pixels: Bytes
     labels: tuple[str, ...]
+    hashes: Bytes = field(default_factory=lambda: np.zeros((0, HASH_BYTES), np.uint8))
+
+    def __post_init__(self) -> None:
+        if len(self.hashes) != len(self.labels):
+            object.__setattr__(self, "hashes", np.array([*map(_hash, self.pixels)], np.uint8).reshape(-1, HASH_BYTES))
+
+    @classmethod
+    def joined(cls, sets: Sequence[PixelSet]) -> PixelSet:
+        """The images of several sets, one set after the other."""
+        return cls(
+            np.concatenate([s.pixels for s in sets]),
+            tuple(label for s in sets for label in s.labels),
+            np.concatenate([s.hashes for s in sets]),
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +60,7 @@ class PixelSet:
     def where(self, chosen: npt.NDArray[np.bool_]) -> PixelSet:
         """The images for which ``chosen`` [N] is true."""
         numbers = np.flatnonzero(chosen)
-        return PixelSet(self.pixels[numbers], tuple(self.labels[i] for i in numbers))
+        return PixelSet(self.pixels[numbers], tuple(self.labels[i] for i in numbers), self.hashes[numbers])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +69,8 @@ class PreparedTask:
 
     ``digest`` (hexadecimal SHA-256) identifies what the task teaches: the class names and full-size pixels of
     its readable training and validation images. It does not depend on paths, file times, order, the way they
-    are split, copies, the preprocessing, or the other tasks of the stream.
+    are split, copies, the preprocessing, or the other tasks of the stream. ``test_given`` tells whether the source
+    says which images are for the test.
     """
 
     name: str
@@ -61,6 +79,7 @@ class PreparedTask:
     test: PixelSet
     digest: str
     notes: tuple[str, ...] = ()
+    test_given: bool = True
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -79,9 +98,10 @@ class PreparedStream:
         """The same images as one task named ``all``."""
         digest = hashlib.sha256("".join(task.digest for task in self.tasks).encode()).hexdigest()
         train, validation, test = (
-            _concatenated([getattr(task, split) for task in self.tasks]) for split in ("train", "validation", "test")
+            PixelSet.joined([getattr(task, split) for task in self.tasks]) for split in ("train", "validation", "test")
         )
-        return PreparedStream((PreparedTask("all", train, validation, test, digest),), self.health)
+        given = all(task.test_given for task in self.tasks)
+        return PreparedStream((PreparedTask("all", train, validation, test, digest, test_given=given),), self.health)
 
     def for_development(self, seed: int, share: float = 0.2) -> PreparedStream:
         """A stream to choose settings on: a run of each class's training images, placed by ``seed``, is its test."""
@@ -93,12 +113,9 @@ class PreparedStream:
             for name in task.classes:
                 own = np.roll(np.flatnonzero(labels == name), generator.integers(1 << 30))
                 chosen[own[: int(share * len(own))]] = True
-            tasks.append(replace(task, train=task.train.where(~chosen), test=task.train.where(chosen)))
+            train, test = task.train.where(~chosen), task.train.where(chosen)
+            tasks.append(replace(task, train=train, test=test, test_given=False))
         return PreparedStream(tuple(tasks), self.health)
-
-
-def _concatenated(sets: Sequence[PixelSet]) -> PixelSet:
-    return PixelSet(np.concatenate([s.pixels for s in sets]), tuple(label for s in sets for label in s.labels))
 
 
 def prepare(
@@ -137,6 +154,7 @@ def prepare(
             name=task.name,
             digest=_digest(task, own),
             notes=task.notes,
+            test_given=task.test_given,
             **{
                 split: _usable(images, *splits[split], verdict[split], cache) for split, images in _splits(task).items()
             },
@@ -190,9 +208,7 @@ def _decode_one(image: ImageRef, preprocessing: Preprocessing) -> tuple[Bytes, B
         facts[HASH_BYTES] = Flag.UNREADABLE
         return pixels, facts
     height, width, _ = frame.shape
-    content = hashlib.blake2b(f"{height}x{width}".encode(), digest_size=HASH_BYTES)
-    content.update(frame.data)
-    facts[:HASH_BYTES] = np.frombuffer(content.digest(), np.uint8)
+    facts[:HASH_BYTES] = _hash(frame)
     facts[HASH_BYTES] = sum(Flag[trait.upper()] for trait in traits)
     if min(height, width) < MIN_SIDE:
         facts[HASH_BYTES] |= Flag.TINY
@@ -200,19 +216,27 @@ def _decode_one(image: ImageRef, preprocessing: Preprocessing) -> tuple[Bytes, B
     return preprocessing(frame), facts
 
 
+def _hash(frame: Bytes) -> Bytes:
+    """The hash uint8 [16] of the pixels uint8 [H, W, 3] of an image."""
+    height, width, _ = frame.shape
+    content = hashlib.blake2b(f"{height}x{width}".encode(), digest_size=HASH_BYTES)
+    content.update(np.ascontiguousarray(frame).data)
+    return np.frombuffer(content.digest(), np.uint8)
+
+
 def _usable(images: ImageSet, key: str, entry: Decoded, verdicts: list[str], cache: DecodedCache) -> PixelSet:
     """The images without a verdict. Where some have one, the rest gets a cache file of its own."""
     kept = [index for index, verdict in enumerate(verdicts) if not verdict]
     labels = images.subset(kept).labels
     if len(kept) == len(images):
-        return PixelSet(entry.pixels, labels)
+        return PixelSet(entry.pixels, labels, entry.facts[:, :HASH_BYTES])
     size = entry.pixels.shape[1]
     own_key = hashlib.sha256(f"{key} without {verdicts}".encode()).hexdigest()
     own = cache.load(own_key, len(kept), size)
     if own is None:
         parts = [kept[first : first + _BATCH] for first in range(0, len(kept), _BATCH)]
         own = cache.store(own_key, len(kept), size, (Decoded(entry.pixels[part], entry.facts[part]) for part in parts))
-    return PixelSet(own.pixels, labels)
+    return PixelSet(own.pixels, labels, own.facts[:, :HASH_BYTES])
 
 
 def _digest(task: TaskData, facts: Mapping[str, Bytes]) -> str:

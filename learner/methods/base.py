@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import RunError
+from duallora_edge.learner.data.kept_split import KeptSplit
 from duallora_edge.learner.methods.lesson import Lesson, summary_statistics
 from duallora_edge.learner.methods.losses import Loss, cross_entropy
 from duallora_edge.learner.methods.scoring import (
@@ -238,6 +239,7 @@ class Method(ABC):
                 ridge_sums = ridge_sums + RidgeSums.of(validation_features, validation.labels, classes)
         return TaskRecord(
             info=replace(info, validation={**info.validation, "accuracy": curve.accuracy}),
+            split=KeptSplit.of(lesson.task),
             blocks=_with_bases(blocks, past, moments, config.energy),
             head=head,
             statistics=statistics,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duallora_edge.learner.data.cache import HASH_BYTES
+from duallora_edge.learner.data.kept_split import SPLITS, KeptSplit
 from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.statistics.calibration import QUANTILES, SHAPES, TEMPERATURES, CalibrationCurve
@@ -40,6 +42,7 @@ class TaskRecord:
     Attributes:
         info: its description.
         blocks: what it adds to each adapted block.
+        split: which images it learned and which are for its test.
         head: the linear head [K, d + 1] that the adapters were trained with, bias last; where the method says so it
             has the classes of all tasks so far.
         statistics: of the features [f ; s ; phi], classes in the order of ``info.classes``.
@@ -55,6 +58,7 @@ class TaskRecord:
     """
 
     info: TaskInfo
+    split: KeptSplit
     blocks: tuple[BlockRecord, ...]
     head: Tensor
     statistics: ClassStatistics
@@ -69,7 +73,7 @@ class TaskRecord:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by the name of their file (without suffix), for storage as safetensors.
 
-        All are float32 except kept images and their labels. What a task does not have has no file.
+        All are float32 except hashes, kept images and their labels. What a task does not have has no file.
         """
         adapters, bases = {}, {}
         for index, block in enumerate(self.blocks):
@@ -99,6 +103,7 @@ class TaskRecord:
             ridge = self.ridge_sums
             files["ridge_sums"] = {"gram": ridge.gram, "sums": ridge.sums, "right": ridge.right}
         stored = {name: {k: v.float().contiguous() for k, v in part.items()} for name, part in files.items()}
+        stored["split"] = {name: torch.from_numpy(getattr(self.split, name).copy()) for name in SPLITS}
         if self.kept_images:
             kept = self.kept_images
             stored["kept_images"] = {"images": kept.images.contiguous(), "labels": kept.labels.contiguous()}
@@ -155,6 +160,7 @@ class TaskRecord:
         nll, confidence = read("statistics/curve.nll", *shape), read("statistics/curve.confidence", *shape)
         return cls(
             info=info,
+            split=read_split(files["split"]),
             blocks=blocks,
             head=read("head/head", None, width),
             statistics=ClassStatistics(counts.double(), means.double(), factor, diagonal),
@@ -166,6 +172,12 @@ class TaskRecord:
             ridge_sums=_ridge_sums(read, classes) if "ridge_sums" in files else None,
             kept_images=_kept_images(read, classes) if "kept_images" in files else None,
         )
+
+
+def read_split(tensors: Mapping[str, Tensor]) -> KeptSplit:
+    """The split from the tensors of its file. Raises `KeyError` and `ValueError` as `TaskRecord.from_tensors`."""
+    read = _Tensors(tensors)
+    return KeptSplit(*(read(name, None, HASH_BYTES, dtype=torch.uint8).numpy() for name in SPLITS))
 
 
 def _discriminants(read: _Tensors, classes: int, features: int) -> Discriminants:

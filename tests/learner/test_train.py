@@ -361,6 +361,47 @@ def test_measuring_again_gives_the_same_numbers(run: Path) -> None:
     assert json.loads((run / "reports" / "rows.json").read_text()) == before
 
 
+def test_a_folder_that_grows_makes_no_test_image_of_a_learned_one(
+    tmp_path: Path, image_task: Callable[..., Path]
+) -> None:
+    """Class folders, whose split is ours: measuring keeps it, learning again extends it."""
+    folder, aside = image_task(tmp_path / "images", {"disc": 0, "square": 1}, train=30) / "train", tmp_path / "aside"
+    for path in folder.glob("*/*[02468].png"):
+        (aside / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(aside / path.parent.name / path.name)
+    train(tmp_path / "run", folder, task_name="t")
+    run = RunDirectory.open(tmp_path / "run")
+    (before,) = (record.split for record in run.records())
+    assert len(before.tested) == 6 and len(before.learned) == 24
+    shutil.copytree(aside, folder, dirs_exist_ok=True)
+    notes = Notes()
+    measure_run(run, None, "cpu", None, notes)
+    said = "Task t: its images have changed since it was learned (30 new); the split stays, 6 images are measured"
+    assert said in notes.lines
+    (row,) = json.loads((run.path / "reports" / "rows.json").read_text()).values()
+    assert row[0]["n"] == 6
+    train(tmp_path / "run", folder, again="t", task_name="t")
+    (after,) = (record.split for record in run.records())
+    assert before.tested <= after.tested and not after.tested & before.learned
+    assert before.learned <= after.learned and len(after.tested) > 6
+    assert len(after.learned | after.tested) == 60
+    measure_run(run, None, "cpu", None, notes := Notes())
+    assert not any("have changed" in line for line in notes.lines)
+
+
+def test_images_that_another_task_learned_are_not_measured(tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    first = image_task(tmp_path / "first", {"disc": 0, "square": 1})
+    second = image_task(tmp_path / "second", {"disc": 3, "square": 4})
+    shutil.copy(first / "train" / "disc" / "00.png", second / "test" / "disc" / "copy.png")
+    shutil.copy(first / "test" / "disc" / "01.png", second / "train" / "disc" / "copy.png")
+    train(tmp_path / "run", first)
+    notes = train(tmp_path / "run", second)
+    assert "  left out of the test: images that earlier tasks learned (1)" in notes.lines
+    assert "  left out of training: test images of earlier tasks (1)" in notes.lines
+    one, two = (record.split for record in RunDirectory.open(tmp_path / "run").records())
+    assert not two.tested & one.learned and not two.learned & one.tested
+
+
 def test_a_run_without_tasks_cannot_be_measured(run: Path) -> None:
     RunDirectory.open(run).set_active_tasks([])
     with pytest.raises(RunError, match="learned no task yet"):
