@@ -237,7 +237,7 @@ def remove(run: Path, task: str) -> None:
 
 def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[str, Metrics]] = ()) -> None:
     """Print the headline numbers with one column for each run, or everything as JSON."""
-    from duallora_edge.learner.report.definitions import DEFINITIONS
+    from duallora_edge.learner.report.definitions import DEFINITIONS, span
 
     if as_json:
         echo(json.dumps(metrics.to_json(), indent=2))
@@ -246,10 +246,13 @@ def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[st
     names = ["", *(name for name, _ in comparisons)]
     width = max(len(definition.title) for definition in DEFINITIONS.values())
     if comparisons:
-        echo(" " * width + "".join(f"  {one_line(name) or 'this run':>14}" for name in names))
+        echo(" " * width + "".join(f"  {one_line(name) or 'this run':>15}" for name in names))
     for key, definition in DEFINITIONS.items():
-        values = "".join(f"  {definition.format(column.summary[key]):>14}" for column in columns)
-        echo(f"{definition.title:<{width}}{values}")
+        values = "".join(f"  {definition.headline(c.summary[key], c.intervals[key]):>15}" for c in columns)
+        ends = "" if comparisons or metrics.intervals[key] is None else f"  ({span(metrics.intervals[key])})"
+        echo(f"{definition.title:<{width}}{values}{ends}")
+    if not comparisons:
+        echo("In brackets: intervals of 95 % for the number of test images.")
 
 
 def describe(run: RunDirectory) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from duallora_edge.learner.callbacks import Callback
+from duallora_edge.learner.report.definitions import DEFINITIONS, span
+from duallora_edge.learner.report.intervals import wilson
 from duallora_edge.learner.report.metrics import Row, pool
 from duallora_edge.text import escaped
 
@@ -53,9 +55,10 @@ class TerminalCallback(Callback):
 
     def measured(self, tasks: int, row: Row) -> None:
         cell = pool(row)
-        if cell.accuracy is not None:
+        if interval := wilson(cell.correct, cell.n):
+            found = DEFINITIONS["last_accuracy"].headline(cell.accuracy, interval)
             self.say(
-                f"  after {tasks} task{'s' if tasks > 1 else ''}: {100 * cell.accuracy:.1f} % of {cell.n} test images"
+                f"  after {tasks} task{'s' if tasks > 1 else ''}: {found} ({span(interval)}) of {cell.n} test images"
             )
 
     def _finish(self) -> None:

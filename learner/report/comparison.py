@@ -44,7 +44,7 @@ class Result:
             forgetting_since_learned=summary["forgetting_since_learned"],
             forgetting_task_given=summary["forgetting_task_given"],
             calibration_error=summary["calibration_error"],
-            task_accuracy=None if single_task or metrics.shares_classes else summary["task_accuracy"],
+            task_accuracy=None if single_task else summary["task_accuracy"],
             trained=trained,
             stored_bytes=stored_bytes,
             seconds=seconds,

@@ -6,7 +6,15 @@ then competing; ``b_{k,i}`` the same with the choice limited to the classes of t
 
 from typing import NamedTuple
 
+from duallora_edge.learner.report.intervals import Interval, is_too_wide
 from duallora_edge.learner.report.metrics import BINS
+
+TOO_FEW = "too few to tell"
+
+
+def span(interval: Interval | None) -> str:
+    """An interval of fractions as text for people: "86.0 to 89.9"; "" without one."""
+    return "" if interval is None else " to ".join(f"{round(100 * end, 1) + 0.0:.1f}" for end in interval)
 
 
 class Definition(NamedTuple):
@@ -23,6 +31,10 @@ class Definition(NamedTuple):
         if value is None:
             return "–"
         return f"{round(100 * value, 1) + 0.0:.1f} {'points' if self.points else '%'}"
+
+    def headline(self, value: float | None, interval: Interval | None) -> str:
+        """`format`, or "too few to tell" where the interval is so wide that the number would mislead."""
+        return TOO_FEW if is_too_wide(interval) else self.format(value)
 
 
 DEFINITIONS = {

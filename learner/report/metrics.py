@@ -20,6 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import RunError
+from duallora_edge.learner.report.intervals import (
+    Interval,
+    calibration_interval,
+    difference,
+    mean_of_independent,
+    mean_of_same,
+    wilson,
+)
 
 BINS = 15
 SCHEMA = 1
@@ -190,8 +198,9 @@ class TaskClasses:
 class TaskResult:
     """One task at the end of the stream. Accuracies are 0..1; None where there is nothing to measure.
 
-    ``learned`` is ``a_{i,i}``, ``best`` the maximum of ``a_{k,i}`` over the states before the last one,
-    ``now`` is ``a_{T,i}``. The newest task has had no time to be forgotten: its ``forgetting_...`` are None.
+    ``learned`` is ``a_{i,i}``, ``best`` the maximum of ``a_{k,i}`` over the states before the last one, ``now`` is
+    ``a_{T,i}``, with its interval of 95 %. The newest task has had no time to be forgotten: its ``forgetting_...`` are
+    None.
     """
 
     name: str
@@ -200,6 +209,7 @@ class TaskResult:
     learned: float | None
     best: float | None
     now: float | None
+    now_interval: Interval | None
     learned_task_given: float | None
     now_task_given: float | None
     task_accuracy: float | None
@@ -278,6 +288,7 @@ class Metrics:
             learned=learned.accuracy,
             best=best,
             now=now.accuracy,
+            now_interval=wilson(now.correct, now.n),
             learned_task_given=learned.accuracy_task_given,
             now_task_given=now.accuracy_task_given,
             task_accuracy=now.task_accuracy,
@@ -288,7 +299,10 @@ class Metrics:
 
     @cached_property
     def summary(self) -> dict[str, float | None]:
-        """The headline numbers as fractions (0.881, not 88.1); `report.definitions` says what each means."""
+        """The headline numbers as fractions (0.881, not 88.1); `report.definitions` says what each means.
+
+        The task of an image is ambiguous where tasks share classes, so that its number is None there.
+        """
         since_learned = _mean(task.forgetting_since_learned for task in self.per_task)
         return {
             "last_accuracy": self.last.accuracy,
@@ -299,15 +313,49 @@ class Metrics:
             "forgetting_since_learned": since_learned,
             "forgetting_task_given": _mean(task.forgetting_task_given for task in self.per_task),
             "backward_transfer": None if since_learned is None else 0.0 - since_learned,
-            "task_accuracy": self.last.task_accuracy,
+            "task_accuracy": None if self.shares_classes else self.last.task_accuracy,
             "calibration_error": self.last.calibration_error,
         }
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval | None]:
+        """Confidence intervals of 95 % of the numbers of `summary`, as fractions; None where there is no number."""
+        last, newest = self.rows[-1], len(self.tasks) - 1
+        now = [cell for cell in last if cell.n]
+        since = self._forgetting([(self.rows[i][i], last[i]) for i in range(newest)], "correct")
+        best = [max((row[i] for row in self.rows[i:-1]), key=lambda cell: cell.accuracy or 0.0) for i in range(newest)]
+        states = [pool(row) for row in self.rows]
+        pooled = self.last
+        return {
+            "last_accuracy": wilson(pooled.correct, pooled.n),
+            "last_accuracy_task_mean": mean_of_independent(*_shares(now, "correct")),
+            "last_accuracy_task_given": wilson(pooled.correct_task_given, pooled.n),
+            "average_incremental_accuracy": mean_of_same(_shares(states, "correct")[1]),
+            "forgetting_from_best": self._forgetting(list(zip(best, last[:newest], strict=True)), "correct"),
+            "forgetting_since_learned": since,
+            "forgetting_task_given": self._forgetting(
+                [(self.rows[i][i], last[i]) for i in range(newest)], "correct_task_given"
+            ),
+            "backward_transfer": None if since is None else (-since[1], -since[0]),
+            "task_accuracy": None if self.shares_classes else wilson(pooled.task_correct, pooled.n),
+            "calibration_error": calibration_interval(pooled.bin_count, pooled.bin_correct, pooled.bin_confidence),
+        }
+
+    @staticmethod
+    def _forgetting(pairs: Sequence[tuple[Cell, Cell]], right: str) -> Interval | None:
+        """The interval of the mean drop from the first to the second cell of each pair."""
+        measured = [(before, after) for before, after in pairs if before.n and after.n]
+        before, of_before = _shares([cell for cell, _ in measured], right)
+        after, of_after = _shares([cell for _, cell in measured], right)
+        drops = list(map(difference, before, of_before, after, of_after))
+        return mean_of_independent([a - b for a, b in zip(before, after, strict=True)], drops)
 
     def to_json(self) -> dict[str, Any]:
         """The counts, and every number derived from them, without NaN."""
         return {
             "schema": SCHEMA,
             "summary": self.summary,
+            "intervals": self.intervals,
             "incremental_accuracy": self.incremental_accuracy,
             "accuracy_matrix": [[cell.accuracy for cell in row] for row in self.rows],
             "per_task": [asdict(task) for task in self.per_task],
@@ -327,6 +375,13 @@ class Metrics:
             raise RunError(
                 f"The stored metrics are unreadable ({error}); run 'duallora-edge evaluate' to measure again."
             ) from error
+
+
+def _shares(cells: Iterable[Cell], right: str) -> tuple[list[float], list[Interval]]:
+    """The shares of right answers of cells that have images, and their intervals; ``right`` names their count."""
+    counts = [(getattr(cell, right), cell.n) for cell in cells]
+    intervals = [(count / n, interval) for count, n in counts if (interval := wilson(count, n))]
+    return [share for share, _ in intervals], [interval for _, interval in intervals]
 
 
 def _minus(before: float | None, after: float | None) -> float | None:

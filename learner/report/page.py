@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from duallora_edge.files import write_atomic, write_json
-from duallora_edge.learner.report.definitions import DEFINITIONS
+from duallora_edge.learner.report.definitions import DEFINITIONS, span
 from duallora_edge.learner.report.metrics import Metrics, TaskResult
 from duallora_edge.learner.report.plots import accuracy_png, matrix_png, printable, reliability_png
 
@@ -132,11 +132,13 @@ def _cards(metrics: Metrics) -> str:
     }
     cards = []
     for key in _CARDS:
-        number, _, unit = DEFINITIONS[key].format(metrics.summary[key]).partition(" ")
+        interval = metrics.intervals[key]
+        number, _, unit = DEFINITIONS[key].headline(metrics.summary[key], interval).partition(" ")
+        ends = f'<p class="note">95 % interval: {span(interval)}</p>' if interval else ""
         cards.append(
             f'<div class="card"><h2>{DEFINITIONS[key].title}</h2>'
             f'<p class="number">{number}<span class="unit"> {unit}</span></p>'
-            f'<p class="note">{notes[key]}</p></div>\n'
+            f'<p class="note">{notes[key]}</p>{ends}</div>\n'
         )
     return f'<section aria-label="Headline numbers">\n<div class="cards">\n{"".join(cards)}</div>\n</section>\n'
 
@@ -173,8 +175,8 @@ def _reading() -> str:
 be taken for one of 40 although no weight has moved. Part of the drop of an old task is therefore the harder
 question, not a worse network.</p>
 <p><strong>Forgetting, task given</strong> keeps the question the same: the choice stays limited to the task’s
-own classes. What is left is the drift of the network and of its classifier, which shares one covariance over
-all tasks. The difference between the two kinds of forgetting is confusion between tasks.</p>
+own classes. What is left is the drift of the network. The difference between the two kinds of forgetting is
+confusion between tasks.</p>
 </div>
 """
 
@@ -211,8 +213,8 @@ def _task_table(metrics: Metrics) -> str:
     header += ["Just learned, task given", "Now, task given", "Forgotten, task given"]
     rows = [_task_row(i, task) for i, task in enumerate(metrics.per_task)]
     return (
-        "<section>\n<h2>Tasks</h2>\n<p>Accuracy in percent, forgotten in points since the task had just been"
-        " learned. <em>Task given</em>: the choice limited to the task’s own classes.</p>\n"
+        "<section>\n<h2>Tasks</h2>\n<p>Accuracy in percent, in brackets its interval of 95 %; forgotten in points since"
+        " the task had just been learned. <em>Task given</em>: the choice limited to the task’s own classes.</p>\n"
         f"{_table('Tasks', header, rows)}</section>\n"
     )
 
@@ -226,7 +228,9 @@ def _task_row(i: int, task: TaskResult) -> list[str]:
         task.now_task_given,
         task.forgetting_task_given,
     )
-    numbers = ("–" if value is None else f"{round(100 * value, 1) + 0.0:.1f}" for value in values)
+    numbers = ["–" if value is None else f"{round(100 * value, 1) + 0.0:.1f}" for value in values]
+    if task.now_interval:
+        numbers[1] += f" ({span(task.now_interval)})"
     return [f"{i + 1}. {_text(task.name, 60)}", f"{task.classes:,}", f"{task.n:,}", *numbers]
 
 
@@ -242,8 +246,8 @@ def _class_names(metrics: Metrics) -> str:
 
 def _definitions(metrics: Metrics) -> str:
     shared = (
-        "<p>In this stream some classes appear in several tasks, so the task of an image is ambiguous: read"
-        " <em>task identity</em> with care.</p>\n"
+        "<p>In this stream some classes appear in several tasks, so the task of an image is ambiguous and"
+        " <em>task identity</em> is left out.</p>\n"
         if metrics.shares_classes
         else ""
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duallora_edge.errors import RunError
+from duallora_edge.learner.report.intervals import difference, mean_of_independent, wilson
 from duallora_edge.learner.report.metrics import BINS, Cell, Metrics, Predictions, TaskClasses, pool
 
 
@@ -169,6 +171,19 @@ def test_summary_against_numbers_worked_out_by_hand() -> None:
     }
 
 
+def test_intervals_are_those_of_the_numbers() -> None:
+    metrics = metrics_of(MATRIX, GIVEN)
+    for key, value in metrics.summary.items():
+        low, high = metrics.intervals[key] or (1.0, 0.0)
+        assert value is not None and low <= value <= high and high > low
+    assert metrics.intervals["last_accuracy"] == pytest.approx(wilson(297, 400))
+    assert metrics.per_task[2].now_interval == wilson(50, 100)
+    drops = [difference(a, wilson(round(100 * a), 100) or (0, 1), b, wilson(round(100 * b), 100) or (0, 1))
+             for a, b in ((0.9, 0.6), (0.95, 0.88), (0.6, 0.5))]  # fmt: skip
+    assert metrics.intervals["forgetting_since_learned"] == mean_of_independent([0.3, 0.07, 0.1], drops)
+    assert metrics.to_json()["intervals"]["last_accuracy"] == metrics.intervals["last_accuracy"]
+
+
 def test_the_best_state_may_come_after_learning() -> None:
     metrics = metrics_of([[50], [80, 90], [60, 85, 90]])
     assert metrics.summary["forgetting_from_best"] == pytest.approx((0.20 + 0.05) / 2)
@@ -195,7 +210,8 @@ def test_tasks_without_images_are_left_out() -> None:
     assert metrics.summary["forgetting_since_learned"] == pytest.approx(0.20)
     assert metrics.per_task[1].forgetting_from_best is None
     assert np.isnan(metrics.accuracy_matrix[2, 1])
-    assert set(metrics_of([[-1], [-1, -1]]).summary.values()) == {None}
+    nothing = metrics_of([[-1], [-1, -1]])
+    assert {*nothing.summary.values(), *nothing.intervals.values()} == {None}
 
 
 @pytest.mark.parametrize("rows", [(), ((),), ((Cell(), Cell()),), ((Cell(),), (Cell(),))])
@@ -208,6 +224,9 @@ def test_shared_classes_are_counted_once() -> None:
     rows = ((Cell(),), (Cell(), Cell()))
     shared = Metrics((TaskClasses("day", ("cat", "dog")), TaskClasses("night", ("dog", "owl"))), rows)
     assert (shared.class_count, shared.shares_classes) == (3, True)
+    whole = cell_with(9, 10)
+    measured = replace(shared, rows=((whole,), (whole, whole)))
+    assert measured.summary["task_accuracy"] is measured.intervals["task_accuracy"] is None  # it is ambiguous
     separate = Metrics((TaskClasses("day", ("cat", "dog")), TaskClasses("night", ("owl",))), rows)
     assert (separate.class_count, separate.shares_classes) == (3, False)
 
@@ -223,7 +242,10 @@ def test_laws_of_the_summary(triangle: tuple[list[int], ...]) -> None:
     metrics = metrics_of(list(triangle))
     summary = metrics.summary
     for name, value in summary.items():
-        if value is not None:
+        interval = metrics.intervals[name]
+        assert (value is None) == (interval is None)
+        if value is not None and interval is not None:
+            assert interval[0] - 1e-9 <= value <= interval[1] + 1e-9
             lowest = -1 if "forgetting" in name or name == "backward_transfer" else 0
             assert lowest <= value <= 1
     if summary["forgetting_since_learned"] is not None:
