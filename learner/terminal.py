@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.report.definitions import DEFINITIONS, span
-from duallora_edge.learner.report.intervals import wilson
+from duallora_edge.learner.report.intervals import is_too_wide, wilson
 from duallora_edge.learner.report.metrics import Row, pool
 from duallora_edge.text import escaped
 
@@ -55,11 +55,15 @@ class TerminalCallback(Callback):
 
     def measured(self, tasks: int, row: Row) -> None:
         cell = pool(row)
-        if interval := wilson(cell.correct, cell.n):
-            found = DEFINITIONS["last_accuracy"].headline(cell.accuracy, interval)
-            self.say(
-                f"  after {tasks} task{'s' if tasks > 1 else ''}: {found} ({span(interval)}) of {cell.n} test images"
-            )
+        interval = wilson(cell.correct, cell.n)
+        if interval is None:
+            return
+        state = f"  after {tasks} task{'s' if tasks > 1 else ''}: "
+        if is_too_wide(interval):
+            self.say(f"{state}{cell.n} test images are too few to tell ({span(interval)} %)")
+        else:
+            found = DEFINITIONS["last_accuracy"].format(cell.accuracy)
+            self.say(f"{state}{found} ({span(interval)}) of {cell.n} test images")
 
     def _finish(self) -> None:
         if self.bar is not None:
