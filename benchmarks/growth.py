@@ -95,7 +95,7 @@ def main(backbones: str, size: int, counts: str, residual: str, rounds: int, ima
                 sessions[count].run(None, frame)
                 times[count].append(1000 * (time.perf_counter() - started))
         first = next(iter(sessions))
-        click.echo(f"{name}, {size} px, {backbone.feature_dim} features")
+        click.echo(f"{name}, {size} px, {backbone.dim + backbone.summary_dim} features")
         for count, (seconds, newest_mb, total) in lines.items():
             ratios = np.array(times[count]) / np.array(times[first])
             click.echo(

@@ -47,7 +47,7 @@ SIGMA = 0.3  # of the root mean square distance to a class mean; 0.3 on features
 FLOOR = 1e-3  # added to correlations, which are singular where LayerNorm fixes the sum of the features
 FECAM_SCALE = 64.0  # distances of features of length 1 are small; nothing but the range of the temperatures needs it
 
-# Statistics of [f ; s ; phi] of earlier tasks before a task was trained to those after it.
+# Statistics of [f ; phi] of earlier tasks before a task was trained to those after it.
 Move = Callable[[Sequence[ClassStatistics]], list[ClassStatistics]]
 _kept: dict[tuple[str, bytes], Any] = {}
 
@@ -64,15 +64,15 @@ def _recall(task: TaskRecord) -> Any:
 
 
 class Carried(Sequential):
-    """Sequential LoRA with our classifier; the old statistics of [f ; s] follow the drift that new images show."""
+    """Sequential LoRA with our classifier; the old statistics of f follow the drift that new images show."""
 
     classifier = "lda"
     removable = False
 
     @abstractmethod
     def fit_move(self, old: Tensor, new: Tensor, statistics: Sequence[ClassStatistics]) -> Move:
-        """The move of a task from [f ; s], float64 [n, trained_dim], of its images before and after training, and from
-        the ``statistics`` of the earlier tasks before it."""
+        """The move of a task from features f, float64 [n, d], of its images before and after training, and from the
+        ``statistics`` of the earlier tasks before it."""
 
     def learn(self, lesson: Lesson) -> TaskRecord:
         """Train as `Sequential`, and move the old statistics before the new ones join them."""
@@ -164,10 +164,7 @@ class Fecam(Frozen):
         """A Gaussian for each class; validation images calibrate first and join it afterwards."""
         record, suffix = super().learn(lesson), self.training_blocks(lesson)
         train, held = lesson.train, lesson.validation
-        f, g = (
-            suffix_features(lesson.backbone, suffix, x, lesson.config.precision, "none")[0][:, : lesson.backbone.dim]
-            for x in (train, held)
-        )
+        f, g = (suffix_features(lesson.backbone, suffix, x, lesson.config.precision, "none")[0] for x in (train, held))
         catalogue = Catalogue.of([*(task.info for task in lesson.past), record.info])
         truth = torch.tensor([catalogue.classes.index(name) for name in record.info.classes])[held.labels]
         logits = _distances(
@@ -213,7 +210,7 @@ def _gaussians(f: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _distances(features: Tensor, gaussians: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Logits [n, K]: squared distances of all features or f, negative."""
+    """Logits [n, K]: squared distances of [f ; phi] or f, negative."""
     x = F.normalize(_power(features[:, : len(gaussians[0][0])]), dim=1)
     return torch.stack([-FECAM_SCALE * ((x - m) @ w).square().sum(dim=1) for m, w in gaussians], dim=1)
 

@@ -106,7 +106,7 @@ def write_bundle(
         classes=model.catalogue.classes,
         tasks=_tasks(model),
         preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
-        feature_size=model.network.backbone.feature_dim,
+        feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
         calibration=_calibration(model),
         files={name: FileRecord.of(content) for name, content in written.items()},
         backends=target.profile.backends,

@@ -208,7 +208,7 @@ class VitGraph:
             "probabilities": [classes],
             "task_probabilities": [tasks],
             "novelty": [],
-            "features": [self.backbone.feature_dim],
+            "features": [self.dim + self.backbone.summary_dim],
             "tokens": [self.length, self.dim],
             "phi": [self.backbone.summary_dim],
         }
@@ -224,8 +224,7 @@ class VitGraph:
         if part == "prefix":
             self._tokens(x, "tokens")
         else:
-            x, summaries = self._suffix(x, phi)
-            self._classify(self._feature(x), summaries, phi)
+            self._classify(self._feature(self._suffix(x, phi)), phi)
         initializers = [numpy_helper.from_array(value, name) for name, value in b.initializers.items()]
         inputs = between if part == "suffix" else [image]
         outputs = between if part == "prefix" else answers
@@ -240,24 +239,17 @@ class VitGraph:
             if index in self.backbone.info.summary_blocks:
                 summaries += self._summary(x)
         if not len(self.backbone.directions):
-            return x, self._normalised(summaries, "summary", output="phi")
-        joined = self._normalised(summaries, "summary")
-        return x, self.b.node("Concat", joined, self._second_order(x), axis=1, name="phi")
+            return x, self._normalised(summaries, output="phi")
+        return x, self.b.node("Concat", self._normalised(summaries), self._second_order(x), axis=1, name="phi")
 
-    def _suffix(self, x: str, phi: str) -> tuple[str, list[str]]:
-        """What the adapted blocks make of it, and the parts of its summaries.
-
-        Rows [N * L, d], or [N, d] where the class token is all that counts.
-        """
-        summaries = []
+    def _suffix(self, x: str, phi: str) -> str:
+        """What the adapted blocks make of it: rows [N * L, d], or [N, d] where the class token is all that counts."""
         posterior = self._posterior(phi)
         prefix, blocks = self.backbone.info.prefix_blocks, self.model.network.blocks
         for offset, block in enumerate(blocks):
             last = offset == len(blocks) - 1 and self.backbone.pools_class_token
             x = self._block(f"blocks.{prefix + offset}", block, x, posterior, class_token_only=last)
-            if offset in self.backbone.read_blocks:
-                summaries += self._summary(x)
-        return x, summaries
+        return x
 
     # -- before the blocks ------------------------------------------------------------------------------------
 
@@ -490,12 +482,12 @@ class VitGraph:
         rows, columns = np.triu_indices(m)
         return b.node("Gather", flat, b.ints("second_order.triangle", *(m * rows + columns).tolist()), axis=1)
 
-    def _normalised(self, parts: Sequence[str], what: str, output: str = "") -> str:
-        """The summaries of blocks [N, D'], every part normalised on its own; ``what`` they are names their shape."""
+    def _normalised(self, parts: Sequence[str], output: str = "") -> str:
+        """The summaries of the blocks [N, D'], every part normalised on its own."""
         b = self.b
         ones = b.weight("summary.scale", np.ones(self.dim, np.float32))
         joined = b.layer_norm(b.node("Concat", *parts, axis=1), "summary", ones, None, 1e-6)
-        return b.reshape(joined, what, -1, len(parts) * self.dim, output=output)
+        return b.reshape(joined, "summary", -1, len(parts) * self.dim, output=output)
 
     def _posterior(self, phi: str) -> str:
         """The task posterior [N, T]; the temperature is folded into the weights."""
@@ -512,11 +504,10 @@ class VitGraph:
             pooled = self._rows(self.b.mean_over_tokens(self._patches(tokens)))
         return self._norm("fc_norm", self.vit.fc_norm, pooled)
 
-    def _classify(self, f: str, summaries: Sequence[str], phi: str) -> None:
+    def _classify(self, f: str, phi: str) -> None:
         """The four outputs. The temperatures are folded into the classifier's weights."""
         b, c = self.b, self.model.classifier
-        trained = [f, self._normalised(summaries, "suffix_summary")] if summaries else [f]
-        features = b.node("Concat", *trained, phi, axis=1, name="features")
+        features = b.node("Concat", f, phi, axis=1, name="features")
         read = features
         if c.expansion.numel():
             read = b.node("Relu", b.project(features, "classifier.expansion", c.expansion))

@@ -162,7 +162,7 @@ def training_cost(backbone: Backbone, config: TrainConfig) -> Cost:
     def step(batch: int) -> None:
         tokens = torch.zeros(batch, _length(backbone), dim, device=device)
         with autocast(config.precision, device):
-            f = run_suffix(backbone, blocks, tokens, recompute=config.recompute).f.float()
+            f = run_suffix(backbone, blocks, tokens, recompute=config.recompute)[0].float()
             loss = (1 - F.cosine_similarity(f, torch.ones_like(f))).mean()
         loss.backward()
 
@@ -210,7 +210,7 @@ def summary_width(backbone: Backbone, config: TrainConfig) -> int:
 
 def held_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream, learned: int) -> int:
     """Bytes that stay occupied while the last task of the stream is learned: records, summaries phi, features."""
-    dim, summary = backbone.trained_dim, summary_width(backbone, config)
+    dim, summary = backbone.dim, summary_width(backbone, config)
     images = max((1 + config.views) * len(task.train) + len(task.validation) for task in stream.tasks)
     tests = sum(len(task.test) for task in stream.tasks)
     factors = (learned + len(stream.tasks)) * STORED_DIRECTIONS * (dim + summary) * 4
@@ -219,7 +219,7 @@ def held_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream, 
 
 def statistics_bytes(backbone: Backbone, config: TrainConfig, stream: PreparedStream) -> int:
     """Bytes that are needed to sum up the features of a task: three times float64, and some matrices."""
-    width = backbone.trained_dim + summary_width(backbone, config)
+    width = backbone.dim + summary_width(backbone, config)
     images = max((1 + config.views) * len(task.train) + len(task.validation) for task in stream.tasks)
     return STATISTICS_MATRICES * width**2 * 8 + images * 3 * 8 * width
 

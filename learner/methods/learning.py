@@ -90,7 +90,7 @@ def compose(backbone: Backbone, tasks: Sequence[TaskRecord]) -> ComposedModel:
 
 def _check_fit(backbone: Backbone, tasks: Sequence[TaskRecord]) -> None:
     """Raise `RunError` unless the tasks are of one run on this backbone. Each alone was checked when it was read."""
-    sizes = (len(backbone.suffix), backbone.dim, backbone.feature_dim)
+    sizes = (len(backbone.suffix), backbone.dim, backbone.dim + backbone.summary_dim)
     names = Counter(task.info.name for task in tasks)
     for task in tasks:
         info, last = task.info, tasks[-1]

@@ -101,7 +101,7 @@ class Lesson:
 
 def summary_statistics(tasks: Sequence[TaskRecord], backbone: Backbone) -> list[ClassStatistics]:
     """The part of the statistics of tasks that belongs to phi."""
-    return [task.statistics.part(slice(backbone.trained_dim, None)) for task in tasks]
+    return [task.statistics.part(slice(backbone.dim, None)) for task in tasks]
 
 
 @timed("statistics")

@@ -32,7 +32,7 @@ class ClassifierData:
     """What classifiers are fitted to: one entry for each task, oldest first.
 
     Attributes:
-        dim: width d of the final feature f; the features [f ; s ; phi] are D wide.
+        dim: width d of the final feature f; the features [f ; phi] are D wide.
         heads: linear heads [K, d + 1], bias last.
         statistics: class statistics of the features.
         discriminants: of the classes of each task alone, for `lda`, None for tasks learned with another classifier.
@@ -74,7 +74,7 @@ class ClassifierData:
 
     @cached_property
     def gaussian(self) -> GaussianClassifier:
-        """The classes of all tasks as Gaussians of [f ; s ; phi]."""
+        """The classes of all tasks as Gaussians of [f ; phi]."""
         return GaussianClassifier.fit(self.statistics)
 
     @property
@@ -84,10 +84,10 @@ class ClassifierData:
 
 
 def lda(data: ClassifierData) -> Scores:
-    """Linear discriminants of all features [f ; s ; phi]; those between the classes of one task have its covariance.
+    """Linear discriminants of all features [f ; phi]; between the classes of one task, with a covariance of its own.
 
-    The covariance of all tasks together tells the tasks apart, but it is no task's own: where tasks differ much, as
-    roads and textures do, it takes what varies among the images of other tasks for noise.
+    The covariance of all tasks together tells the tasks apart, but it is no task's: where tasks differ much, as roads
+    and textures do, it takes the differences between images of other tasks for noise.
     """
     within = _known(data.discriminants)
     return Scores(data.gaussian.weight, data.gaussian.bias, data.gaussian.inflation, within=within)
@@ -96,28 +96,28 @@ def lda(data: ClassifierData) -> Scores:
 def lda_f(data: ClassifierData) -> Scores:
     """Linear discriminants of the final feature f alone."""
     alone = GaussianClassifier.fit([statistics.part(slice(0, data.dim)) for statistics in data.statistics])
-    return Scores(_widened(alone.weight, data), alone.bias, alone.inflation)
+    return Scores(_with_phi(alone.weight, data), alone.bias, alone.inflation)
 
 
 def mean_f(data: ClassifierData) -> Scores:
     """The nearest class mean m of the final feature f: -|f - m|^2 / 2 up to a common term."""
     means = torch.cat([statistics.means[:, : data.dim] for statistics in data.statistics])
-    return Scores(_widened(means, data), -means.square().sum(dim=1) / 2, None)
+    return Scores(_with_phi(means, data), -means.square().sum(dim=1) / 2, None)
 
 
 def heads(data: ClassifierData) -> Scores:
     """The linear heads on f that the adapters were trained with."""
     weights = torch.cat([*data.heads]).double()
-    return Scores(_widened(weights[:, :-1], data), weights[:, -1], None)
+    return Scores(_with_phi(weights[:, :-1], data), weights[:, -1], None)
 
 
-def _widened(weight: Tensor, data: ClassifierData) -> Tensor:
-    """Weights [K, d] on f as weights [K, D] on [f ; s ; phi], zero elsewhere."""
+def _with_phi(weight: Tensor, data: ClassifierData) -> Tensor:
+    """Weights [K, d] on f as weights [K, D] on [f ; phi], zero for phi."""
     return F.pad(weight, (0, data.features - data.dim))
 
 
 def ridge(data: ClassifierData) -> Scores:
-    """Ridge regression to one-hot labels on random features of [f ; s ; phi] (see `statistics.ridge`).
+    """Ridge regression to one-hot labels on random features of [f ; phi] (see `statistics.ridge`).
 
     The strength of the ridge is the one with the most right answers on the validation images of all tasks.
     """

@@ -80,7 +80,7 @@ def train_adapters(
         lesson: images, labels and configuration; its checkpoint is continued.
         blocks: the suffix in which to train; they have the new adapters afterwards.
         downs: the down-projections of each block, which stay as they are.
-        features_before: features [f ; s], float32 [n, trained_dim], of the images before training; the ``loss`` gets f.
+        features_before: features f, float32 [n, d], of the images before training, for the ``loss``.
         loss: what is minimised (see `losses`).
         head: where the head [K, d + 1], bias last, starts; zero by default.
 
@@ -100,10 +100,8 @@ def train_adapters(
     trained = nn.Parameter(start.clone().to(device))
 
     def loss_of(batch: Tensor, tokens: Tensor) -> Tensor:
-        f = run_suffix(backbone, blocks, tokens, recompute=lesson.config.recompute).f.float()
-        return loss(
-            head_logits(f, trained), labels[batch].to(device), f, features_before[batch, : backbone.dim].to(device)
-        )
+        f = run_suffix(backbone, blocks, tokens, recompute=lesson.config.recompute)[0].float()
+        return loss(head_logits(f, trained), labels[batch].to(device), f, features_before[batch].to(device))
 
     optimise(lesson, [trained, *(a.q_up for a in adapters), *(a.v_up for a in adapters)], loss_of)
     records = [_block_record(adapter, down) for adapter, down in zip(adapters, downs, strict=True)]

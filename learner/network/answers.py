@@ -24,7 +24,7 @@ class Outputs:
         probabilities: of each class, [B, C].
         task_probabilities: of each task, [B, T].
         novelty: share of the validation images of known classes that look less novel, 0..1, [B].
-        features: [f ; s ; phi], [B, D].
+        features: [f ; phi], [B, D].
     """
 
     probabilities: Tensor
@@ -85,7 +85,7 @@ class Scores(Discriminants):
 
 
 class Classifier(nn.Module):
-    """Calibrated class, task and novelty answers from the features [f ; s ; phi].
+    """Calibrated class, task and novelty answers from the features [f ; phi].
 
     ``scores`` decide the class. The novelty is the relative Mahalanobis distance (Ren et al. 2021, arXiv 2106.09022)
     under the ``gaussian`` of all features: the squared distance to the nearest component minus the squared distance to

@@ -73,22 +73,6 @@ class Backbone(nn.Module):
         return list(self.model.blocks)[self.info.prefix_blocks :]
 
     @property
-    def read_blocks(self) -> tuple[int, ...]:
-        """Blocks of the suffix, from 0, that are summarised: the one in its middle and the last but one."""
-        count = len(self.suffix)
-        return tuple(sorted({count // 2 - 1, count - 2} - {-1}))
-
-    @property
-    def trained_dim(self) -> int:
-        """Length of [f ; s], the final feature f and the summaries s of the suffix."""
-        return self.dim + len(self.read_blocks) * self.dim * (3 if self.model.has_class_token else 2)
-
-    @property
-    def feature_dim(self) -> int:
-        """Length D of [f ; s ; phi], what the classifier reads."""
-        return self.trained_dim + self.summary_dim
-
-    @property
     def summary_dim(self) -> int:
         """Length of the prefix summary phi."""
         pairs = len(self.directions) * (len(self.directions) + 1) // 2

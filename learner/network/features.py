@@ -11,7 +11,7 @@ from torch import Tensor
 from duallora_edge.learner import distributed
 from duallora_edge.learner.network.adapters import AdaptedBlock, Collect, Rows
 from duallora_edge.learner.network.backbone import Backbone, autocast
-from duallora_edge.learner.network.network import Network, run_suffix, trained_features
+from duallora_edge.learner.network.network import Network, run_suffix
 from duallora_edge.learner.network.prefix_cache import Encoded
 from duallora_edge.learner.statistics.subspace import second_moment
 from duallora_edge.learner.timing import phase, timed
@@ -24,7 +24,7 @@ Moments = list[tuple[Tensor, Tensor]]
 def collect_features(
     network: Network, encoded: Encoded, precision: str, collect: Collect = "none"
 ) -> tuple[Tensor, Moments]:
-    """Features [f ; s ; phi], float32 [n, D], of all images under the gates of inference, and the second moments.
+    """Features [f ; phi], float32 [n, D], of all images under the gates of inference, and the second moments.
 
     Matrix multiplications run in ``precision``. What enters the moments is chosen by ``collect`` (see `run_suffix`);
     for ``none`` there are no moments. Everything is on the CPU.
@@ -47,7 +47,8 @@ def collect_features(
         features.append(batch)
         if rows:
             moments = add_moments(moments, rows)
-    known = torch.cat(features) if features else torch.zeros(0, network.backbone.feature_dim)
+    size = network.backbone.dim + network.backbone.summary_dim
+    known = torch.cat(features) if features else torch.zeros(0, size)
     if collect != "none":
         moments = all_reduce_moments(moments, network.backbone)
     return distributed.all_gather(known, encoded.counts), moments
@@ -57,7 +58,7 @@ def collect_features(
 def suffix_features(
     backbone: Backbone, blocks: Sequence[AdaptedBlock], encoded: Encoded, precision: str, collect: Collect
 ) -> tuple[Tensor, Moments]:
-    """Features [f ; s], float32 [n, trained_dim], of all images, and the second moments, with ``blocks`` as they are.
+    """Features f, float32 [n, d], of all images behind the suffix ``blocks`` as they are, and the second moments.
 
     Unlike `collect_features` it has no dynamic memory: blocks must not have a gate map.
     """
@@ -65,11 +66,10 @@ def suffix_features(
     moments: Moments = []
     for _, tokens, _ in encoded.batches():
         with phase("suffix forward"), autocast(precision, backbone.device):
-            output = run_suffix(backbone, blocks, tokens, collect=collect)
-            batch = trained_features(backbone, output)
-        moments = add_moments(moments, output.rows)
-        features.append(batch.cpu())
-    known = torch.cat(features) if features else torch.zeros(0, backbone.trained_dim)
+            f, rows = run_suffix(backbone, blocks, tokens, collect=collect)
+        moments = add_moments(moments, rows)
+        features.append(f.float().cpu())
+    known = torch.cat(features) if features else torch.zeros(0, backbone.dim)
     return distributed.all_gather(known, encoded.counts), all_reduce_moments(moments, backbone)
 
 

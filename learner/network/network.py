@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +45,17 @@ class Network(nn.Module):
                 block.gate_map = gate_matrix(infos, ranks).to(block.weight)
 
     def from_prefix(self, tokens: Tensor, phi: Tensor, *, collect: Collect = "none") -> tuple[Tensor, list[Rows]]:
-        """Features [f ; s ; phi] [B, D] of prefix tokens [B, L, d] and summaries phi, each under its own gates.
+        """Features [f ; phi] [B, D] of prefix tokens [B, L, d] and summaries phi, each under its own gates.
 
         With ``collect`` it also returns what the projections of each block read (see `run_suffix`).
         """
         with torch.autocast(phi.device.type, enabled=False):  # gates and phi keep full precision
             posterior = self.dynamic_memory(phi)
-        output = run_suffix(self.backbone, self.blocks, tokens, posterior, collect=collect)
-        return torch.cat([trained_features(self.backbone, output), phi], dim=1), output.rows
+        f, rows = run_suffix(self.backbone, self.blocks, tokens, posterior, collect=collect)
+        return torch.cat([f.float(), phi], dim=1), rows
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features [f ; s ; phi] [B, D] of RGB frames uint8 [B, S, S, 3]."""
+        """Features [f ; phi] [B, D] of RGB frames uint8 [B, S, S, 3]."""
         return self.from_prefix(*self.backbone.prefix(images))[0]
 
 
@@ -67,25 +66,6 @@ def fold_all(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     return weight
 
 
-class SuffixOutput(NamedTuple):
-    """What the suffix makes of B images.
-
-    Attributes:
-        f: final features [B, d].
-        read: the tokens [B, L, d] after each of `Backbone.read_blocks`.
-        rows: what the projections of each block read, where it was asked for.
-    """
-
-    f: Tensor
-    read: list[Tensor]
-    rows: list[Rows]
-
-
-def trained_features(backbone: Backbone, output: SuffixOutput) -> Tensor:
-    """[f ; s], float32 [B, trained_dim]: the final feature and the summaries of the read blocks."""
-    return torch.cat([output.f.float(), *(backbone.summary(tokens.float()) for tokens in output.read)], dim=1)
-
-
 def run_suffix(
     backbone: Backbone,
     blocks: Iterable[AdaptedBlock],
@@ -94,8 +74,8 @@ def run_suffix(
     *,
     collect: Collect = "none",
     recompute: bool = False,
-) -> SuffixOutput:
-    """Run the suffix on prefix tokens [B, L, d].
+) -> tuple[Tensor, list[Rows]]:
+    """Final features f [B, d] of prefix tokens [B, L, d], and what the projections of each block read.
 
     Args:
         backbone: pools the tokens after the last block. Where it pools by the class token, the last block is computed
@@ -106,11 +86,11 @@ def run_suffix(
         collect: ``none``, ``class`` or ``all`` (see `AdaptedBlock.forward`).
         recompute: whether only the input of each block is kept for the gradient and the rest computed again.
     """
-    collected, read = [], []
+    collected = []
     blocks = list(blocks)
     if collect == "class" and not backbone.pools_class_token:
         collect = "all"
-    for index, block in enumerate(blocks):
+    for block in blocks:
         last = block is blocks[-1]
         run = partial(block, class_token_only=last and backbone.pools_class_token, collect=collect)
         if recompute:
@@ -118,6 +98,4 @@ def run_suffix(
         tokens, rows = run(tokens, posterior)
         if rows is not None:
             collected.append(rows)
-        if index in backbone.read_blocks:
-            read.append(tokens)
-    return SuffixOutput(backbone.feature(tokens), read, collected)
+    return backbone.feature(tokens), collected

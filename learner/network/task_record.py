@@ -45,7 +45,7 @@ class TaskRecord:
         split: which images it learned and which are for its test.
         head: the linear head [K, d + 1] that the adapters were trained with, bias last; where the method says so it
             has the classes of all tasks so far.
-        statistics: of the features [f ; s ; phi], classes in the order of ``info.classes``.
+        statistics: of the features [f ; phi], classes in the order of ``info.classes``.
         curve: calibrates the classes.
         gate_nll: negative log-likelihood of the task under the prefix posterior, summed over its validation images,
             at each temperature [len(TEMPERATURES)]; zeros where there was nothing to measure.

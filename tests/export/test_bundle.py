@@ -76,9 +76,9 @@ def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> No
     assert manifest["classes"] == ["a", "b", "c", "d"]
     assert manifest["tasks"] == [{"name": "first", "classes": [0, 1]}, {"name": "second", "classes": [2, 3]}]
     assert manifest["preprocessing"] == {"size": 32, "resize": run.config.resize, "interpolation": "bicubic"}
-    assert manifest["outputs"]["features"]["shape"] == ["N", 10 * 48]
+    assert manifest["outputs"]["features"]["shape"] == ["N", 7 * 48]
     calibration, mixture = manifest["calibration"], model.classifier.mixture
-    assert calibration["temperature"] == mixture.temperature
+    assert calibration["temperature"] == mixture.temperature == pytest.approx(256)
     assert (calibration["spread"], calibration["share"]) == (mixture.spread, mixture.share)
     assert calibration["novelty_threshold"] == NOVELTY_THRESHOLD
     target = manifest["target"]

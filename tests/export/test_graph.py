@@ -69,7 +69,7 @@ def test_every_opset_answers_as_pytorch(three_tasks: ComposedModel, opset: int) 
 def test_the_answers_compared_are_soft(three_tasks: ComposedModel) -> None:
     """Saturated probabilities, gates and novelties would hide errors."""
     outputs = torch_outputs(three_tasks, IMAGES)
-    phi = torch.from_numpy(outputs["features"][:, 4 * 48 :])
+    phi = torch.from_numpy(outputs["features"][:, 48:])
     posterior = three_tasks.network.dynamic_memory(phi).numpy()
     for answers in (outputs["probabilities"], outputs["task_probabilities"], posterior):
         assert np.median(answers.max(axis=1)) < 0.99
@@ -349,7 +349,7 @@ def test_form_of_the_file(three_tasks: ComposedModel, opset: int, ir_version: in
         "probabilities": ["N", 6],
         "task_probabilities": ["N", 3],
         "novelty": ["N"],
-        "features": ["N", 10 * 48],  # f, and three parts of each of three summaries
+        "features": ["N", 7 * 48],  # f, and three parts of each of two summaries
     }
     assert all(value.type.tensor_type.elem_type == TensorProto.FLOAT for value in graph.graph.output)
 
@@ -376,5 +376,5 @@ def test_the_second_order_summary(
     images = IMAGES[:5]
     expected = torch_outputs(model, images)["features"]
     found = onnx_outputs(build_model(model, opset, 8, half=half), images)["features"]
-    assert found.shape == expected.shape == (5, 48 * 10 + 21)
+    assert found.shape == expected.shape == (5, 48 * 7 + 21)
     np.testing.assert_allclose(found[:, -21:], expected[:, -21:], atol=0.02 if half else 1e-5)

@@ -67,7 +67,7 @@ def test_outputs_are_probabilities(tiny_backbone: Backbone, two_tasks: list[Task
     with torch.no_grad():
         outputs = model(random_frames(6))
     assert outputs.probabilities.shape == (6, 4) and outputs.task_probabilities.shape == (6, 2)
-    assert outputs.features.shape == (6, tiny_backbone.feature_dim)
+    assert outputs.features.shape == (6, tiny_backbone.dim + tiny_backbone.summary_dim)
     for part in (outputs.probabilities, outputs.task_probabilities):
         torch.testing.assert_close(part.sum(dim=1), torch.ones(6))
     assert bool(((outputs.novelty >= 0) & (outputs.novelty <= 1)).all())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -248,17 +247,3 @@ def test_the_second_order_summary_is_the_root_of_the_covariance(
         root = (vectors * np.sqrt(values)) @ vectors.T
         np.testing.assert_allclose(triangle, root[np.triu_indices(3)], atol=0.02)
     assert backbone.summary_dim == len(backbone.info.summary_blocks) * 48 * (2 if "class_token" in variant else 3) + 6
-
-
-@pytest.mark.parametrize(
-    ("depth", "prefix", "expected"),
-    [(4, 3, ()), (4, 2, (0,)), (4, 1, (0, 1)), (6, 2, (1, 2)), (7, 2, (1, 3)), (12, 6, (2, 4)), (12, 2, (4, 8))],
-)
-def test_the_middle_and_the_last_but_one_block_are_read(
-    make_backbone: Callable[..., Backbone], depth: int, prefix: int, expected: tuple[int, ...]
-) -> None:
-    whole = make_backbone(depth=depth)
-    backbone = Backbone(whole.model, replace(whole.info, prefix_blocks=prefix), 32)
-    assert backbone.read_blocks == expected
-    assert backbone.trained_dim == 48 * (1 + 3 * len(expected))
-    assert backbone.feature_dim == backbone.trained_dim + backbone.summary_dim
