@@ -461,6 +461,19 @@ def test_real_digits_are_learned_without_forgetting(tmp_path: Path) -> None:
     assert (metrics.summary["last_accuracy"] or 0) > 0.8
 
 
+def test_the_defaults_forget_nothing_of_the_digits(tmp_path: Path) -> None:
+    """Five tasks, in the order of the demo, from half of its images: old ones must not be read as new ones."""
+    digits = load_digits()
+    for index, (image, label) in enumerate(zip(digits.images[::2], digits.target[::2], strict=True)):
+        folder = tmp_path / "digits" / ("test" if index % 4 == 0 else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32)).save(folder / f"{index}.png")
+    config = TrainConfig(data=str(tmp_path / "digits"), classes_per_task=2, device="cpu")
+    metrics = train_run(tmp_path / "run", config, [], Notes())
+    assert (metrics.summary["last_accuracy"] or 0) > 0.95
+    assert (metrics.summary["forgetting_since_learned"] or 0) < 0.03
+
+
 def test_devices() -> None:
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
