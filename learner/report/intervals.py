@@ -64,13 +64,14 @@ def calibration_interval(counts: Sequence[int], correct: Sequence[int], confiden
     """The interval of the expected calibration error, by the bootstrap; None without images.
 
     The bins keep their images, ``counts``, and the sums of their ``confidence``; the right answers of each are drawn
-    anew with the share of ``correct`` ones in it. What chance adds to every bin makes the error of a resample larger
-    than that of the images, as it made that larger than the truth; so the interval reaches as far down as up.
+    anew with the share of ``correct`` ones in it. Half a right and half a wrong one are added, so that a handful of
+    right answers does not count as certainty. What chance adds to every bin makes the error of a resample larger than
+    that of the images, as it made that larger than the truth; so the interval reaches as far down as up.
     """
     n = sum(counts)
     if not n:
         return None
-    shares = [right / count if count else 0.0 for right, count in zip(correct, counts, strict=True)]
+    shares = [(right + 0.5) / (count + 1) for right, count in zip(correct, counts, strict=True)]
     draws = np.random.default_rng(0).binomial(counts, shares, (_DRAWS, len(counts)))
     errors = np.abs(draws - np.asarray(confidence)).sum(axis=1) / n
     found = float(np.abs(np.asarray(correct) - np.asarray(confidence)).sum() / n)
