@@ -28,7 +28,7 @@ from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.run_directory import RunDirectory
 
 LOST = "Another process of this training ended or did not answer in time; run the same command again"
-SETTINGS = "summaries: 1\ncheckpoint_steps: 3\nmin_steps: 15\nepochs: 1\nbatch_size: 16\n"
+SETTINGS = "summaries: 1\ncheckpoint_steps: 3\nmin_steps: 15\nepochs: 1\nbatch_size: 16\nviews: 0\n"
 PROGRAM = """
 import os
 os.environ.update(environment)
@@ -181,7 +181,7 @@ def test_torchrun_gives_the_same_bytes_again(learned: dict[int, Path], tmp_path:
 def test_other_methods(start: Start, tmp_path: Path, image_stream: Path, method: str, exact: bool) -> None:
     """Without training the number of ranks changes no byte."""
     for count in (1, 2):
-        started = start(tmp_path / str(count), image_stream, count, "--method", method, "--flip")
+        started = start(tmp_path / str(count), image_stream, count, "--method", method, "--views", "2", "--flip")
         assert started.join() == [0] * count, started.said()
     one, two = (RunDirectory.open(tmp_path / str(count)) for count in (1, 2))
     assert (one.digest() == two.digest()) or not exact

@@ -101,7 +101,7 @@ def test_the_fastest_plan_that_fits(
     tiny_backbone: Backbone, stream: PreparedStream, budget: float, micro: int, passes: int, recompute: bool,
     cached: float,
 ) -> None:  # fmt: skip
-    config = TrainConfig(precision="fp32", memory_budget=f"{budget}MB")
+    config = TrainConfig(precision="fp32", memory_budget=f"{budget}MB", views=0)
     plan = make_plan(tiny_backbone, config, stream, 0)
     assert (plan.micro_batch, plan.forward_batch, plan.recompute) == (micro, passes, recompute)
     assert plan.cache_bytes == cached * MB and plan.expected <= budget * MB
