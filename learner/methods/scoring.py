@@ -84,10 +84,10 @@ class ClassifierData:
 
 
 def lda(data: ClassifierData) -> Scores:
-    """Linear discriminants of all features [f ; phi]; between the classes of one task, with a covariance of its own.
+    """Linear discriminants of all features [f ; phi]; the classes of one task are told apart with its own covariance.
 
-    The covariance of all tasks together tells the tasks apart, but it is no task's: where tasks differ much, as roads
-    and textures do, it takes the differences between images of other tasks for noise.
+    The covariance of all tasks together tells the tasks apart, but fits no single task: where tasks differ much, as
+    traffic signs and textures do, it treats what varies among the images of other tasks as noise.
     """
     within = _known(data.discriminants)
     return Scores(data.gaussian.weight, data.gaussian.bias, data.gaussian.inflation, within=within)

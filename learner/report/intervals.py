@@ -12,7 +12,7 @@ import numpy as np
 
 Interval = tuple[float, float]
 
-# Where an interval is wider than this, a number says next to nothing and is no headline.
+# A number whose interval is wider than this says next to nothing, so it is not shown as a headline.
 TOO_WIDE = 0.2
 _Z = 1.959963984540054  # of the standard normal distribution
 _DRAWS = 1000

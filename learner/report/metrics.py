@@ -319,7 +319,7 @@ class Metrics:
 
     @cached_property
     def intervals(self) -> dict[str, Interval | None]:
-        """Confidence intervals of 95 % of the numbers of `summary`, as fractions; None where there is no number."""
+        """The 95 % confidence interval of each number in `summary`, as fractions; None where there is no number."""
         last, newest = self.rows[-1], len(self.tasks) - 1
         now = [cell for cell in last if cell.n]
         since = self._forgetting([(self.rows[i][i], last[i]) for i in range(newest)], "correct")

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from duallora_edge.files import write_atomic, write_json
-from duallora_edge.learner.report.definitions import DEFINITIONS, span
+from duallora_edge.learner.report.definitions import DEFINITIONS, TOO_FEW, span
 from duallora_edge.learner.report.metrics import Metrics, TaskResult
 from duallora_edge.learner.report.plots import accuracy_png, matrix_png, printable, reliability_png
 
@@ -133,7 +133,8 @@ def _cards(metrics: Metrics) -> str:
     cards = []
     for key in _CARDS:
         interval = metrics.intervals[key]
-        number, _, unit = DEFINITIONS[key].headline(metrics.summary[key], interval).partition(" ")
+        text = DEFINITIONS[key].headline(metrics.summary[key], interval)
+        number, _, unit = (text, "", "") if text == TOO_FEW else text.partition(" ")
         ends = f'<p class="note">95 % interval: {span(interval)}</p>' if interval else ""
         cards.append(
             f'<div class="card"><h2>{DEFINITIONS[key].title}</h2>'

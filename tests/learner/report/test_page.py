@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from duallora_edge.learner.report import page
-from duallora_edge.learner.report.definitions import DEFINITIONS
+from duallora_edge.learner.report.definitions import DEFINITIONS, TOO_FEW
 from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
 
@@ -150,6 +150,13 @@ def test_shared_classes_are_pointed_out(tmp_path: Path) -> None:
     sentence = "some classes appear in several tasks"
     assert sentence not in write_report(tmp_path, day, ABOUT).read_text(encoding="utf-8")
     assert sentence in write_report(tmp_path, shared, ABOUT).read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_too_few_test_images_are_no_headline(tmp_path: Path) -> None:
+    page = Reader(write_report(tmp_path, stream(["one"]), About("run", "dual_lora")).read_text("utf-8"))
+    assert TOO_FEW in page.text  # in one piece
+    assert any(text.startswith("95 % interval: ") for text in page.text)
 
 
 @pytest.mark.usefixtures("undrawn")
