@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from duallora_edge.learner.network.backbone import Backbone
     from duallora_edge.learner.network.task_record import TaskRecord
 
-SCHEMA = 6
+SCHEMA = 7
 MARKER = ".duallora-edge-run"
 SPARE = ".duallora-edge-spare"
 BASE = "base.safetensors"

@@ -1,6 +1,6 @@
 """Decoded images on disk: one file for each set of images, mapped into memory, written whole or not at all.
 
-A file holds the pixels ``uint8 [N, S, S, 3]``, then the facts ``uint8 [N, 17]`` (see `Decoded`), then a
+A file holds the pixels ``uint8 [N, S, S, 3]``, then the facts ``uint8 [N, 81]`` (see `Decoded`), then a
 checksum of the key and all of these. Its name is the key. A file of the wrong size or checksum does not count as
 there. The checksum finds damage; against people it is the folder that protects, which must be the user's own.
 """
@@ -21,15 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from duallora_edge.errors import DataError
 from duallora_edge.files import cache_limit, own_folder
+from duallora_edge.learner.data.fingerprint import FINGERPRINT_BYTES, Bytes
 
-Bytes = npt.NDArray[np.uint8]
-
-HASH_BYTES = 16
-FACT_BYTES = HASH_BYTES + 1
+FACT_BYTES = FINGERPRINT_BYTES + 1
+CHECKSUM_BYTES = 16
 LIMIT_GB = 8
 _ABANDONED_AFTER_S = 24 * 3600
 _BLOCK_BYTES = 2**20
@@ -43,8 +41,8 @@ _UNFINISHED = re.compile(r"\.decoded\.\w{8}\.tmp")
 class Decoded:
     """Images at the size of the model, and what was seen while decoding them.
 
-    ``pixels``: ``uint8 [N, S, S, 3]`` RGB, read-only. ``facts``: ``uint8 [N, 17]``, the hash of the full-size
-    image (16 bytes) and the flags of `health.Flag`.
+    ``pixels``: ``uint8 [N, S, S, 3]`` RGB, read-only. ``facts``: ``uint8 [N, 81]``, the fingerprint of each
+    image (80 bytes) and the flags of `health.Flag`.
     """
 
     pixels: Bytes
@@ -100,7 +98,7 @@ class DecodedCache:
             own_folder(self.folder)
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=_TEMPORARY, suffix=".tmp")
             try:
-                _write(handle, key, count * (size * size * 3 + FACT_BYTES) + HASH_BYTES, batches)
+                _write(handle, key, count * (size * size * 3 + FACT_BYTES) + CHECKSUM_BYTES, batches)
                 Path(name).replace(self.folder / f"{key}.u8")
             except BaseException:
                 Path(name).unlink(missing_ok=True)
@@ -158,7 +156,7 @@ def _write(handle: int, key: str, size: int, batches: Iterable[Decoded]) -> None
 
 def _is_whole(path: Path, key: str, pixel_bytes: int, fact_bytes: int) -> bool:
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size != pixel_bytes + fact_bytes + HASH_BYTES:
+        if os.fstat(file.fileno()).st_size != pixel_bytes + fact_bytes + CHECKSUM_BYTES:
             return False
         pixel_sum = 0
         for start in range(0, pixel_bytes, _BLOCK_BYTES):
@@ -168,7 +166,7 @@ def _is_whole(path: Path, key: str, pixel_bytes: int, fact_bytes: int) -> bool:
 
 def _checksum(key: str, pixel_sum: int, facts: bytes | bytearray) -> bytes:
     """Of everything; the pixels by their CRC-32, which takes a quarter of the time of a hash."""
-    return hashlib.blake2b(f"{key} {pixel_sum:08x}".encode() + facts, digest_size=HASH_BYTES).digest()
+    return hashlib.blake2b(f"{key} {pixel_sum:08x}".encode() + facts, digest_size=CHECKSUM_BYTES).digest()
 
 
 def _listed(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, os.stat_result]]:

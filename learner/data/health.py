@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from enum import IntFlag
 from typing import Any
 
+import numpy as np
+
 from duallora_edge.errors import DataError
-from duallora_edge.learner.data.cache import HASH_BYTES, Bytes
+from duallora_edge.learner.data.fingerprint import FINGERPRINT_BYTES, Bytes, hashes, resembling
 from duallora_edge.learner.data.images import TaskData
 
 MIN_SIDE = 8
@@ -26,12 +28,13 @@ class Flag(IntFlag):
     ROTATED = 16
 
 
-# Finding -> what was done about it. The first five leave images out, and one image has at most one of those.
+# Finding -> what was done about it. These leave images out, and one image has at most one of them.
 DROPPED = {
     "unreadable": "left out",
     "tiny": f"left out (a side under {MIN_SIDE} px)",
     "conflicting": "same image under several classes: left out of training",
-    "in test": "copy of a test image: left out of training",
+    "in test": "looks like a test image: left out of training",
+    "in training": "looks like a training image: left out of validation",
     "duplicate": "kept once",
 }
 CONVERTED = {
@@ -83,54 +86,48 @@ class HealthReport:
 def judge(tasks: Sequence[TaskData], facts: Sequence[Mapping[str, Bytes]]) -> list[dict[str, list[str]]]:
     """For each task, split and image: the finding that leaves it out, or ``""``.
 
-    ``facts``: for each task and split, ``uint8 [N, 17]`` as in `cache.Decoded`. Two images are the same when
-    their full-size pixels are. Within a split of a task, copies in one class are kept once; a validation copy
-    of a training image goes; training and validation copies of a test image of any task go, so that the test
-    stays clean; images that a task learns under several class names go. Test images with several class names
-    stay: nothing says which name is right.
+    ``facts``: for each task and split, ``uint8 [N, 81]`` as in `cache.Decoded`. Two images are the same when
+    their full-size pixels are, and look alike when their fingerprints say so. Within a split of a task, copies in one
+    class are kept once; training and validation images that look like a test image of any task go, so that the test
+    stays clean, and so do validation images that look like a training image; images that a task learns under several
+    class names go. Test images with several class names stay: nothing says which name is right.
     """
-    tests = {
-        row[:HASH_BYTES].tobytes()
-        for splits in facts
-        for row in splits["test"]
-        if not row[HASH_BYTES] & (Flag.UNREADABLE | Flag.TINY)
-    }
+    usable = [rows[rows[:, -1] & (Flag.UNREADABLE | Flag.TINY) == 0] for rows in (splits["test"] for splits in facts)]
+    tests = np.concatenate([np.zeros((0, FINGERPRINT_BYTES), np.uint8), *(rows[:, :-1] for rows in usable)])
     return [_judge_task(task, splits, tests) for task, splits in zip(tasks, facts, strict=True)]
 
 
-def _judge_task(task: TaskData, facts: Mapping[str, Bytes], tests: set[bytes]) -> dict[str, list[str]]:
-    rows = {
-        split: [
-            (label, row[:HASH_BYTES].tobytes(), int(row[HASH_BYTES]))
-            for label, row in zip(labels, facts[split], strict=True)
-        ]
-        for split, labels in (
-            ("train", task.train.labels),
-            ("validation", task.validation.labels),
-            ("test", task.test.labels),
-        )
-    }
+def _judge_task(task: TaskData, facts: Mapping[str, Bytes], tests: Bytes) -> dict[str, list[str]]:
+    labels = {"train": task.train.labels, "validation": task.validation.labels, "test": task.test.labels}
+    content = {split: hashes(rows) for split, rows in facts.items()}
+    broken = {split: rows[:, -1] & (Flag.UNREADABLE | Flag.TINY) for split, rows in facts.items()}
     names: dict[bytes, set[str]] = defaultdict(set)
-    for label, content, flags in rows["train"] + rows["validation"]:
-        if not flags & (Flag.UNREADABLE | Flag.TINY):
-            names[content].add(label)
+    for split in ("train", "validation"):
+        for label, image, flags in zip(labels[split], content[split], broken[split], strict=True):
+            if not flags:
+                names[image].add(label)
+    learned = facts["train"][broken["train"] == 0][:, :-1]
     seen: set[tuple[bool, str, bytes]] = set()
     verdicts: dict[str, list[str]] = {}
-    for split, members in rows.items():
+    for split, rows in facts.items():
+        in_test = resembling(rows, tests) if split != "test" else np.zeros(len(rows), bool)
+        in_training = resembling(rows, learned) if split == "validation" else np.zeros(len(rows), bool)
         verdicts[split] = []
-        for label, content, flags in members:
-            identity = (split == "test", label, content)
+        for index, (label, image) in enumerate(zip(labels[split], content[split], strict=True)):
+            identity = (split == "test", label, image)
             verdict = ""
-            if flags & Flag.UNREADABLE:
+            if broken[split][index] & Flag.UNREADABLE:
                 verdict = "unreadable"
-            elif flags & Flag.TINY:
+            elif broken[split][index]:
                 verdict = "tiny"
-            elif split != "test" and len(names[content]) > 1:
+            elif split != "test" and len(names[image]) > 1:
                 verdict = "conflicting"
-            elif split != "test" and content in tests:
+            elif in_test[index]:
                 verdict = "in test"
             elif identity in seen:
                 verdict = "duplicate"
+            elif in_training[index]:
+                verdict = "in training"
             seen.add(identity)
             verdicts[split].append(verdict)
     return verdicts
@@ -146,7 +143,7 @@ def report_task(task: TaskData, facts: Mapping[str, Bytes], verdicts: Mapping[st
     kept = {}
     for split, images in (("train", task.train), ("validation", task.validation), ("test", task.test)):
         kept[split] = sum(not verdict for verdict in verdicts[split])
-        for image, flags, verdict in zip(images.images, facts[split][:, HASH_BYTES], verdicts[split], strict=True):
+        for image, flags, verdict in zip(images.images, facts[split][:, -1], verdicts[split], strict=True):
             findings = [verdict] if verdict else [name for name in CONVERTED if flags & Flag[name.upper()]]
             for finding in findings:
                 counts[finding] += 1

@@ -1,7 +1,7 @@
-"""Which images a task learned and which are for its test, kept by their content.
+"""Which images a task learned and which are for its test, kept by what they show.
 
 A folder grows, and a split that is drawn again would make test images of images that were learned. So every task keeps
-the hashes of its images, and what is read later is divided by them.
+the fingerprints of its images, and what is read later is divided by them, under whatever name and in whatever format.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from duallora_edge.errors import DataError
-from duallora_edge.learner.data.cache import Bytes
+from duallora_edge.learner.data.fingerprint import FINGERPRINT_BYTES, Bytes, hashes, resembling
 from duallora_edge.learner.data.prepare import PixelSet, PreparedTask
 
 SPLITS = ("train", "validation", "test")
@@ -20,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class KeptSplit:
-    """The images of a task by split: hashes of their full-size pixels, uint8 [n, 16]."""
+    """The images of a task by split: their fingerprints, uint8 [n, 80]."""
 
     train: Bytes
     validation: Bytes
@@ -29,24 +30,19 @@ class KeptSplit:
     @classmethod
     def of(cls, task: PreparedTask) -> KeptSplit:
         """The split of a task as it is learned."""
-        return cls(*(getattr(task, split).hashes for split in SPLITS))
+        return cls(*(getattr(task, split).fingerprints for split in SPLITS))
 
     @property
-    def learned(self) -> set[bytes]:
-        """The hashes of what was learned: validation images calibrate, and then join the statistics."""
-        return {*_rows(self.train), *_rows(self.validation)}
-
-    @property
-    def tested(self) -> set[bytes]:
-        """The hashes of the test images."""
-        return {*_rows(self.test)}
+    def learned(self) -> Bytes:
+        """What was learned: validation images calibrate, and then join the statistics."""
+        return np.concatenate([self.train, self.validation])
 
     def changes(self, task: PreparedTask, others: Iterable[KeptSplit], measured: int) -> str:
         """One line on how the images of a source differ from these, "" where they do not."""
-        here = {row for split in SPLITS for row in _rows(getattr(task, split).hashes)}
-        known = self.learned | self.tested
+        here = {image for split in SPLITS for image in hashes(getattr(task, split).fingerprints)}
+        known = self._hashes()
         gone = len(known - here)
-        new = len(here.difference(known, *(split.learned | split.tested for split in others)))
+        new = len(here.difference(known, *(split._hashes() for split in others)))
         if not gone and not new:
             return ""
         parts = [f"{count} {what}" for count, what in ((new, "new"), (gone, "gone")) if count]
@@ -62,17 +58,16 @@ class KeptSplit:
         """
         if task.test_given:
             return task
-        learned, tested = self.learned, self.tested
-        return _divided(
-            task,
-            [
-                [
-                    "test" if row in tested else "train" if split == "test" and row in learned else split
-                    for row in _rows(getattr(task, split).hashes)
-                ]
-                for split in SPLITS
-            ],
-        )
+        targets = []
+        for split in SPLITS:
+            images = getattr(task, split).fingerprints
+            learned = "train" if split == "test" else split
+            target = np.where(resembling(images, self.learned), learned, split)
+            targets.append(np.where(resembling(images, self.test), "test", target))
+        return _divided(task, targets)
+
+    def _hashes(self) -> set[bytes]:
+        return {image for split in SPLITS for image in hashes(getattr(self, split))}
 
 
 def keep_apart(task: PreparedTask, others: Iterable[KeptSplit], say: Callable[[str], None]) -> PreparedTask:
@@ -81,14 +76,11 @@ def keep_apart(task: PreparedTask, others: Iterable[KeptSplit], say: Callable[[s
     What is left out is said. Raises `DataError` where a class would lose all its training images.
     """
     others = list(others)
-    learned = {row for split in others for row in split.learned}
-    tested = {row for split in others for row in split.tested}
-    if not learned and not tested:
-        return task
+    learned, tested = _together(split.learned for split in others), _together(split.test for split in others)
     refused = {"train": tested, "validation": tested, "test": learned}
     apart = _divided(
         task,
-        [["" if row in refused[split] else split for row in _rows(getattr(task, split).hashes)] for split in SPLITS],
+        [np.where(resembling(getattr(task, split).fingerprints, refused[split]), "", split) for split in SPLITS],
     )
     if lost := sorted(set(task.classes) - set(apart.classes)):
         raise DataError(
@@ -109,37 +101,29 @@ def measurable(task: PreparedTask, own: KeptSplit, others: Iterable[KeptSplit], 
     learned it. Where the source gives none, images that are new stay out of the measurement, unless ``every`` image
     counts that no task learned.
     """
-    learned = {row for split in (own, *others) for row in split.learned}
-    tested = own.tested
+    learned = _together([own.learned, *(split.learned for split in others)])
     new = {"test"} if task.test_given else set(SPLITS) if every else set()
-    return _divided(
-        task,
-        [
-            [
-                "test" if row in tested or (split in new and row not in learned) else ""
-                for row in _rows(getattr(task, split).hashes)
-            ]
-            for split in SPLITS
-        ],
-    ).test
+    targets = []
+    for split in SPLITS:
+        images = getattr(task, split).fingerprints
+        measured = resembling(images, own.test)
+        if split in new:
+            measured |= ~resembling(images, learned)
+        targets.append(np.where(measured, "test", ""))
+    return _divided(task, targets).test
 
 
-def _divided(task: PreparedTask, target: Sequence[Sequence[str]]) -> PreparedTask:
+def _divided(task: PreparedTask, target: Sequence[npt.NDArray[np.str_]]) -> PreparedTask:
     """The task with its images in other splits: ``target`` of each image of each split, or "" to leave it out."""
-    if all(set(names) <= {split} for split, names in zip(SPLITS, target, strict=True)):
+    if all((names == split).all() for split, names in zip(SPLITS, target, strict=True)):
         return task  # as it is mapped from disk
     sets = [getattr(task, split) for split in SPLITS]
     train, validation, test = (
-        PixelSet.joined(
-            [
-                images.where(np.array([name == split for name in names], dtype=bool))
-                for images, names in zip(sets, target, strict=True)
-            ]
-        )
+        PixelSet.joined([images.where(names == split) for images, names in zip(sets, target, strict=True)])
         for split in SPLITS
     )
     return replace(task, train=train, validation=validation, test=test)
 
 
-def _rows(hashes: Bytes) -> list[bytes]:
-    return [row.tobytes() for row in hashes]
+def _together(parts: Iterable[Bytes]) -> Bytes:
+    return np.concatenate([np.zeros((0, FINGERPRINT_BYTES), np.uint8), *parts])

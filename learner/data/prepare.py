@@ -15,18 +15,13 @@ import numpy.typing as npt
 
 from duallora_edge.errors import DataError
 from duallora_edge.files import cache_folder
-from duallora_edge.learner.data.cache import (
-    FACT_BYTES,
-    HASH_BYTES,
-    Bytes,
-    Decoded,
-    DecodedCache,
-)
+from duallora_edge.learner.data.cache import FACT_BYTES, Decoded, DecodedCache
+from duallora_edge.learner.data.fingerprint import FINGERPRINT_BYTES, Bytes, fingerprint, hashes
 from duallora_edge.learner.data.health import MIN_SIDE, Flag, HealthReport, judge, report_task
 from duallora_edge.learner.data.images import ImageRef, ImageSet, Stream, TaskData
 from duallora_edge.runtime.preprocess import Preprocessing
 
-_SCHEMA = 1
+_SCHEMA = 2
 _BATCH = 256
 
 
@@ -34,16 +29,17 @@ _BATCH = 256
 class PixelSet:
     """Checked images: ``pixels`` ``uint8 [N, S, S, 3]`` RGB, read-only, mapped from disk; ``labels``: N class names.
 
-    ``hashes`` ``uint8 [N, 16]`` identify the images by their full-size pixels; by default by ``pixels``.
+    ``fingerprints`` ``uint8 [N, 80]`` identify the images (see `fingerprint`), by default by ``pixels`` alone.
     """
 
     pixels: Bytes
     labels: tuple[str, ...]
-    hashes: Bytes = field(default_factory=lambda: np.zeros((0, HASH_BYTES), np.uint8))
+    fingerprints: Bytes = field(default_factory=lambda: np.zeros((0, FINGERPRINT_BYTES), np.uint8))
 
     def __post_init__(self) -> None:
-        if len(self.hashes) != len(self.labels):
-            object.__setattr__(self, "hashes", np.array([*map(_hash, self.pixels)], np.uint8).reshape(-1, HASH_BYTES))
+        if len(self.fingerprints) != len(self.labels):
+            found = np.array([fingerprint(frame, frame) for frame in self.pixels], np.uint8)
+            object.__setattr__(self, "fingerprints", found.reshape(-1, FINGERPRINT_BYTES))
 
     @classmethod
     def joined(cls, sets: Sequence[PixelSet]) -> PixelSet:
@@ -51,7 +47,7 @@ class PixelSet:
         return cls(
             np.concatenate([s.pixels for s in sets]),
             tuple(label for s in sets for label in s.labels),
-            np.concatenate([s.hashes for s in sets]),
+            np.concatenate([s.fingerprints for s in sets]),
         )
 
     def __len__(self) -> int:
@@ -60,7 +56,7 @@ class PixelSet:
     def where(self, chosen: npt.NDArray[np.bool_]) -> PixelSet:
         """The images for which ``chosen`` [N] is true."""
         numbers = np.flatnonzero(chosen)
-        return PixelSet(self.pixels[numbers], tuple(self.labels[i] for i in numbers), self.hashes[numbers])
+        return PixelSet(self.pixels[numbers], tuple(self.labels[i] for i in numbers), self.fingerprints[numbers])
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,30 +194,22 @@ def _decode(
 
 
 def _decode_one(image: ImageRef, preprocessing: Preprocessing) -> tuple[Bytes, Bytes]:
-    """Pixels ``[S, S, 3]`` and facts ``[17]`` of one image."""
+    """Pixels ``[S, S, 3]`` and facts ``[81]`` of one image."""
     pixels = np.zeros((preprocessing.size, preprocessing.size, 3), np.uint8)
     facts = np.zeros(FACT_BYTES, np.uint8)
     try:
         frame = np.ascontiguousarray(image.read())
         traits = image.traits()
     except (DataError, OSError):  # OSError: a file that vanishes between the two
-        facts[HASH_BYTES] = Flag.UNREADABLE
+        facts[-1] = Flag.UNREADABLE
         return pixels, facts
-    height, width, _ = frame.shape
-    facts[:HASH_BYTES] = _hash(frame)
-    facts[HASH_BYTES] = sum(Flag[trait.upper()] for trait in traits)
-    if min(height, width) < MIN_SIDE:
-        facts[HASH_BYTES] |= Flag.TINY
-        return pixels, facts
-    return preprocessing(frame), facts
-
-
-def _hash(frame: Bytes) -> Bytes:
-    """The hash uint8 [16] of the pixels uint8 [H, W, 3] of an image."""
-    height, width, _ = frame.shape
-    content = hashlib.blake2b(f"{height}x{width}".encode(), digest_size=HASH_BYTES)
-    content.update(np.ascontiguousarray(frame).data)
-    return np.frombuffer(content.digest(), np.uint8)
+    facts[-1] = sum(Flag[trait.upper()] for trait in traits)
+    if min(frame.shape[:2]) < MIN_SIDE:
+        facts[-1] |= Flag.TINY
+    else:
+        pixels = preprocessing(frame)
+    facts[:-1] = fingerprint(frame, pixels)
+    return pixels, facts
 
 
 def _usable(images: ImageSet, key: str, entry: Decoded, verdicts: list[str], cache: DecodedCache) -> PixelSet:
@@ -229,21 +217,21 @@ def _usable(images: ImageSet, key: str, entry: Decoded, verdicts: list[str], cac
     kept = [index for index, verdict in enumerate(verdicts) if not verdict]
     labels = images.subset(kept).labels
     if len(kept) == len(images):
-        return PixelSet(entry.pixels, labels, entry.facts[:, :HASH_BYTES])
+        return PixelSet(entry.pixels, labels, entry.facts[:, :-1])
     size = entry.pixels.shape[1]
     own_key = hashlib.sha256(f"{key} without {verdicts}".encode()).hexdigest()
     own = cache.load(own_key, len(kept), size)
     if own is None:
         parts = [kept[first : first + _BATCH] for first in range(0, len(kept), _BATCH)]
         own = cache.store(own_key, len(kept), size, (Decoded(entry.pixels[part], entry.facts[part]) for part in parts))
-    return PixelSet(own.pixels, labels, own.facts[:, :HASH_BYTES])
+    return PixelSet(own.pixels, labels, own.facts[:, :-1])
 
 
 def _digest(task: TaskData, facts: Mapping[str, Bytes]) -> str:
     lines = {
-        f"{row[:HASH_BYTES].tobytes().hex()} {label}"
+        f"{content.hex()} {label}"
         for images, rows in ((task.train, facts["train"]), (task.validation, facts["validation"]))
-        for label, row in zip(images.labels, rows, strict=True)
-        if not row[HASH_BYTES] & Flag.UNREADABLE
+        for label, content, flags in zip(images.labels, hashes(rows), rows[:, -1], strict=True)
+        if not flags & Flag.UNREADABLE
     }
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duallora_edge.learner.data.cache import HASH_BYTES
+from duallora_edge.learner.data.fingerprint import FINGERPRINT_BYTES
 from duallora_edge.learner.data.kept_split import SPLITS, KeptSplit
 from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.network.task_info import TaskInfo
@@ -177,7 +177,7 @@ class TaskRecord:
 def read_split(tensors: Mapping[str, Tensor]) -> KeptSplit:
     """The split from the tensors of its file. Raises `KeyError` and `ValueError` as `TaskRecord.from_tensors`."""
     read = _Tensors(tensors)
-    return KeptSplit(*(read(name, None, HASH_BYTES, dtype=torch.uint8).numpy() for name in SPLITS))
+    return KeptSplit(*(read(name, None, FINGERPRINT_BYTES, dtype=torch.uint8).numpy() for name in SPLITS))
 
 
 def _discriminants(read: _Tensors, classes: int, features: int) -> Discriminants:

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
+from duallora_edge.learner.data.fingerprint import resembling
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import measure_run
 from duallora_edge.learner.methods import METHODS
@@ -372,7 +373,7 @@ def test_a_folder_that_grows_makes_no_test_image_of_a_learned_one(
     train(tmp_path / "run", folder, task_name="t")
     run = RunDirectory.open(tmp_path / "run")
     (before,) = (record.split for record in run.records())
-    assert len(before.tested) == 6 and len(before.learned) == 24
+    assert len(before.test) == 6 and len(before.learned) == 24
     shutil.copytree(aside, folder, dirs_exist_ok=True)
     notes = Notes()
     measure_run(run, None, "cpu", None, notes)
@@ -382,9 +383,9 @@ def test_a_folder_that_grows_makes_no_test_image_of_a_learned_one(
     assert row[0]["n"] == 6
     train(tmp_path / "run", folder, again="t", task_name="t")
     (after,) = (record.split for record in run.records())
-    assert before.tested <= after.tested and not after.tested & before.learned
-    assert before.learned <= after.learned and len(after.tested) > 6
-    assert len(after.learned | after.tested) == 60
+    assert resembling(before.test, after.test).all() and not resembling(after.test, before.learned).any()
+    assert resembling(before.learned, after.learned).all() and len(after.test) > 6
+    assert len(after.learned) + len(after.test) == 60
     measure_run(run, None, "cpu", None, notes := Notes())
     assert not any("have changed" in line for line in notes.lines)
 
@@ -399,7 +400,37 @@ def test_images_that_another_task_learned_are_not_measured(tmp_path: Path, image
     assert "  left out of the test: images that earlier tasks learned (1)" in notes.lines
     assert "  left out of training: test images of earlier tasks (1)" in notes.lines
     one, two = (record.split for record in RunDirectory.open(tmp_path / "run").records())
-    assert not two.tested & one.learned and not two.learned & one.tested
+    assert not resembling(two.test, one.learned).any() and not resembling(two.learned, one.test).any()
+
+
+def test_learned_images_are_known_under_other_names_and_in_other_formats(
+    tmp_path: Path, image_task: Callable[..., Path]
+) -> None:
+    def photo(seed: int) -> Image.Image:
+        small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        return Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC)
+
+    for index in range(40):
+        folder = tmp_path / "first" / "train" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(index).save(folder / f"{index}.png")
+    train(tmp_path / "run", tmp_path / "first", task_name="t")
+    (split,) = (record.split for record in RunDirectory.open(tmp_path / "run").records())
+    assert len(split.learned) == 40
+    for index in range(0, 60, 2):  # 20 copies of what was learned as "a", and 10 new photos
+        folder = tmp_path / "later" / "a"
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(index).resize((70, 70)).save(folder / f"renamed-{index}.jpg", quality=70)
+    measure_run(RunDirectory.open(tmp_path / "run"), str(tmp_path / "later"), "cpu", None, Notes())
+    (row,) = json.loads((tmp_path / "run" / "reports" / "rows.json").read_text()).values()
+    assert row[0]["n"] == 10
+    shutil.copytree(tmp_path / "later" / "a", tmp_path / "second" / "test" / "c")
+    for index in range(60, 80):
+        folder = tmp_path / "second" / "train" / "cd"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(index).save(folder / f"{index}.png")
+    notes = train(tmp_path / "run", tmp_path / "second")
+    assert "  left out of the test: images that earlier tasks learned (20)" in notes.lines
 
 
 def test_a_run_without_tasks_cannot_be_measured(run: Path) -> None:

@@ -208,6 +208,6 @@ def test_real_images(tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     prepared = prepare(open_stream(str(tmp_path / "dtd10")), Preprocessing(64), tmp_path / "cache")
     (task,) = prepared.tasks
-    assert (len(task.train), len(task.validation), len(task.test)) == (720, 80, 400)
-    assert prepared.health.tasks[0].counts == {}
+    assert (len(task.train), len(task.validation), len(task.test)) == (717, 79, 400)
+    assert prepared.health.tasks[0].counts == {"in test": 4}
     assert 60 < float(task.train.pixels.mean()) < 200
