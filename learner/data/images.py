@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -16,7 +17,8 @@ from PIL import Image
 from duallora_edge.errors import DataError
 from duallora_edge.runtime.preprocess import Pixels, open_image, read_image
 
-_EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION, _EXIF_CAMERA = 0x0112, 0x0110
+_EXIF_DETAILS, _EXIF_TAKEN = 0x8769, 0x9003
 _DATASET_LOCK = Lock()  # not every dataset may be indexed from two threads (FakeData sets the global seed)
 
 
@@ -56,6 +58,18 @@ class ImageFile:
             turned = "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
             return _mode_traits(image) | ({"rotated"} if turned else set())
 
+    def taken(self) -> tuple[str, datetime] | None:
+        """Camera and time, where the file tells both."""
+        try:
+            with self.path.open("rb") as file, open_image(file) as image:
+                if "exif" not in image.info:
+                    return None
+                exif = image.getexif()
+                time = datetime.strptime(str(exif.get_ifd(_EXIF_DETAILS)[_EXIF_TAKEN]), "%Y:%m:%d %H:%M:%S")
+                return str(exif[_EXIF_CAMERA]), time
+        except (DataError, OSError, KeyError, ValueError, SyntaxError):  # what Pillow raises for broken EXIF
+            return None
+
 
 @dataclass(frozen=True)
 class DatasetImage:
@@ -91,6 +105,9 @@ class DatasetImage:
             return np.asarray(image.convert("RGB"))
         except Exception as error:  # the dataset's own code: any type
             raise DataError(f"{self.name} cannot be read ({error}); fetch the dataset again.") from error
+
+    def taken(self) -> None:
+        """Nothing: a published data set does not tell."""
 
     def traits(self) -> set[str]:
         """Nothing: how a published dataset stores its images is no finding."""

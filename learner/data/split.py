@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from duallora_edge.errors import ConfigError, DataError
 from duallora_edge.learner.data.images import ImageSet, TaskData
+from duallora_edge.learner.data.scenes import scenes
 
 MIN_TO_SPLIT = 5
 
@@ -71,12 +72,13 @@ class Splits:
 
 
 def hold_back(images: ImageSet, fraction: float, seed: int, purpose: str) -> tuple[ImageSet, ImageSet]:
-    """Divide ``images`` into ``(rest, held)``: ``fraction`` of each class, at least one, is held.
+    """Divide ``images`` into ``(rest, held)``: about ``fraction`` of each class, at least one, is held.
 
-    A class with fewer than `MIN_TO_SPLIT` images gives none, and every class keeps one. Held is one run of
-    neighbours in the order of the names, from a place that a hash of seed and class decides (past the end it goes on
-    at the start). Neighbours are often frames of one scene: held singly, their twins in the training images would
-    make every calibration too sure of itself. The choice does not depend on the order of the files or the machine.
+    A class with fewer than `MIN_TO_SPLIT` images gives none, and every class keeps one. Held is one run of neighbours
+    in the order of the names, from a place that a hash of seed and class decides (past the end it goes on at the
+    start); `scenes` are held as a whole, unless they are more than twice what is to be held and a third of the class.
+    Held singly, the twins of an image in the training images would make every calibration too sure of itself. The
+    choice does not depend on the order of the files or the machine.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, label in enumerate(images.labels):
@@ -85,13 +87,26 @@ def hold_back(images: ImageSet, fraction: float, seed: int, purpose: str) -> tup
     held: set[int] = set()
     for label, indices in members.items():
         if fraction > 0 and len(indices) >= MIN_TO_SPLIT:
-            count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+            wanted = min(max(1, round(fraction * len(indices))), len(indices) - 1)
             ordered = sorted(indices, key=lambda index: _natural(images.images[index].name))
             digest = hashlib.sha256(f"{seed}:{purpose}:{label}".encode()).digest()
             start = int.from_bytes(digest[:8], "big") % len(ordered)
-            held.update((ordered + ordered)[start : start + count])
+            ordered = ordered[start:] + ordered[:start]
+            held.update(_whole_scenes(ordered, images, wanted) or ordered[:wanted])
     rest = [index for index in range(len(images)) if index not in held]
     return images.subset(rest), images.subset(sorted(held))
+
+
+def _whole_scenes(ordered: Sequence[int], images: ImageSet, wanted: int) -> list[int]:
+    """The first images of a class, scene by scene, until ``wanted`` are found; none where every scene is too large."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, scene in zip(ordered, scenes([images.images[index] for index in ordered]), strict=True):
+        groups[scene].append(index)
+    found: list[int] = []
+    for group in groups.values():
+        if len(found) < wanted and len(group) <= max(2 * wanted, len(ordered) // 3):
+            found += group
+    return found
 
 
 def _natural(name: str) -> list[str | int]:
