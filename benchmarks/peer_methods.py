@@ -189,7 +189,7 @@ class FecamClassifier(Classifier):
 
     gaussians: Sequence[tuple[Tensor, Tensor]]
 
-    def logits(self, features: Tensor) -> Tensor:
+    def evidence(self, features: Tensor) -> Tensor:
         return _distances(features, self.gaussians)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from duallora_edge import __version__
 from duallora_edge.errors import ExportError
 from duallora_edge.learner.network.adapters import AdaptedBlock
-from duallora_edge.learner.network.answers import ComposedModel
+from duallora_edge.learner.network.answers import LEAST_REMOTENESS, MOST_REMOTENESS, ComposedModel
 from duallora_edge.learner.network.backbone import NEWTON_STEPS, SECOND_ORDER_EPS
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 
@@ -514,6 +514,13 @@ class VitGraph:
         mixture = c.mixture
         gaussian = b.project(read, "classifier", c.weight / mixture.temperature, c.bias / mixture.temperature)
         logits = self._within_tasks(gaussian, features) if len(c.within_bias) else gaussian
+        centred = b.node("Sub", features, b.weight("classifier.centre", c.centre))
+        distance = b.project(b.node("Mul", centred, centred), "classifier.precision", c.precision[None, :])
+        limits = (
+            b.number("classifier.least_remoteness", LEAST_REMOTENESS),
+            b.number("classifier.most_remoteness", MOST_REMOTENESS),
+        )
+        logits = b.node("Div", logits, b.node("Clip", distance, *limits))
         components = b.node("Softmax", logits, axis=-1)
         if mixture.share:
             flat = b.node(

@@ -29,7 +29,7 @@ from duallora_edge.files import cache_folder, open_lock, own_folder, write_atomi
 from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import Callback, report_progress
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.data.cache import Bytes
+from duallora_edge.learner.data.fingerprint import Bytes
 from duallora_edge.learner.data.frames import spread_frames
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.methods.training import (

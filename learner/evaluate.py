@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from duallora_edge.learner.data.kept_split import measurable
 from duallora_edge.learner.device import pick_device
 from duallora_edge.learner.measurements import measured_rows, write_rows
 from duallora_edge.learner.methods import METHODS, compose
-from duallora_edge.learner.network.answers import ComposedModel
+from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel, Outputs
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.reading import read_images, source_groups
+from duallora_edge.learner.report.doubts import doubts
 from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
 from duallora_edge.learner.run_directory import RunDirectory
@@ -58,30 +59,42 @@ class Tests:
         return self._encoded[task]
 
     @timed("evaluation")
+    @torch.no_grad()
     def row(self, tasks: Sequence[TaskRecord]) -> Row:
         """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
         if not any(len(self._encoded.get(task.info.name, ())) for task in tasks):
             return tuple(Cell() for _ in tasks)
         model = compose(self.backbone, tasks)
-        return tuple(self._cell(model, tasks, index) for index in range(len(tasks)))
+        *earlier, newest = (self._cell(model, tasks, index) for index in range(len(tasks)))
+        if earlier and newest.n:
+            before = compose(self.backbone, tasks[:-1])
+            novel = self._answers(before, tasks[-1].info.name).novelty > NOVELTY_THRESHOLD
+            newest = replace(newest, novel_before=int(novel.sum()))
+        return (*earlier, newest)
 
-    @torch.no_grad()
+    def _answers(self, model: ComposedModel, task: str) -> Outputs:
+        """The answers on the test images of a task, on the CPU."""
+        features, _ = collect_features(model.network, self._encoded[task], self.precision)
+        answers = [model.classifier(part.to(self.backbone.device)) for part in features.split(BATCH)]
+        return Outputs(
+            **{f.name: torch.cat([getattr(answer, f.name) for answer in answers]).cpu() for f in fields(Outputs)}
+        )
+
     def _cell(self, model: ComposedModel, tasks: Sequence[TaskRecord], index: int) -> Cell:
         info = tasks[index].info
         encoded = self._encoded.get(info.name)
         if encoded is None or not len(encoded):
             return Cell()
-        features, _ = collect_features(model.network, encoded, self.precision)
-        answers = [model.classifier(part.to(self.backbone.device)) for part in features.split(BATCH)]
-        probabilities = torch.cat([a.probabilities for a in answers])
-        if not bool(torch.isfinite(probabilities).all()):
+        answers = self._answers(model, info.name)
+        if not bool(torch.isfinite(answers.probabilities).all()):
             raise RunError("The run is damaged (its answers are not numbers); restore it from a copy.")
         columns = [model.catalogue.classes.index(name) for name in info.classes]
         predictions = Predictions(
             labels=torch.tensor(columns)[encoded.labels].numpy(),
-            probabilities=probabilities.cpu().numpy(),
+            probabilities=answers.probabilities.numpy(),
             task=index,
-            task_probabilities=torch.cat([a.task_probabilities for a in answers]).cpu().numpy(),
+            task_probabilities=answers.task_probabilities.numpy(),
+            novel=(answers.novelty > NOVELTY_THRESHOLD).numpy(),
         )
         return Cell.from_predictions(predictions, columns)
 
@@ -115,11 +128,15 @@ def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row:
 
 @distributed.main_only
 @timed("evaluation")
-def report(run: RunDirectory, metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Path:
-    """Write the report of a run into its folder ``reports``; returns the path of report.html."""
-    return write_report(
-        run.path / "reports", metrics, About(run.path.name, run.config.method, details(run)), comparisons
-    )
+def report(
+    run: RunDirectory, metrics: Metrics, callback: Callback, comparisons: Sequence[tuple[str, Metrics]] = ()
+) -> Path:
+    """Write the report of a run into its folder ``reports``, and say what is to be doubted; returns its path."""
+    found = doubts(metrics, [run.read_info(task) for task in run.active_tasks()])
+    for line in found:
+        callback.say(line)
+    about = About(run.path.name, run.config.method, details(run), found)
+    return write_report(run.path / "reports", metrics, about, comparisons)
 
 
 def details(run: RunDirectory) -> dict[str, str]:
@@ -186,6 +203,6 @@ def measure_run(
         tests = Tests(backbone, run.config.precision)
         add_tests(run, tests, callback, data=data)
         metrics = evaluate_run(run, tests, reuse=False, on_row=callback.measured)
-        report(run, metrics, comparisons)
+        report(run, metrics, callback, comparisons)
     callback.end(metrics)
     return metrics

@@ -179,7 +179,7 @@ def train_run(
             metrics = evaluate_run(run, tests, reuse=True, on_row=callback.measured)
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")
-        report(run, metrics)
+        report(run, metrics, callback)
     callback.end(metrics)
     return metrics
 

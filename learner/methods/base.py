@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -35,12 +36,23 @@ from duallora_edge.learner.statistics.calibration import (
     NoveltyScale,
     best_mixture,
     best_temperature,
+    neighbour_folds,
     quantiles,
 )
-from duallora_edge.learner.statistics.gaussian import STORED_DIRECTIONS, ClassStatistics, GaussianClassifier
+from duallora_edge.learner.statistics.gaussian import (
+    STORED_DIRECTIONS,
+    ClassStatistics,
+    GaussianClassifier,
+    expected_novelty,
+)
 from duallora_edge.learner.statistics.ridge import RidgeSums
 from duallora_edge.learner.statistics.subspace import new_directions
 from duallora_edge.learner.timing import phase, timed
+
+# So many validation images are enough to calibrate a task by, and all images that adapters were trained on together
+# count as so many of them (benchmarks/RESULTS.md).
+ENOUGH = 100
+LEARNED_COUNT_AS = 20
 
 
 class Method(ABC):
@@ -119,7 +131,9 @@ class Method(ABC):
         )
         network = Network(backbone, infos, self.updates([task.blocks for task in tasks]), memory)
         images = [float(sum(info.counts.values())) for info in infos]
-        scale = NoveltyScale.pooled([task.novelty for task in tasks], images)
+        expected = expected_novelty([task.statistics for task in tasks])
+        novelties = [task.novelty + now - task.expected_novelty for task, now in zip(tasks, expected, strict=True)]
+        scale = NoveltyScale.pooled(novelties, images)
         catalogue = Catalogue.of(infos)
         data = ClassifierData.of(tasks, backbone.dim)
         scores = self.scores(infos[-1].classifier, data)
@@ -184,7 +198,10 @@ class Method(ABC):
     ) -> TaskRecord:
         """The record of a trained task: statistics and calibration in the finished network, under its gates.
 
-        Validation images are used for calibration first and join the statistics afterwards.
+        Validation images are used for calibration first and join the statistics afterwards. Where they are few,
+        training images calibrate as well, each by statistics of those that are not its neighbours. Adapters that were
+        trained on them make them look easier than new images are, so together they count as no more than
+        `LEARNED_COUNT_AS` validation images.
 
         Args:
             lesson: the task.
@@ -209,6 +226,7 @@ class Method(ABC):
         features, moments = collect_features(network, train, config.precision, collect)
         validation_features, _ = collect_features(network, validation, config.precision)
         known = ClassifierData.of(past, lesson.backbone.dim)
+        uncalibrated = partial(self._uncalibrated, known, infos, head)
         seen = lesson.statistics(features)
         statistics = seen.compressed(STORED_DIRECTIONS)
         ridge_sums = None
@@ -219,38 +237,67 @@ class Method(ABC):
                 (validation_features, validation.labels),
                 classes,
             )
-        discriminants = GaussianClassifier.fit([statistics]) if info.classifier == "lda" else None
-        data = known.followed_by(head, statistics, discriminants, ridge_sums)
-        scores, catalogue = self.scores(info.classifier, data), Catalogue.of(infos)
-        uncalibrated = Classifier(
-            catalogue, data.gaussian, scores, Mixture(1.0), NoveltyScale.unknown(), torch.device("cpu")
+        classifier, scores = uncalibrated(statistics, ridge_sums)
+        catalogue = Catalogue.of(infos)
+        truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])
+        curve = CalibrationCurve.of(
+            classifier.evidence(validation_features), classifier.class_sums, truth[validation.labels]
         )
-        novelty = quantiles(uncalibrated.raw_novelty(validation_features if len(validation) else features))
-        curve, factor = CalibrationCurve.empty(), None
+        novelty = [classifier.raw_novelty(validation_features)]
+        accuracy = curve.accuracy
+        trained = any(len(block.orthogonal.q_down) + len(block.residual.q_down) for block in blocks)
+        if len(validation) < ENOUGH:
+            weight = min(1.0, LEARNED_COUNT_AS / max(train.images, 1)) if trained else 1.0
+            fold = neighbour_folds(train.labels[: train.images])
+            for number in range(int(fold.max()) + 1):
+                out, rest = fold == number, (fold != number).repeat(1 + train.views)
+                without = ClassStatistics.of(features[rest], train.labels[rest], classes).scaled(1 / (1 + train.views))
+                sums = None
+                if ridge_sums:
+                    sums = replace(RidgeSums.of(features[rest], train.labels[rest], classes), right=ridge_sums.right)
+                other, _ = uncalibrated(without.compressed(STORED_DIRECTIONS), sums)
+                left_out, labels = features[: train.images][out], train.labels[: train.images][out]
+                part = CalibrationCurve.of(other.evidence(left_out), other.class_sums, truth[labels])
+                curve = curve + part.scaled(weight)
+                novelty.append(other.raw_novelty(left_out))
+        expected = expected_novelty([*known.statistics, statistics])[-1]
+        factor = overconfidence(scores, catalogue, statistics, lesson.number)
         if len(validation):
-            truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])[validation.labels]
-            curve = CalibrationCurve.of(uncalibrated.logits(validation_features), uncalibrated.class_sums, truth)
-            factor = overconfidence(scores, catalogue, statistics, lesson.number)
             seen = seen + ClassStatistics.of(validation_features, validation.labels, classes)
             statistics = seen.compressed(STORED_DIRECTIONS)
-            if discriminants:
-                discriminants = GaussianClassifier.fit([statistics])
             if ridge_sums:
                 ridge_sums = ridge_sums + RidgeSums.of(validation_features, validation.labels, classes)
         return TaskRecord(
-            info=replace(info, validation={**info.validation, "accuracy": curve.accuracy}),
+            info=replace(info, validation={**info.validation, "accuracy": accuracy}),
             split=KeptSplit.of(lesson.task),
             blocks=_with_bases(blocks, past, moments, config.energy),
             head=head,
             statistics=statistics,
             curve=curve,
             gate_nll=gate.nll,
-            novelty=novelty,
+            novelty=quantiles(torch.cat(novelty)),
+            expected_novelty=expected,
             overconfidence=factor or 0.0,
-            discriminants=discriminants,
+            discriminants=GaussianClassifier.fit([statistics]) if info.classifier == "lda" else None,
             ridge_sums=ridge_sums,
             kept_images=kept_images,
         )
+
+    def _uncalibrated(
+        self,
+        known: ClassifierData,
+        infos: Sequence[TaskInfo],
+        head: Tensor,
+        statistics: ClassStatistics,
+        ridge_sums: RidgeSums | None,
+    ) -> tuple[Classifier, Scores]:
+        """The classifier of the tasks ``infos``, of which the last has these statistics, before it is calibrated."""
+        kind = infos[-1].classifier
+        discriminants = GaussianClassifier.fit([statistics]) if kind == "lda" else None
+        data = known.followed_by(head, statistics, discriminants, ridge_sums)
+        scores = self.scores(kind, data)
+        catalogue, unknown = Catalogue.of(infos), NoveltyScale.unknown()
+        return Classifier(catalogue, data.gaussian, scores, Mixture(1.0), unknown, torch.device("cpu")), scores
 
     def _describe(self, lesson: Lesson, residual: str) -> TaskInfo:
         """The description of a task; the accuracy of the classifier is not known yet."""

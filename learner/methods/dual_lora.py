@@ -11,6 +11,7 @@ from duallora_edge.learner.methods.lesson import Lesson
 from duallora_edge.learner.methods.losses import Loss, distilled_cross_entropy
 from duallora_edge.learner.methods.training import DownProjections, past_bases
 from duallora_edge.learner.network.task_record import TaskRecord
+from duallora_edge.learner.report.intervals import wilson
 from duallora_edge.learner.statistics.subspace import (
     constrained_directions,
     empty_basis,
@@ -46,10 +47,10 @@ class DualLora(Method):
         return self.finish(lesson, blocks, head, residual=residual, collect="class")
 
     def residual_mode(self, lesson: Lesson) -> str:
-        """``isolated`` while the gate finds the task of validation images reliably, else ``previous``.
+        """``isolated`` while the gate surely finds the task of validation images, else ``previous``.
 
-        The accuracy is averaged over the validation images of all tasks so far; where there are none, the gate counts
-        as reliable.
+        What counts is the lower end of the interval of 95 % over the validation images of all tasks so far; where there
+        are none, nothing is sure.
         """
         config = lesson.config
         if self.residual_rank(lesson) == 0 or len(lesson.task.classes) == 1:
@@ -61,10 +62,11 @@ class DualLora(Method):
         ]
         measured.append((len(lesson.validation), lesson.gate_validation.task_accuracy))
         known = [(images, accuracy) for images, accuracy in measured if images and accuracy is not None]
-        if not known:
+        if not lesson.past:
             return "isolated"
-        mean = sum(images * accuracy for images, accuracy in known) / sum(images for images, _ in known)
-        return "isolated" if mean >= RELIABLE_GATE else "previous"
+        found = round(sum(images * accuracy for images, accuracy in known))
+        interval = wilson(found, round(sum(images for images, _ in known)))
+        return "isolated" if interval and interval[0] >= RELIABLE_GATE else "previous"
 
     def residual_rank(self, lesson: Lesson) -> int:
         """The rank of the residual adapter, as far as those of all tasks stay within ``max_residual_rank``."""

@@ -14,6 +14,7 @@ from duallora_edge.learner.statistics.calibration import Mixture, NoveltyScale
 from duallora_edge.learner.statistics.gaussian import Discriminants, GaussianClassifier
 
 NOVELTY_THRESHOLD = 0.95
+LEAST_REMOTENESS, MOST_REMOTENESS = 0.1, 100.0
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ class Scores(Discriminants):
 class Classifier(nn.Module):
     """Calibrated class, task and novelty answers from the features [f ; phi].
 
-    ``scores`` decide the class. The novelty is the relative Mahalanobis distance (Ren et al. 2021, arXiv 2106.09022)
-    under the ``gaussian`` of all features: the squared distance to the nearest component minus the squared distance to
-    the mean of all images under their covariance. It is a function of the Gaussian logits alone, so no D x D matrix is
-    needed.
+    ``scores`` decide the class. The logits are calibrated after a division by the `remoteness` of the image: the
+    further an image lies from what was learned, the less they say. The novelty is the relative Mahalanobis distance
+    (Ren et al. 2021, arXiv 2106.09022) under the ``gaussian`` of all features: the squared distance to the nearest
+    component minus the squared distance to the mean of all images under their covariance. It is a function of the
+    Gaussian logits alone, so no D x D matrix is needed.
     """
 
     weight: Tensor
@@ -101,6 +103,8 @@ class Classifier(nn.Module):
     members: Tensor
     gaussian_weight: Tensor
     gaussian_bias: Tensor
+    centre: Tensor
+    precision: Tensor
     background: Tensor
     background_bias: Tensor
     novelty_start: Tensor
@@ -132,6 +136,8 @@ class Classifier(nn.Module):
             within_bias=torch.cat([each.bias for each in scores.within]) if scores.within else torch.zeros(0),
             gaussian_weight=gaussian.weight,
             gaussian_bias=gaussian.bias,
+            centre=gaussian.centre,
+            precision=1 / (len(gaussian.centre) * gaussian.variances),
             background=background,
             background_bias=background_bias,
             novelty_start=start,
@@ -152,6 +158,18 @@ class Classifier(nn.Module):
         best, best_within = (each[:, self.members].amax(dim=2) for each in (logits, within))
         return within + (best - best_within) @ self.task_sums.T
 
+    def remoteness(self, features: Tensor) -> Tensor:
+        """The mean squared deviation from the mean image in units of the variances, [B]: 1 on average, from 0.1 to 100.
+
+        It stands for the distance by which the posterior predictive of Gaussians with estimated parameters, a Student's
+        t, flattens its odds (e.g. Murphy 2012, section 4.6.3), and needs two numbers a feature.
+        """
+        return ((features - self.centre).square() @ self.precision).clamp(LEAST_REMOTENESS, MOST_REMOTENESS)
+
+    def evidence(self, features: Tensor) -> Tensor:
+        """The logits of the components [B, K] in units of the remoteness, of which calibrated ones are made."""
+        return self.logits(features) / self.remoteness(features)[:, None]
+
     def raw_novelty(self, features: Tensor) -> Tensor:
         """Relative squared Mahalanobis distance [B]: negative for images nearer to a class than to the mean of all."""
         logits = features @ self.gaussian_weight.T + self.gaussian_bias
@@ -165,7 +183,7 @@ class Classifier(nn.Module):
 
     def forward(self, features: Tensor) -> Outputs:
         """Calibrated outputs of features [B, D]."""
-        components = self.mixture(self.logits(features))
+        components = self.mixture(self.evidence(features))
         return Outputs(
             probabilities=components @ self.class_sums,
             task_probabilities=components @ self.task_sums,

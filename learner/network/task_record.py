@@ -49,7 +49,8 @@ class TaskRecord:
         curve: calibrates the classes.
         gate_nll: negative log-likelihood of the task under the prefix posterior, summed over its validation images,
             at each temperature [len(TEMPERATURES)]; zeros where there was nothing to measure.
-        novelty: quantiles [QUANTILES] of the raw novelty of the validation images.
+        novelty: quantiles [QUANTILES] of the raw novelty of its images that were left out of the statistics.
+        expected_novelty: what the statistics predicted for its mean (see `gaussian.expected_novelty`).
         overconfidence: how overconfident the statistics predicted the logits to be on which ``curve`` was measured;
             0 where that is not known.
         discriminants: of its classes alone, for the classifier ``lda``; None with other classifiers.
@@ -65,6 +66,7 @@ class TaskRecord:
     curve: CalibrationCurve
     gate_nll: Tensor
     novelty: Tensor
+    expected_novelty: float = 0.0
     overconfidence: float = 0.0
     discriminants: Discriminants | None = None
     ridge_sums: RidgeSums | None = None
@@ -92,6 +94,7 @@ class TaskRecord:
             "curve.counts": self.curve.counts,
             "gate_nll": self.gate_nll,
             "novelty": self.novelty,
+            "expected_novelty": torch.tensor([self.expected_novelty]),
             "overconfidence": torch.tensor([self.overconfidence]),
         }
         files = {"adapters": adapters, "bases": bases, "head": {"head": self.head}, "statistics": statistics}
@@ -167,6 +170,7 @@ class TaskRecord:
             curve=CalibrationCurve(nll.double(), confidence.double(), curve_counts.double()),
             gate_nll=read("statistics/gate_nll", len(TEMPERATURES)),
             novelty=read("statistics/novelty", QUANTILES),
+            expected_novelty=float(read("statistics/expected_novelty", 1)),
             overconfidence=float(overconfidence),
             discriminants=_discriminants(read, classes, features) if "discriminants" in files else None,
             ridge_sums=_ridge_sums(read, classes) if "ridge_sums" in files else None,

@@ -29,6 +29,8 @@ class Result:
     forgetting_task_given: float | None
     calibration_error: float | None
     task_accuracy: float | None
+    false_novelty: float | None
+    novelty_detected: float | None
     trained: float
     stored_bytes: float
     seconds: float
@@ -45,6 +47,8 @@ class Result:
             forgetting_task_given=summary["forgetting_task_given"],
             calibration_error=summary["calibration_error"],
             task_accuracy=None if single_task else summary["task_accuracy"],
+            false_novelty=summary["false_novelty"],
+            novelty_detected=summary["novelty_detected"],
             trained=trained,
             stored_bytes=stored_bytes,
             seconds=seconds,
@@ -71,6 +75,8 @@ COLUMNS = (
     ("forgetting_task_given", "F given", 100, 1),
     ("calibration_error", "ECE", 100, 1),
     ("task_accuracy", "task", 100, 1),
+    ("false_novelty", "false", 100, 1),
+    ("novelty_detected", "novel", 100, 1),
     ("trained", "trained", 1e-3, 1),
     ("stored_bytes", "stored", 1e-6, 2),
     ("seconds", "min", 1 / 60, 1),
@@ -79,8 +85,9 @@ LEGEND = (
     "Percent and points, mean ± standard deviation over seeds. *last*: accuracy over all classes after the last task; "
     "*average*: mean of that after each task; *F best*, *F learned*: mean drop of a task's accuracy from its best and "
     "since it was learned, among all classes; *F given*: since it was learned, among the classes of its task; *ECE*: "
-    "calibration error, 15 bins; *task*: images whose task was found; *trained*: thousand numbers a task, heads left "
-    "out; *stored*: MB a task; *min*: minutes of learning, frozen prefix included, on this machine; *ms*: exported "
+    "calibration error, 15 bins; *task*: images whose task was found; *false*: images called novel although their "
+    "class is known; *novel*: images called novel before their task was learned; *trained*: thousand numbers a task, "
+    "heads left out; *stored*: MB a task; *min*: minutes of learning, prefix included, on this machine; *ms*: exported "
     "model, one image, ONNX Runtime on 2 threads. ¹ keeps training images."
 )
 

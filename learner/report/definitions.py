@@ -109,4 +109,17 @@ DEFINITIONS = {
         " (Guo et al. 2017).",
         False,
     ),
+    "false_novelty": Definition(
+        "Known images called novel",
+        "images called novel / test images, after task T",
+        "False alarms: the threshold promises 5 % on images like those of the training. Images from elsewhere"
+        " have more.",
+        False,
+    ),
+    "novelty_detected": Definition(
+        "Unknown images called novel",
+        "images called novel by the model before their task was learned / test images of tasks with new classes",
+        "How many images of classes that the model does not know yet it says so of.",
+        True,
+    ),
 }

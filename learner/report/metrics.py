@@ -45,6 +45,7 @@ class Predictions:
         probabilities: float32 ``[n, C_k]``, one column for each class known to the state.
         task: index of the true task, a column of ``task_probabilities``.
         task_probabilities: float32 ``[n, T_k]``, one column for each task known to the state.
+        novel: whether the state calls the image novel, bool ``[n]``; None: not asked.
 
     Raises ``ValueError`` for shapes or values that do not fit.
     """
@@ -53,6 +54,7 @@ class Predictions:
     probabilities: npt.NDArray[np.float32]
     task: int
     task_probabilities: npt.NDArray[np.float32]
+    novel: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         (n,) = self.labels.shape
@@ -62,6 +64,8 @@ class Predictions:
             # NaN fails both comparisons; the tolerance is for float16 and summed components
             if not np.all((array >= 0) & (array <= 1.01)):
                 raise ValueError(f"{name} must be probabilities")
+        if self.novel is not None and self.novel.shape != (n,):
+            raise ValueError(f"novel must be [{n}], not {list(self.novel.shape)}")
         if n and not 0 <= self.labels.min() <= self.labels.max() < self.probabilities.shape[1]:
             raise ValueError("labels must be columns of probabilities")
         if not 0 <= self.task < self.task_probabilities.shape[1]:
@@ -83,6 +87,9 @@ class Cell:
         bin_count: images by the confidence of the answer, in `BINS` bins ``(m / BINS, (m + 1) / BINS]``.
         bin_correct: of these, right answers.
         bin_confidence: sum of their confidences.
+        novel: called novel, although their classes are known.
+        novel_before: called novel by the state before the task was learned; 0 where the state is not that of the day on
+            which the task was learned.
     """
 
     n: int = 0
@@ -92,9 +99,11 @@ class Cell:
     bin_count: tuple[int, ...] = _NO_COUNTS
     bin_correct: tuple[int, ...] = _NO_COUNTS
     bin_confidence: tuple[float, ...] = _NO_SUMS
+    novel: int = 0
+    novel_before: int = 0
 
     def __post_init__(self) -> None:
-        counts = (self.n, self.correct, self.correct_task_given, self.task_correct)
+        counts = (self.n, self.correct, self.correct_task_given, self.task_correct, self.novel, self.novel_before)
         if not all(type(count) is int and 0 <= count <= self.n for count in counts):
             raise ValueError(f"counts must be whole numbers of at most n = {self.n}")
         if not len(self.bin_count) == len(self.bin_correct) == len(self.bin_confidence) == BINS:
@@ -122,6 +131,7 @@ class Cell:
             correct=int(right.sum()),
             correct_task_given=int((columns[probabilities[:, columns].argmax(axis=1)] == labels).sum()),
             task_correct=int((predictions.task_probabilities.argmax(axis=1) == predictions.task).sum()),
+            novel=0 if predictions.novel is None else int(predictions.novel.sum()),
             bin_count=tuple(np.bincount(bins, minlength=BINS).tolist()),
             bin_correct=tuple(np.bincount(bins[right], minlength=BINS).tolist()),
             bin_confidence=tuple(np.bincount(bins, weights=confidence, minlength=BINS).tolist()),
@@ -136,6 +146,8 @@ class Cell:
             tuple(map(add, self.bin_count, other.bin_count)),
             tuple(map(add, self.bin_correct, other.bin_correct)),
             tuple(map(add, self.bin_confidence, other.bin_confidence)),
+            self.novel + other.novel,
+            self.novel_before + other.novel_before,
         )
 
     @property
@@ -152,6 +164,11 @@ class Cell:
     def task_accuracy(self) -> float | None:
         """Share of images whose task was found, 0..1; None without images."""
         return self.task_correct / self.n if self.n else None
+
+    @property
+    def false_novelty(self) -> float | None:
+        """Share of images that are called novel although their classes are known, 0..1; None without images."""
+        return self.novel / self.n if self.n else None
 
     @property
     def calibration_error(self) -> float | None:
@@ -272,6 +289,16 @@ class Metrics:
         return [pool(row).accuracy for row in self.rows]
 
     @cached_property
+    def unseen(self) -> Cell:
+        """The test images of tasks none of whose classes an earlier task knew, on the day each was learned."""
+        cells = []
+        for i in range(1, len(self.tasks)):
+            known = {name for task in self.tasks[:i] for name in task.classes}
+            if not known.intersection(self.tasks[i].classes):
+                cells.append(self.rows[i][i])
+        return pool(cells)
+
+    @cached_property
     def per_task(self) -> tuple[TaskResult, ...]:
         """The table of tasks, in the order they were learned."""
         return tuple(self._task_result(i) for i in range(len(self.tasks)))
@@ -315,6 +342,8 @@ class Metrics:
             "backward_transfer": None if since_learned is None else 0.0 - since_learned,
             "task_accuracy": None if self.shares_classes else self.last.task_accuracy,
             "calibration_error": self.last.calibration_error,
+            "false_novelty": self.last.false_novelty,
+            "novelty_detected": self.unseen.novel_before / self.unseen.n if self.unseen.n else None,
         }
 
     @cached_property
@@ -339,6 +368,8 @@ class Metrics:
             "backward_transfer": None if since is None else (-since[1], -since[0]),
             "task_accuracy": None if self.shares_classes else wilson(pooled.task_correct, pooled.n),
             "calibration_error": calibration_interval(pooled.bin_count, pooled.bin_correct, pooled.bin_confidence),
+            "false_novelty": wilson(pooled.novel, pooled.n),
+            "novelty_detected": wilson(self.unseen.novel_before, self.unseen.n),
         }
 
     @staticmethod

@@ -41,12 +41,14 @@ _COMPARED = (
 class About:
     """What a report is about: the name of the run, the method, and further facts in the order to show them.
 
-    ``details`` maps a label to its text, such as ``{"Backbone": "vit_tiny_patch16_224", "Seed": "0"}``.
+    ``details`` maps a label to its text, such as ``{"Backbone": "vit_tiny_patch16_224", "Seed": "0"}``. ``doubts`` are
+    sentences on what is not to be trusted.
     """
 
     run: str
     method: str
     details: Mapping[str, str] = field(default_factory=dict)
+    doubts: Sequence[str] = ()
 
 
 def write_report(folder: Path, metrics: Metrics, about: About, comparisons: Comparisons = ()) -> Path:
@@ -109,7 +111,8 @@ def _header(metrics: Metrics, about: About) -> str:
             _count(metrics.last.n, "test image"),
         ]
     )
-    notice = "" if metrics.last.n else '<p class="notice">Without test images nothing could be measured.</p>\n'
+    notices = about.doubts if metrics.last.n else ["Without test images nothing could be measured."]
+    notice = "".join(f'<p class="notice">{_text(line)}.</p>\n' for line in (text.rstrip(".") for text in notices))
     return f"""<header>
 <p class="kicker">Continual learning report</p>
 <h1>{_text(about.run)}</h1>

@@ -23,6 +23,7 @@ DEFAULT_CLASS_TEMPERATURE = 8.0
 # Shares of validation images between which the novelty is interpolated.
 LEVELS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.999)
 QUANTILES = 65
+FOLDS = 10
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ class CalibrationCurve:
         """The curve of both sets of images together."""
         return CalibrationCurve(self.nll + other.nll, self.confidence + other.confidence, self.counts + other.counts)
 
+    def scaled(self, share: float) -> CalibrationCurve:
+        """The curve where every image counts as ``share`` images."""
+        return CalibrationCurve(self.nll * share, self.confidence * share, self.counts * share)
+
     def warmer(self, factor: float) -> CalibrationCurve:
         """The curve of logits that are ``factor`` times these, interpolated; beyond the ends the end is taken."""
         last = len(TEMPERATURES) - 1
@@ -105,6 +110,22 @@ class CalibrationCurve:
     def accuracy(self) -> float | None:
         """Share of right answers, None without images."""
         return float(self.counts[1] / self.counts[0]) if self.counts[0] else None
+
+
+def neighbour_folds(labels: Tensor) -> Tensor:
+    """The fold int64 [n] of each of n images, by their classes [n]: up to `FOLDS` runs of neighbours of each class.
+
+    Neighbours are often frames of one scene, so that they are left out together. The only image of a class is in no
+    fold, -1.
+    """
+    fold = torch.full_like(labels, -1)
+    counts = labels.bincount()
+    count = min(FOLDS, int(counts.max())) if len(counts) else 0
+    for label in range(len(counts)):
+        members = (labels == label).nonzero()[:, 0]
+        if len(members) > 1:
+            fold[members] = torch.arange(len(members)) * count // len(members)
+    return fold
 
 
 def best_mixture(curves: Sequence[CalibrationCurve], kind: str = "mixture") -> Mixture:

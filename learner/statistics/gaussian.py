@@ -117,7 +117,7 @@ class GaussianClassifier(Discriminants):
     With the means M [K, D] centred at the mean of all images c, the logits ``x weight^T + bias`` are log N(x; mu_k,
     Sigma) up to a term common to all k: ``weight`` [K, D] = M Sigma^-1, ``bias`` [K] = -weight c - diag(``gram``) / 2
     and ``gram`` [K, K] = M Sigma^-1 M^T. ``shares`` [K] are the shares of the images. Centring keeps the terms small,
-    which float32 needs.
+    which float32 needs. ``centre`` c and ``variances`` [D] are those of all images.
 
     The ``inflation`` is the correction of generalised cross-validation (Golub, Heath and Wahba 1979),
     1 / (1 - df / n)^2 with n images (minus K) and df = tr(S (S + R)^-1) degrees of freedom, where S is the part of the
@@ -127,6 +127,8 @@ class GaussianClassifier(Discriminants):
 
     gram: Tensor
     shares: Tensor
+    centre: Tensor
+    variances: Tensor
 
     @classmethod
     def fit(cls, statistics: Sequence[ClassStatistics], *, inflation: bool = True) -> GaussianClassifier:
@@ -138,31 +140,7 @@ class GaussianClassifier(Discriminants):
         invertible with constant features or with as many classes as images. With the ``inflation`` it takes about
         twice as long.
         """
-        counts = torch.cat([s.counts for s in statistics])
-        means = torch.cat([s.means for s in statistics])
-        images = (counts.sum() - len(counts)).clamp(min=1)
-        apart, variance = torch.zeros(2, means.shape[1], dtype=torch.float64)
-        for s in statistics:
-            apart += s.diagonal / images
-            variance += s.factor.double().square().sum(dim=0) / images
-        variance += apart
-        prior = PRIOR_IMAGES_PER_FEATURE * len(variance)
-        shrinkage = prior / (float(counts.sum()) + prior)
-        spread, size = variance.mean(), means.square().mean()
-        floor = torch.maximum(1e-4 * spread, LEAST_FLOOR * size)
-        if spread <= ROUNDING * size:  # one image per class, or copies: only distances are left
-            floor = torch.ones_like(spread)
-        added = shrinkage * variance + floor
-        shares = counts / counts.sum().clamp(min=1)
-        centre = shares @ means
-        centred = means - centre
-        scale, diagonal = (1 - shrinkage) / images, added + (1 - shrinkage) * apart
-        weight, freedom = _solve(centred, [s.factor for s in statistics], scale, diagonal, freedom=inflation)
-        gram = weight @ centred.T
-        factor = None
-        if freedom is not None:
-            factor = float((1 - freedom.clamp(min=0) / images).clamp(min=0.1) ** -2)
-        return cls(weight, -weight @ centre - gram.diagonal() / 2, factor, gram, shares)
+        return _Pool(statistics).classifier(inflation=inflation)
 
     def background(self) -> tuple[Tensor, Tensor]:
         """(F [K, K], o [K]) with |logits F + o|^2 = |x - c|^2 under Sigma minus |x - c|^2 under Sigma + B.
@@ -179,29 +157,121 @@ class GaussianClassifier(Discriminants):
         return factor, self.gram.diagonal() / 2 @ factor
 
 
-def _solve(
-    right: Tensor, factors: Sequence[Tensor], scale: Tensor, diagonal: Tensor, *, freedom: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``right`` Sigma^-1 [K, D] and, where asked for, the degrees of freedom tr(S Sigma^-1).
+def expected_novelty(statistics: Sequence[ClassStatistics]) -> list[float]:
+    """An estimate of the mean raw novelty of new images of each of some tasks, under the Gaussians of all of them.
 
-    S is ``scale`` times the sum of F^T F over the ``factors`` F [k, D], and Sigma is S + diag(``diagonal``). A few rows
-    are solved for by the identity of Woodbury in [k, k], many in [D, D].
+    For an image with residual r that was not among the n images of its class k, the squared distance to the mean is
+    that of an image left out, (n / (n - 1))^2 h / (1 - c h) with h = r^T Sigma^-1 r and c = (1 - a) n / ((n - 1)
+    (N - K)), by the formula of Sherman and Morrison; likewise for the distance to the mean of all images, where its
+    share in the covariance between the classes is left out. Both are taken at the mean h of the task, and only the
+    part of h that the ``factor`` of its statistics makes counts as fitted. On real features the estimate is 8 off the
+    mean of held-back images on average, where single images deviate by 25 to 50 (benchmarks/RESULTS.md).
     """
-    count, dim = sum(map(len, factors)), right.shape[1]
-    if 2 * count < dim:
-        root = diagonal.sqrt()
-        rows, scaled = scale.sqrt() * torch.cat([*factors]).double() / root, right / root
-        inner = torch.linalg.cholesky(torch.eye(count, dtype=torch.float64) + rows @ rows.T)
-        solved = scaled - torch.cholesky_solve(rows @ scaled.T, inner).T @ rows
-        found = count - torch.cholesky_inverse(inner).trace() if freedom else None
-        return solved / root, found
-    sigma = torch.diag(diagonal)
-    for factor in factors:  # one by one, since a stack would take the memory of all of them once more
-        part = factor.double()
-        sigma.addmm_(part.T, part, alpha=float(scale))
-    outer = torch.linalg.cholesky(sigma)
-    found = dim - diagonal @ torch.cholesky_inverse(outer).diagonal() if freedom else None
-    return torch.cholesky_solve(right.T, outer).T, found
+    return _Pool(statistics).expected_novelty()
+
+
+class _Pool:
+    """Statistics pooled: the within-class covariance Sigma, factorised, with what it takes to classify."""
+
+    def __init__(self, statistics: Sequence[ClassStatistics]) -> None:
+        self.statistics = statistics
+        counts = torch.cat([s.counts for s in statistics])
+        means = torch.cat([s.means for s in statistics])
+        self.images = (counts.sum() - len(counts)).clamp(min=1)
+        apart, variance = torch.zeros(2, means.shape[1], dtype=torch.float64)
+        for s in statistics:
+            apart += s.diagonal / self.images
+            variance += s.factor.double().square().sum(dim=0) / self.images
+        variance += apart
+        prior = PRIOR_IMAGES_PER_FEATURE * len(variance)
+        shrinkage = prior / (float(counts.sum()) + prior)
+        spread, size = variance.mean(), means.square().mean()
+        floor = torch.maximum(1e-4 * spread, LEAST_FLOOR * size)
+        if spread <= ROUNDING * size:  # one image per class, or copies: only distances are left
+            floor = torch.ones_like(spread)
+        self.shares = counts / counts.sum().clamp(min=1)
+        self.centre = self.shares @ means
+        self.centred = means - self.centre
+        self.variances = variance + self.shares @ self.centred.square() + floor
+        self.scale = (1 - shrinkage) / self.images
+        added = shrinkage * variance + floor + (1 - shrinkage) * apart
+        self.sigma = _Covariance([s.factor for s in statistics], self.scale, added)
+
+    def classifier(self, *, inflation: bool) -> GaussianClassifier:
+        weight = self.sigma.solve(self.centred)
+        gram = weight @ self.centred.T
+        factor = None
+        if inflation:
+            factor = float((1 - self.sigma.freedom().clamp(min=0) / self.images).clamp(min=0.1) ** -2)
+        bias = -weight @ self.centre - gram.diagonal() / 2
+        return GaussianClassifier(weight, bias, factor, gram, self.shares, self.centre, self.variances)
+
+    def expected_novelty(self) -> list[float]:
+        classifier = self.classifier(inflation=False)
+        # What the covariance of all images leaves out of distances: |w (x - c)|^2 for each x.
+        between = classifier.background()[0].T @ classifier.weight
+        diagonal = self.sigma.inverse_diagonal()
+        found, first = [], 0
+        for s in self.statistics:
+            images, rows, apart = s.counts.sum().clamp(min=1), s.factor.double(), s.diagonal.double()
+            centred = self.centred[first : first + len(s.counts)]
+            first += len(s.counts)
+            fitted = (self.sigma.solve(rows) * rows).sum() / images
+            rest = apart @ diagonal / images
+            fitted_between = (rows @ between.T).square().sum() / images
+            rest_between = (apart @ between.square().T).sum() / images
+            distances = (self.sigma.solve(centred) * centred).sum(dim=1) - (centred @ between.T).square().sum(dim=1)
+            means = s.counts / images @ distances
+            each = (images / len(s.counts)).clamp(min=2)
+            more = each / (each - 1)
+            c = self.scale * more
+            own = more**2 * (rest + fitted / (1 - c * fitted).clamp(min=0.05))
+            left = fitted - fitted_between
+            total = left + rest - rest_between + means + c * left**2 / (1 - c * left).clamp(min=0.05)
+            found.append(float(own - total))
+        return found
+
+
+class _Covariance:
+    """Sigma = S + diag(``diagonal``), where S is ``scale`` times the sum of F^T F over ``factors`` F [k, D].
+
+    A few rows are solved for by the identity of Woodbury in [k, k], many in [D, D].
+    """
+
+    def __init__(self, factors: Sequence[Tensor], scale: Tensor, diagonal: Tensor) -> None:
+        self.diagonal = diagonal
+        self._count, dim = sum(map(len, factors)), len(diagonal)
+        self._few = 2 * self._count < dim
+        if self._few:
+            self._root = diagonal.sqrt()
+            self._rows = scale.sqrt() * torch.cat([*factors]).double() / self._root
+            inner = torch.eye(self._count, dtype=torch.float64) + self._rows @ self._rows.T
+        else:
+            inner = torch.diag(diagonal)
+            for factor in factors:  # one by one, since a stack would take the memory of all of them once more
+                part = factor.double()
+                inner.addmm_(part.T, part, alpha=float(scale))
+        self._lower = torch.linalg.cholesky(inner)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``right`` Sigma^-1, [n, D]."""
+        if not self._few:
+            return torch.cholesky_solve(right.T, self._lower).T
+        scaled = right / self._root
+        return (scaled - torch.cholesky_solve(self._rows @ scaled.T, self._lower).T @ self._rows) / self._root
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal [D] of Sigma^-1."""
+        if not self._few:
+            return torch.cholesky_inverse(self._lower).diagonal()
+        white = torch.linalg.solve_triangular(self._lower, self._rows, upper=False)
+        return (1 - white.square().sum(dim=0)) / self.diagonal
+
+    def freedom(self) -> Tensor:
+        """The degrees of freedom tr(S Sigma^-1)."""
+        if self._few:
+            return self._count - torch.cholesky_inverse(self._lower).trace()
+        return len(self.diagonal) - self.diagonal @ self.inverse_diagonal()
 
 
 def _fewest_rows(rows: Tensor) -> Tensor:

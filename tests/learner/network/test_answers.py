@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import compose
-from duallora_edge.learner.network.answers import Catalogue, Classifier, Scores
+from duallora_edge.learner.network.answers import LEAST_REMOTENESS, MOST_REMOTENESS, Catalogue, Classifier, Scores
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.network.task_record import TaskRecord
@@ -92,6 +93,25 @@ def test_novelty_is_the_relative_distance_on_the_scale_of_validation_images() ->
     np.testing.assert_allclose(classifier.novelty(features), expected, atol=1e-5)
     far = features[:1] + 100 * torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])  # away from the line of the classes
     assert float(classifier.raw_novelty(far)) > float(raw.max())
+
+
+def test_the_remoteness_is_the_distance_in_units_of_the_variances() -> None:
+    rng = np.random.default_rng(1)
+    features = torch.from_numpy(rng.normal(size=(400, 5)) * [1, 5, 0.2, 1, 1])
+    gaussian = GaussianClassifier.fit([ClassStatistics.of(features, torch.arange(400) % 2, 2)])
+    scores = Scores(gaussian.weight, gaussian.bias, None)
+    catalogue = Catalogue.of([info("t", ["a", "b"])])
+    classifier = Classifier(catalogue, gaussian, scores, Mixture(2.0), NoveltyScale.unknown(), torch.device("cpu"))
+    x = features.float()
+    remoteness = classifier.remoteness(x)
+    assert float(remoteness.mean()) == pytest.approx(1, abs=0.02)
+    expected = (((x - x.mean(dim=0)) / x.std(dim=0)) ** 2).mean(dim=1).clamp(min=LEAST_REMOTENESS)
+    torch.testing.assert_close(remoteness, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        classifier(x).probabilities, (classifier.logits(x) / remoteness[:, None] / 2).softmax(dim=1)
+    )
+    extremes = torch.cat([1e3 * x[:1], x.mean(dim=0)[None]])
+    torch.testing.assert_close(classifier.remoteness(extremes), torch.tensor([MOST_REMOTENESS, LEAST_REMOTENESS]))
 
 
 @given(classes=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 999))

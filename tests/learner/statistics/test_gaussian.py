@@ -13,7 +13,8 @@ from duallora_edge.learner.statistics.gaussian import (
     PRIOR_IMAGES_PER_FEATURE,
     ClassStatistics,
     GaussianClassifier,
-    _solve,
+    _Covariance,
+    expected_novelty,
 )
 
 DIM = 6
@@ -190,17 +191,45 @@ def test_few_rows_are_solved_as_many_are(rows: tuple[int, ...], dim: int) -> Non
     right, diagonal = rng.normal(size=(3, dim)), rng.uniform(0.1, 2, size=dim)
     scatter = 0.3 * sum(factor.T @ factor for factor in factors)
     inverse = np.linalg.inv(scatter + np.diag(diagonal))
-    given = (
-        torch.from_numpy(right),
-        [torch.from_numpy(f) for f in factors],
-        torch.tensor(0.3, dtype=torch.float64),
-        torch.from_numpy(diagonal),
+    sigma = _Covariance(
+        [torch.from_numpy(f) for f in factors], torch.tensor(0.3, dtype=torch.float64), torch.from_numpy(diagonal)
     )
-    found, freedom = _solve(*given, freedom=True)
-    np.testing.assert_allclose(found, right @ inverse, rtol=1e-9, atol=1e-9)
-    assert float(freedom) == pytest.approx(np.trace(scatter @ inverse))
-    again, none = _solve(*given, freedom=False)
-    assert torch.equal(again, found) and none is None
+    np.testing.assert_allclose(sigma.solve(torch.from_numpy(right)), right @ inverse, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sigma.inverse_diagonal(), inverse.diagonal(), rtol=1e-9, atol=1e-9)
+    assert float(sigma.freedom()) == pytest.approx(np.trace(scatter @ inverse))
+
+
+def test_centre_and_variances_are_those_of_all_images() -> None:
+    features, labels = sample(5, 200, 3)
+    fitted = GaussianClassifier.fit([ClassStatistics.of(features, labels, 3)])
+    np.testing.assert_allclose(fitted.centre, features.mean(dim=0))
+    np.testing.assert_allclose(fitted.variances, features.var(dim=0), rtol=0.05)
+
+
+@pytest.mark.parametrize("rank", [2, 100])
+def test_the_expected_novelty_by_dense_matrices(rank: int) -> None:
+    rng = np.random.default_rng(rank)
+    tasks = []
+    for images in (60, 90):
+        labels = torch.from_numpy(rng.permutation(np.arange(images) % 3))
+        features = 1.5 * rng.normal(size=(3, 8))[labels] + rng.normal(size=(images, 8)) * np.geomspace(3, 0.3, 8)
+        tasks.append(ClassStatistics.of(torch.from_numpy(features), labels, 3).compressed(rank))
+    within = sum(task.scatter for task in tasks).numpy() / (150 - 6)
+    a = 2 / (150 + 2)
+    sigma = (1 - a) * within + np.diag(a * within.diagonal() + 1e-4 * within.diagonal().mean())
+    means = torch.cat([task.means for task in tasks]).numpy()
+    shares = torch.cat([task.counts for task in tasks]).numpy() / 150
+    centred = means - shares @ means
+    inverse, total = np.linalg.inv(sigma), np.linalg.inv(sigma + (centred.T * shares) @ centred)
+    for task, found, part in zip(tasks, expected_novelty(tasks), (slice(3), slice(3, 6)), strict=True):
+        images = float(task.counts.sum())
+        fitted, rest = task.factor.T.numpy() @ task.factor.numpy() / images, np.diag(task.diagonal) / images
+        n = images / 3
+        c = (1 - a) * n / (n - 1) / (150 - 6)
+        h, left = np.trace(inverse @ fitted), np.trace(total @ fitted)
+        own = (n / (n - 1)) ** 2 * (np.trace(inverse @ rest) + h / (1 - c * h))
+        gaps = task.counts.numpy() / images @ np.einsum("kd,de,ke->k", centred[part], total, centred[part])
+        assert found == pytest.approx(own - left - np.trace(total @ rest) - gaps - c * left**2 / (1 - c * left))
 
 
 def test_without_spread_nothing_is_inflated() -> None:

@@ -1,0 +1,48 @@
+"""Where the numbers of a run are not to be trusted, in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from duallora_edge.learner.network.task_info import TaskInfo
+from duallora_edge.learner.report.definitions import span
+from duallora_edge.learner.report.intervals import difference, wilson
+from duallora_edge.learner.report.metrics import Cell, Metrics
+
+# What counts as off: shares of images, measured against the end of an interval of 95 %.
+KINDER, MISCALIBRATED, FALSE_ALARMS = 0.03, 0.05, 0.1
+
+
+def doubts(metrics: Metrics, infos: Sequence[TaskInfo]) -> list[str]:
+    """Sentences on a run: validation beside test where both were measured, and what the test images contradict."""
+    found: list[str] = []
+    validation, right, test = 0, 0.0, Cell()
+    for index, info in enumerate(infos):
+        images, accuracy = int(info.validation.get("images") or 0), info.validation.get("accuracy")
+        cell = metrics.rows[index][index]
+        if images and accuracy is not None and cell.n:
+            validation, right, test = validation + images, right + images * accuracy, test + cell
+    of_validation, of_test = wilson(round(right), validation), wilson(test.correct, test.n)
+    if of_validation and of_test:
+        first, second = right / validation, test.correct / test.n
+        line = f"Validation images: {100 * first:.1f} % right when learned, test images: {100 * second:.1f} %"
+        if difference(first, of_validation, second, of_test)[0] > KINDER:
+            line += (
+                "; the test images are harder, so confidence, novelty and task identity are too good on paper. "
+                "Validation images from another day or place, as DIR/val, are what calibrates for those"
+            )
+        found.append(line)
+    error = metrics.intervals["calibration_error"]
+    if error and error[0] > MISCALIBRATED:
+        found.append(f"Confidence is off by {span(error)} % on the test images; do not act on it alone")
+    if reason := unreliable_novelty(metrics):
+        found.append(f"Novelty is unreliable: {reason}; bundles of this run will not say what is novel")
+    return found
+
+
+def unreliable_novelty(metrics: Metrics) -> str:
+    """Why the novelty threshold does not hold for the last state, "" where nothing speaks against it."""
+    alarms = metrics.intervals["false_novelty"]
+    if alarms and alarms[0] > FALSE_ALARMS:
+        return f"{span(alarms)} % of the test images of known classes are called novel, where 5 % are promised"
+    return ""
