@@ -18,12 +18,14 @@ import torch
 
 from duallora_edge import __version__
 from duallora_edge.device_profiles import Estimate, Target, estimate
-from duallora_edge.errors import BackendError, BundleError, ExportError
+from duallora_edge.errors import BackendError, BundleError, ExportError, RunError
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
+from duallora_edge.learner.measurements import stored_metrics
 from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel
+from duallora_edge.learner.report.doubts import unreliable_novelty
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import (
@@ -107,7 +109,7 @@ def write_bundle(
         tasks=_tasks(model),
         preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
         feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
-        calibration=_calibration(model),
+        calibration=_calibration(run, model),
         files={name: FileRecord.of(content) for name, content in written.items()},
         backends=target.profile.backends,
         batch=batch,
@@ -189,17 +191,31 @@ def _verify(model: ComposedModel, graphs: Graphs, real_images: Pixels | None) ->
     return {"reference": f"PyTorch {torch.__version__}, fp32", "backend": "ONNX Runtime CPU", **results}
 
 
-def _calibration(model: ComposedModel) -> Calibration:
+def _calibration(run: RunDirectory, model: ComposedModel) -> Calibration:
     mixture = model.classifier.mixture
+    infos = [run.read_info(task) for task in run.active_tasks()]
+    try:
+        metrics = stored_metrics(run)
+    except RunError:  # not measured, or the records of it are damaged: nothing is known
+        metrics = None
+    doubt = unreliable_novelty(metrics, infos)
+    if len(model.catalogue.class_of) == 1:
+        doubt = "with a single class there is nothing that its images could be nearer to than others"
+    measured = {
+        key: metrics.summary[key] if metrics else None
+        for key in ("calibration_error", "false_novelty", "novelty_detected")
+    }
     return Calibration(
         temperature=mixture.temperature,
-        # With a single class there is nothing its images could be nearer to than others.
-        novelty_threshold=NOVELTY_THRESHOLD if len(model.catalogue.class_of) > 1 else None,
-        method="two temperatures on validation images",
+        novelty_threshold=None if doubt else NOVELTY_THRESHOLD,
+        method="two temperatures on images left out, in units of the distance from what was learned",
+        confidence_deciles=() if metrics is None else metrics.last.confidence_deciles,
         extra={
             "spread": mixture.spread,
             "share": mixture.share,
             "task_temperature": model.network.dynamic_memory.temperature,
+            "novelty_unreliable": doubt,
+            "measured": measured,
         },
     )
 

@@ -104,12 +104,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Calibration:
-    """``temperature`` is inside the graph already; an image is novel when its novelty exceeds the threshold."""
+    """``temperature`` is inside the graph already; an image is novel when its novelty exceeds the threshold.
+
+    ``confidence_deciles`` are the nine deciles of the confidence on test images, 0..1, by which drift is noticed; empty
+    where nothing was measured.
+    """
 
     temperature: float
     novelty_threshold: float | None
     method: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    confidence_deciles: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,7 @@ class Manifest:
                 "temperature": self.calibration.temperature,
                 "novelty_threshold": self.calibration.novelty_threshold,
                 "method": self.calibration.method,
+                "confidence_deciles": list(self.calibration.confidence_deciles),
             },
             "target": dict(self.target),
             "parity": dict(self.parity),
@@ -597,11 +603,15 @@ def _read_calibration(section: Section) -> Calibration:
     threshold = None
     if section.values.get("novelty_threshold", 0) is not None:
         threshold = section.number("novelty_threshold", -1e30, 1e30)
-    known = ("temperature", "novelty_threshold", "method")
+    deciles = section.numbers("confidence_deciles", 0, 1) if section.values.get("confidence_deciles") else ()
+    if deciles and (len(deciles) != 9 or list(deciles) != sorted(deciles)):
+        section.problem("confidence_deciles", "must be nine rising numbers")
+    known = ("temperature", "novelty_threshold", "method", "confidence_deciles")
     return Calibration(
         temperature=section.number("temperature", 1e-6, 1e6),
         novelty_threshold=threshold,
         method=section.text("method"),
+        confidence_deciles=deciles,
         extra={key: value for key, value in section.values.items() if key not in known},
     )
 

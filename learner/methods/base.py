@@ -267,8 +267,9 @@ class Method(ABC):
             statistics = seen.compressed(STORED_DIRECTIONS)
             if ridge_sums:
                 ridge_sums = ridge_sums + RidgeSums.of(validation_features, validation.labels, classes)
+        found = {"accuracy": accuracy, "left_out": sum(map(len, novelty))}
         return TaskRecord(
-            info=replace(info, validation={**info.validation, "accuracy": accuracy}),
+            info=replace(info, validation={**info.validation, **found}),
             split=KeptSplit.of(lesson.task),
             blocks=_with_bases(blocks, past, moments, config.energy),
             head=head,

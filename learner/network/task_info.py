@@ -27,8 +27,8 @@ class TaskInfo:
         data_digest: identifies the images it was learned from.
         counts: number of training images by class.
         validation: what the validation images gave: ``images``, how many there were; ``gate_task_accuracy``, the
-            share whose task the prefix posterior found; ``accuracy``, the share whose class the classifier found.
-            None where it could not be measured.
+            share whose task the prefix posterior found; ``accuracy``, the share whose class the classifier found;
+            ``left_out``, how many images the novelty was measured on. None where it could not be measured.
         classifier, gate, calibration: those of the configuration; they decide how a run that ends with this task
             answers. One of `CLASSIFIERS`, `GATES` and `CALIBRATIONS`.
     """

@@ -35,14 +35,22 @@ def doubts(metrics: Metrics, infos: Sequence[TaskInfo]) -> list[str]:
     error = metrics.intervals["calibration_error"]
     if error and error[0] > MISCALIBRATED:
         found.append(f"Confidence is off by {span(error)} % on the test images; do not act on it alone")
-    if reason := unreliable_novelty(metrics):
+    if reason := unreliable_novelty(metrics, infos):
         found.append(f"Novelty is unreliable: {reason}; bundles of this run will not say what is novel")
     return found
 
 
-def unreliable_novelty(metrics: Metrics) -> str:
-    """Why the novelty threshold does not hold for the last state, "" where nothing speaks against it."""
-    alarms = metrics.intervals["false_novelty"]
+def unreliable_novelty(metrics: Metrics | None, infos: Sequence[TaskInfo]) -> str:
+    """Why the novelty threshold of a run is not to be relied on, "" where nothing speaks against it.
+
+    It is a quantile of the images that were left out of the statistics: these must be enough to tell 5 % from 15 %. And
+    what was measured on test images, if there are ``metrics``, must not contradict it.
+    """
+    left_out = sum(int(info.validation.get("left_out") or 0) for info in infos)
+    promised = wilson(round(0.05 * left_out), left_out)
+    if promised is None or promised[1] > 0.15:
+        return f"it rests on {left_out} image{'s' if left_out != 1 else ''} alone"
+    alarms = metrics.intervals["false_novelty"] if metrics else None
     if alarms and alarms[0] > FALSE_ALARMS:
         return f"{span(alarms)} % of the test images of known classes are called novel, where 5 % are promised"
     return ""

@@ -166,6 +166,14 @@ class Cell:
         return self.task_correct / self.n if self.n else None
 
     @property
+    def confidence_deciles(self) -> tuple[float, ...]:
+        """The nine deciles of the confidence, 0..1, interpolated within the bins; empty without images."""
+        if not self.n:
+            return ()
+        shares = np.concatenate([[0.0], np.cumsum(self.bin_count) / self.n])
+        return tuple(np.interp(np.arange(1, 10) / 10, shares, _EDGES).tolist())
+
+    @property
     def false_novelty(self) -> float | None:
         """Share of images that are called novel although their classes are known, 0..1; None without images."""
         return self.novel / self.n if self.n else None

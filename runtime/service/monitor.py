@@ -21,6 +21,7 @@ import numpy as np
 
 from duallora_edge import __version__
 from duallora_edge.runtime.process_memory import read_pss
+from duallora_edge.runtime.service.drift import Drift, DriftReport
 from duallora_edge.runtime.service.pipeline import Answer, Pipeline
 
 WINDOW_S = 10.0
@@ -60,6 +61,7 @@ class Monitor:
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, float]] = deque()  # moment and age in ms
         self._ages, self._inferences = Histogram(), Histogram()
+        self._drift = Drift()
         self._answers = 0
         self._last: Answer | None = None
         self._last_at = self._started
@@ -83,6 +85,8 @@ class Monitor:
             self._forget(now)
             self._ages.add(answer.age_ms / 1000)
             self._inferences.add(answer.instant.timings.infer_ms / 1000)
+            instant = answer.instant
+            self._drift.add((instant.bundle, instant.bundle_version), instant.confidence, instant.novelty)
 
     def _forget(self, now: float) -> None:
         while self._recent and self._recent[0][0] < now - WINDOW_S:
@@ -93,7 +97,8 @@ class Monitor:
 
         Returns:
             A dict. ``ok`` is false if there is no model, or a live source had no answer for `SILENCE_S` seconds.
-            ``rate`` (answers per second) and ``age_ms`` cover the last `WINDOW_S` seconds.
+            ``rate`` (answers per second) and ``age_ms`` cover the last `WINDOW_S` seconds. ``drift`` compares the
+            latest answers with those on test images (see `DriftReport`); it does not make ``ok`` false.
         """
         now = time.monotonic()
         with self._lock:
@@ -112,7 +117,13 @@ class Monitor:
             "idle_s": idle,
             "source": {"description": self._pipeline.source.description, **asdict(source)},
             "classifier": classifier.to_json(),
+            "drift": self._drift_report().to_json(),
         }
+
+    def _drift_report(self) -> DriftReport:
+        deciles = self._pipeline.classifier.bundle.manifest.calibration.confidence_deciles
+        with self._lock:
+            return self._drift.report(deciles)
 
     def is_working(self) -> bool:
         """False if only a restart can help: there is no model, or frames come in but no answers come out.
@@ -134,7 +145,7 @@ class Monitor:
         classifier, source = self._pipeline.classifier.health(), self._pipeline.source.stats
         dropped = source.dropped + self._pipeline.dropped
         runs = {"bundle": classifier.bundle, "backend": classifier.backend, "precision": classifier.precision}
-        pss = read_pss().bytes
+        pss, drift = read_pss().bytes, self._drift_report()
         swap = classifier.last_swap
         swapped = {key: str(value) for key, value in asdict(swap).items() if key != "reason"} if swap else None
         with self._lock:
@@ -156,6 +167,9 @@ class Monitor:
                 info("last_swap_info", "The last change of bundles, with backends.", swapped) if swapped else "",
                 histogram("answer_age_seconds", "From the capture of a frame to its answer.", ages),
                 histogram("inference_seconds", "Time of the model on a frame.", inferences),
+                gauge("drift_confidence", "How far confidence has moved since export.", drift.confidence),
+                gauge("drift_novelty", "How far novelty has moved since export.", drift.novelty),
+                gauge("mean_confidence", "Of the latest answers.", drift.mean_confidence),
                 gauge("memory_pss_bytes", "Memory of the process (PSS).", pss),
             )
         )

@@ -212,7 +212,7 @@ def test_every_method_and_classifier_answers_as_pytorch(compose: Compose, method
     tasks = ["abc"] if METHODS[method].single_task else ["ab", "bcd"]
     model = compose(tasks, method=method, classifier=classifier)
     with torch.no_grad():
-        logits = model.classifier.logits(model.network(torch.from_numpy(IMAGES)))
+        logits = model.classifier.evidence(model.network(torch.from_numpy(IMAGES)))
     # Logits of the size of 1 make answers that are neither certain nor all alike.
     for mixture in ((1.0, 0.0), (4.0, 0.3)):
         model.classifier.mixture = Mixture(max(float(logits.std(dim=1).mean()), 1e-6), *mixture)

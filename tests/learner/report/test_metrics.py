@@ -168,7 +168,36 @@ def test_summary_against_numbers_worked_out_by_hand() -> None:
         "backward_transfer": pytest.approx(-(0.30 + 0.07 + 0.10) / 3),
         "task_accuracy": 0.0,
         "calibration_error": pytest.approx(abs(2.97 / 4 - 0.5)),
+        "false_novelty": 0.0,
+        "novelty_detected": 0.0,
     }
+
+
+def test_novelty_is_counted_on_known_and_on_unknown_images() -> None:
+    def cell(n: int, novel: int, before: int = 0) -> Cell:
+        return replace(cell_with(n, n), novel=novel, novel_before=before)
+
+    tasks = (TaskClasses("one", ("a",)), TaskClasses("two", ("b",)), TaskClasses("again", ("a", "c")))
+    rows = (
+        (cell(100, 9),),
+        (cell(100, 4), cell(50, 1, 45)),
+        (cell(100, 6), cell(50, 2, 0), cell(10, 1, 7)),
+    )
+    metrics = Metrics(tasks, rows)
+    assert metrics.summary["false_novelty"] == pytest.approx(9 / 160)
+    assert metrics.summary["novelty_detected"] == pytest.approx(45 / 50)  # one class of the last task was known
+    assert metrics.intervals["novelty_detected"] == wilson(45, 50)
+    assert Metrics((tasks[0],), rows[:1]).summary["novelty_detected"] is None
+
+
+def test_deciles_of_the_confidence() -> None:
+    confidences = np.random.default_rng(0).beta(4, 1, 5000)
+    probabilities = np.stack([confidences, 1 - confidences], axis=1).astype(np.float32)
+    predictions = Predictions(np.zeros(5000, np.int64), probabilities, 0, np.ones((5000, 1), np.float32))
+    found = Cell.from_predictions(predictions, [0, 1]).confidence_deciles
+    expected = np.quantile(np.maximum(confidences, 1 - confidences), np.arange(1, 10) / 10)
+    np.testing.assert_allclose(found, expected, atol=0.5 / BINS)
+    assert Cell().confidence_deciles == ()
 
 
 def test_intervals_are_those_of_the_numbers() -> None:
