@@ -21,6 +21,7 @@ from duallora_edge.learner import Learner
 from duallora_edge.learner.report.doubts import unreliable_novelty
 
 OTHERS = 50
+COLUMNS = ("accuracy", "confidence", "off", "ECE", "false")
 
 
 def draw(folder: Path, images: int, seed: int, target: Path) -> None:
@@ -75,7 +76,7 @@ def main(
                 found["ECE"].append(100 * (cell.calibration_error or 0))
                 found["false"].append(100 * (cell.false_novelty or 0))
                 found["unreliable"].append(bool(unreliable_novelty(metrics, learner.tasks)))
-        cells = " | ".join(f"{mean(found[key]):.1f} ± {stdev(found[key]):.1f}" for key in columns)
+        cells = " | ".join(f"{mean(found[key]):.1f} ± {stdev(found[key]):.1f}" for key in COLUMNS)
         click.echo(f"| {images} | {cells} | {sum(found['unreliable'])} of {draws} | {draws} |")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -226,7 +225,6 @@ class Method(ABC):
         features, moments = collect_features(network, train, config.precision, collect)
         validation_features, _ = collect_features(network, validation, config.precision)
         known = ClassifierData.of(past, lesson.backbone.dim)
-        uncalibrated = partial(self._uncalibrated, known, infos, head)
         seen = lesson.statistics(features)
         statistics = seen.compressed(STORED_DIRECTIONS)
         ridge_sums = None
@@ -237,7 +235,7 @@ class Method(ABC):
                 (validation_features, validation.labels),
                 classes,
             )
-        classifier, scores = uncalibrated(statistics, ridge_sums)
+        classifier, scores = self._uncalibrated(known, infos, head, statistics, ridge_sums)
         catalogue = Catalogue.of(infos)
         truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])
         curve = CalibrationCurve.of(
@@ -255,7 +253,9 @@ class Method(ABC):
                 sums = None
                 if ridge_sums:
                     sums = replace(RidgeSums.of(features[rest], train.labels[rest], classes), right=ridge_sums.right)
-                other, _ = uncalibrated(without.compressed(STORED_DIRECTIONS), sums)
+                other, _ = self._uncalibrated(
+                    replace(known, inflation=False), infos, head, without.compressed(STORED_DIRECTIONS), sums
+                )
                 left_out, labels = features[: train.images][out], train.labels[: train.images][out]
                 part = CalibrationCurve.of(other.evidence(left_out), other.class_sums, truth[labels])
                 curve = curve + part.scaled(weight)
@@ -294,7 +294,7 @@ class Method(ABC):
     ) -> tuple[Classifier, Scores]:
         """The classifier of the tasks ``infos``, of which the last has these statistics, before it is calibrated."""
         kind = infos[-1].classifier
-        discriminants = GaussianClassifier.fit([statistics]) if kind == "lda" else None
+        discriminants = GaussianClassifier.fit([statistics], inflation=known.inflation) if kind == "lda" else None
         data = known.followed_by(head, statistics, discriminants, ridge_sums)
         scores = self.scores(kind, data)
         catalogue, unknown = Catalogue.of(infos), NoveltyScale.unknown()

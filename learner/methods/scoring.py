@@ -37,6 +37,7 @@ class ClassifierData:
         statistics: class statistics of the features.
         discriminants: of the classes of each task alone, for `lda`, None for tasks learned with another classifier.
         ridge_sums: sums for `ridge`, None for tasks learned with another classifier.
+        inflation: whether the inflation of the Gaussians is asked for, which takes half of the time to fit them.
     """
 
     dim: int
@@ -44,6 +45,7 @@ class ClassifierData:
     statistics: Sequence[ClassStatistics]
     discriminants: Sequence[Discriminants | None]
     ridge_sums: Sequence[RidgeSums | None]
+    inflation: bool = True
 
     @classmethod
     def of(cls, tasks: Sequence[TaskRecord], dim: int) -> ClassifierData:
@@ -70,12 +72,13 @@ class ClassifierData:
             [*self.statistics, statistics],
             [*self.discriminants, discriminants],
             [*self.ridge_sums, ridge_sums],
+            self.inflation,
         )
 
     @cached_property
     def gaussian(self) -> GaussianClassifier:
         """The classes of all tasks as Gaussians of [f ; phi]."""
-        return GaussianClassifier.fit(self.statistics)
+        return GaussianClassifier.fit(self.statistics, inflation=self.inflation)
 
     @property
     def features(self) -> int:

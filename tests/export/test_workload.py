@@ -46,8 +46,9 @@ def test_flops_of_the_backbone_equal_the_count_by_hand(compose: Compose) -> None
     within = linear(1, features, components) + linear(1, tasks, components)
     answer = linear(1, features, components) + within + linear(1, components, 4) + linear(1, components, tasks)
     novelty = linear(1, components, components) + linear(1, len(LEVELS), 1)
+    remoteness = linear(1, features, 1)
     work = workload(build_model(compose(["ab", "cd"], method="frozen"), 17, 8))
-    assert work.flops == embed + (DEPTH - 1) * block + last + memory + answer + novelty
+    assert work.flops == embed + (DEPTH - 1) * block + last + memory + answer + novelty + remoteness
 
 
 def test_residuals_add_two_thin_products_a_block(compose: Compose) -> None:
@@ -71,7 +72,7 @@ def test_bytes_are_those_of_fp16(compose: Compose) -> None:
     memory = components * (PHI + 1 + tasks)
     within = components * (features + 1 + tasks)
     answer = components * (features + 1) + within + components * (4 + tasks)
-    novelty = components * (components + 1) + 3 * len(LEVELS)
+    novelty = components * (components + 1) + 3 * len(LEVELS) + 2 * features
     work = workload(build_model(model, 17, 8))
     assert work.weight_bytes / 2 == pytest.approx(vit + memory + answer + novelty, abs=200)  # shapes, scalars and ones
     # Most is alive where the MLP multiplies two hidden layers into a third, or where Gelu is one operator.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data import PreparedTask
 from duallora_edge.learner.methods import METHODS, compose, training
+from duallora_edge.learner.methods.dual_lora import DualLora
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.task_record import TaskRecord
@@ -85,11 +88,28 @@ def test_training_lowers_the_loss_of_its_head(tiny_backbone: Backbone, make_task
 
 @pytest.mark.parametrize("held", [0, 4])
 def test_the_mode_of_the_residual_follows_the_task_identity(make_task: MakeTask, learn: Learn, held: int) -> None:
-    """Tasks that look the same cannot be told apart, so ``auto`` chooses ``previous`` as soon as that is measured."""
+    """Tasks that look the same cannot be told apart, and without validation images nobody knows: ``previous``."""
     alike = [make_task(f"t{i}", ["a", "b"], [0, 1], validation=held, seed=i) for i in range(4)]
     modes = [record.info.residual for record in learn(alike)]
     assert modes[0] == "isolated"
-    assert modes[-1] == ("previous" if held else "isolated")
+    assert modes[-1] == "previous"
+
+
+@pytest.mark.parametrize(
+    ("images", "share", "expected"),
+    [(10, 1.0, "previous"), (40, 1.0, "isolated"), (400, 0.91, "previous"), (400, 0.95, "isolated")],
+)
+def test_few_images_do_not_decide(images: int, share: float, expected: str) -> None:
+    """The end of the interval decides, so ten images that are all right do not."""
+    past = SimpleNamespace(info=SimpleNamespace(validation={"images": images, "gate_task_accuracy": share}), blocks=())
+    lesson = SimpleNamespace(
+        config=TrainConfig(),
+        past=[past],
+        task=SimpleNamespace(classes=("a", "b")),
+        validation=(),
+        gate_validation=SimpleNamespace(task_accuracy=None),
+    )
+    assert DualLora().residual_mode(lesson) == expected  # type: ignore[arg-type]
 
 
 def test_the_record_of_the_task_is_complete(make_task: MakeTask, learn: Learn) -> None:
