@@ -28,8 +28,8 @@ def doubts(metrics: Metrics, infos: Sequence[TaskInfo]) -> list[str]:
         line = f"Validation images: {100 * first:.1f} % right when learned, test images: {100 * second:.1f} %"
         if difference(first, of_validation, second, of_test)[0] > KINDER:
             line += (
-                "; the test images are harder, so confidence, novelty and task identity are too good on paper. "
-                "Validation images from another day or place, as DIR/val, are what calibrates for those"
+                "; these are harder, so confidence and novelty are too good on paper: give validation images "
+                "from another day or place (DIR/val)"
             )
         found.append(line)
     error = metrics.intervals["calibration_error"]

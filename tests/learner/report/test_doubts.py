@@ -30,7 +30,7 @@ ENOUGH = {"images": 400, "accuracy": 0.9, "left_out": 400}
     ("metrics", "validation", "expected"),
     [
         (measured(90, 100, 0.9), ENOUGH, ["Validation images: 90.0 % right when learned, test images: 90.0 %"]),
-        (measured(360, 500, 0.72), ENOUGH, ["the test images are harder"]),
+        (measured(360, 500, 0.72), ENOUGH, ["; these are harder"]),
         (measured(360, 500, 0.95), ENOUGH, ["harder", "Confidence is off by"]),
         (measured(9, 10, 0.9), ENOUGH, ["Validation"]),  # ten images contradict nothing
         (measured(450, 500, 0.9, 200), ENOUGH, ["Validation", "Novelty is unreliable: 3"]),
