@@ -30,6 +30,7 @@ from duallora_edge.learner.network.network import Network, fold_all
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.network.task_record import BlockRecord, KeptImages, TaskRecord
 from duallora_edge.learner.statistics.calibration import (
+    QUANTILES,
     CalibrationCurve,
     Mixture,
     NoveltyScale,
@@ -130,9 +131,7 @@ class Method(ABC):
         )
         network = Network(backbone, infos, self.updates([task.blocks for task in tasks]), memory)
         images = [float(sum(info.counts.values())) for info in infos]
-        expected = expected_novelty([task.statistics for task in tasks])
-        novelties = [task.novelty + now - task.expected_novelty for task, now in zip(tasks, expected, strict=True)]
-        scale = NoveltyScale.pooled(novelties, images)
+        scale = NoveltyScale.pooled(_novelties(tasks), images)
         catalogue = Catalogue.of(infos)
         data = ClassifierData.of(tasks, backbone.dim)
         scores = self.scores(infos[-1].classifier, data)
@@ -260,7 +259,6 @@ class Method(ABC):
                 part = CalibrationCurve.of(other.evidence(left_out), other.class_sums, truth[labels])
                 curve = curve + part.scaled(weight)
                 novelty.append(other.raw_novelty(left_out))
-        expected = expected_novelty([*known.statistics, statistics])[-1]
         factor = overconfidence(scores, catalogue, statistics, lesson.number)
         if len(validation):
             seen = seen + ClassStatistics.of(validation_features, validation.labels, classes)
@@ -277,7 +275,7 @@ class Method(ABC):
             curve=curve,
             gate_nll=gate.nll,
             novelty=quantiles(torch.cat(novelty)),
-            expected_novelty=expected,
+            expected_novelty=expected_novelty([*known.statistics, statistics])[-1],
             overconfidence=factor or 0.0,
             discriminants=GaussianClassifier.fit([statistics]) if info.classifier == "lda" else None,
             ridge_sums=ridge_sums,
@@ -332,6 +330,19 @@ def _curves(tasks: Sequence[TaskRecord], catalogue: Catalogue, scores: Scores) -
         now = overconfidence(scores, catalogue, task.statistics, index) if task.overconfidence else None
         curves.append(task.curve.warmer(now / task.overconfidence) if now else task.curve)
     return curves
+
+
+def _novelties(tasks: Sequence[TaskRecord]) -> list[Tensor]:
+    """The quantiles of the novelty of each task for the Gaussians of today.
+
+    They are moved by what the statistics predict, but by no more than from the median to the quantile of 95 %: from
+    few images the prediction can be anything.
+    """
+    moved = []
+    for task, now in zip(tasks, expected_novelty([task.statistics for task in tasks]), strict=True):
+        reach = float(task.novelty[round(0.95 * (QUANTILES - 1))] - task.novelty[QUANTILES // 2])
+        moved.append(task.novelty + min(max(now - task.expected_novelty, -reach), reach))
+    return moved
 
 
 @timed("bases")
