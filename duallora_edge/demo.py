@@ -34,6 +34,7 @@ def demo(folder: Path, seed: int) -> None:
       duallora-edge demo --run out/demo
     """
     from duallora_edge.export.export import export_run
+    from duallora_edge.learner.callbacks import Callback
     from duallora_edge.learner.evaluate import report
     from duallora_edge.learner.run_directory import RunDirectory
     from duallora_edge.learner.terminal import TerminalCallback
@@ -47,7 +48,9 @@ def demo(folder: Path, seed: int) -> None:
     for method, learner in learners.items():
         terminal.say(f"\n== {method}")
         results[method] = learner.learn(folder / "images")
-    page = report(RunDirectory.open(folder / METHODS[0]), results[METHODS[0]], [(METHODS[1], results[METHODS[1]])])
+    ours, peer = METHODS
+    # What is to be doubted was said when it was learned.
+    page = report(RunDirectory.open(folder / ours), results[ours], Callback(), [(peer, results[peer])])
     terminal.say("\n== export for a Jetson, checked against the trained model")
     exported = export_run(folder / METHODS[0], folder / "bundle", precision="fp32", batch=0, say=terminal.say)
     for what in ("generated", "real"):
