@@ -18,7 +18,7 @@ from statistics import mean, stdev
 import click
 
 from duallora_edge.learner import Learner
-from duallora_edge.learner.report.doubts import unreliable_novelty
+from duallora_edge.learner.doubts import unreliable_novelty
 
 OTHERS = 50
 COLUMNS = ("accuracy", "confidence", "off", "ECE", "false")

@@ -23,9 +23,9 @@ from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
+from duallora_edge.learner.doubts import unreliable_novelty
 from duallora_edge.learner.measurements import stored_metrics
 from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel
-from duallora_edge.learner.report.doubts import unreliable_novelty
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import (

@@ -17,6 +17,7 @@ from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.data.kept_split import measurable
 from duallora_edge.learner.device import pick_device
+from duallora_edge.learner.doubts import doubts
 from duallora_edge.learner.measurements import measured_rows, write_rows
 from duallora_edge.learner.methods import METHODS, compose
 from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel, Outputs
@@ -25,7 +26,6 @@ from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.reading import read_images, source_groups
-from duallora_edge.learner.report.doubts import doubts
 from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
 from duallora_edge.learner.run_directory import RunDirectory

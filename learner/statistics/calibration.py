@@ -23,7 +23,7 @@ DEFAULT_CLASS_TEMPERATURE = 8.0
 # Shares of validation images between which the novelty is interpolated.
 LEVELS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.999)
 QUANTILES = 65
-FOLDS = 10
+FOLDS = 5
 
 
 @dataclass(frozen=True)

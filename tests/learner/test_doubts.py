@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from duallora_edge.learner.doubts import doubts, unreliable_novelty
 from duallora_edge.learner.network.task_info import TaskInfo
-from duallora_edge.learner.report.doubts import doubts, unreliable_novelty
 from duallora_edge.learner.report.metrics import BINS, Cell, Metrics, TaskClasses
 
 
