@@ -332,7 +332,7 @@ STORED = {
     "head.safetensors": "a linear classifier",
     "kept_images.safetensors": "training images as pixels",
     "ridge_sums.safetensors": "sums of random features over the images of a class, and their Gram matrix",
-    "split.safetensors": "hashes of the images, of 16 bytes each",
+    "split.safetensors": "fingerprints of the images, 80 bytes each: a hash and 512 bits of a blurred thumbnail",
     "statistics.safetensors": "number of images and mean feature of each class, one covariance in at most 256 "
     "directions, calibration curves",
     "task.json": "names and counts of the classes",
