@@ -53,12 +53,11 @@ def hashes(fingerprints: Bytes) -> list[bytes]:
 def resembling(fingerprints: Bytes, others: Bytes) -> npt.NDArray[np.bool_]:
     """Which images look like one of the ``others``, bool [n], from rows of bytes that begin with their fingerprints."""
     found = np.zeros(len(fingerprints), bool)
-    looks, known = _signs(fingerprints), _signs(others)
-    for first in range(0, len(looks), _BLOCK):
-        part = looks[first : first + _BLOCK]
-        for start in range(0, len(known), _BLOCK):
+    for start in range(0, len(others), _BLOCK):
+        known = _signs(others[start : start + _BLOCK])
+        for first in range(0, len(fingerprints), _BLOCK):
             # Products of signs: equal bits minus different ones.
-            agreement = part @ known[start : start + _BLOCK].T
+            agreement = _signs(fingerprints[first : first + _BLOCK]) @ known.T
             found[first : first + _BLOCK] |= agreement.max(axis=1) >= 8 * LOOK_BYTES - 2 * CLOSE
     return found
 

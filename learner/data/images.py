@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,9 +62,10 @@ class ImageFile:
     def taken(self) -> tuple[str, datetime] | None:
         """Camera and time, where the file tells both."""
         try:
-            with self.path.open("rb") as file, open_image(file) as image:
+            with self.path.open("rb") as file, open_image(file) as image, warnings.catch_warnings():
                 if "exif" not in image.info:
                     return None
+                warnings.simplefilter("ignore")  # Pillow warns of each broken entry
                 exif = image.getexif()
                 time = datetime.strptime(str(exif.get_ifd(_EXIF_DETAILS)[_EXIF_TAKEN]), "%Y:%m:%d %H:%M:%S")
                 return str(exif[_EXIF_CAMERA]), time

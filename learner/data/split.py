@@ -98,7 +98,7 @@ def hold_back(images: ImageSet, fraction: float, seed: int, purpose: str) -> tup
 
 
 def _whole_scenes(ordered: Sequence[int], images: ImageSet, wanted: int) -> list[int]:
-    """The first images of a class, scene by scene, until ``wanted`` are found; none where every scene is too large."""
+    """The first images of a class, scene by scene, until ``wanted`` are found; none where larger scenes leave fewer."""
     groups: dict[int, list[int]] = defaultdict(list)
     for index, scene in zip(ordered, scenes([images.images[index] for index in ordered]), strict=True):
         groups[scene].append(index)
@@ -106,7 +106,7 @@ def _whole_scenes(ordered: Sequence[int], images: ImageSet, wanted: int) -> list
     for group in groups.values():
         if len(found) < wanted and len(group) <= max(2 * wanted, len(ordered) // 3):
             found += group
-    return found
+    return found if len(found) >= wanted else []
 
 
 def _natural(name: str) -> list[str | int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -242,23 +242,12 @@ class Method(ABC):
         )
         novelty = [classifier.raw_novelty(validation_features)]
         accuracy = curve.accuracy
-        trained = any(len(block.orthogonal.q_down) + len(block.residual.q_down) for block in blocks)
         if len(validation) < ENOUGH:
+            trained = any(len(block.orthogonal.q_down) + len(block.residual.q_down) for block in blocks)
             weight = min(1.0, LEARNED_COUNT_AS / max(train.images, 1)) if trained else 1.0
-            fold = neighbour_folds(train.labels[: train.images])
-            for number in range(int(fold.max()) + 1):
-                out, rest = fold == number, (fold != number).repeat(1 + train.views)
-                without = ClassStatistics.of(features[rest], train.labels[rest], classes).scaled(1 / (1 + train.views))
-                sums = None
-                if ridge_sums:
-                    sums = replace(RidgeSums.of(features[rest], train.labels[rest], classes), right=ridge_sums.right)
-                other, _ = self._uncalibrated(
-                    replace(known, inflation=False), infos, head, without.compressed(STORED_DIRECTIONS), sums
-                )
-                left_out, labels = features[: train.images][out], train.labels[: train.images][out]
-                part = CalibrationCurve.of(other.evidence(left_out), other.class_sums, truth[labels])
+            for part, scores_left_out in self._left_out(lesson, infos, head, features, ridge_sums):
                 curve = curve + part.scaled(weight)
-                novelty.append(other.raw_novelty(left_out))
+                novelty.append(scores_left_out)
         factor = overconfidence(scores, catalogue, statistics, lesson.number)
         if len(validation):
             seen = seen + ClassStatistics.of(validation_features, validation.labels, classes)
@@ -281,6 +270,29 @@ class Method(ABC):
             ridge_sums=ridge_sums,
             kept_images=kept_images,
         )
+
+    def _left_out(
+        self, lesson: Lesson, infos: Sequence[TaskInfo], head: Tensor, features: Tensor, ridge_sums: RidgeSums | None
+    ) -> Iterator[tuple[CalibrationCurve, Tensor]]:
+        """Curve and raw novelty [n] of each fold of the training images, by statistics of the others.
+
+        ``features`` [n, D] are those of the images and their views; ``ridge_sums`` those of all of them.
+        """
+        train, classes = lesson.train, len(lesson.task.classes)
+        known = replace(ClassifierData.of(lesson.past, lesson.backbone.dim), inflation=False)
+        catalogue = Catalogue.of(infos)
+        truth = torch.tensor([catalogue.classes.index(name) for name in infos[-1].classes])
+        fold = neighbour_folds(train.labels[: train.images])
+        for number in range(int(fold.max()) + 1):
+            out, rest = fold == number, (fold != number).repeat(1 + train.views)
+            others = ClassStatistics.of(features[rest], train.labels[rest], classes).scaled(1 / (1 + train.views))
+            sums = ridge_sums
+            if sums:
+                sums = replace(RidgeSums.of(features[rest], train.labels[rest], classes), right=sums.right)
+            classifier, _ = self._uncalibrated(known, infos, head, others.compressed(STORED_DIRECTIONS), sums)
+            images, labels = features[: train.images][out], train.labels[: train.images][out]
+            curve = CalibrationCurve.of(classifier.evidence(images), classifier.class_sums, truth[labels])
+            yield curve, classifier.raw_novelty(images)
 
     def _uncalibrated(
         self,

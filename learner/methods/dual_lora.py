@@ -57,13 +57,13 @@ class DualLora(Method):
             return "none"
         if config.residual != "auto":
             return config.residual
+        if not lesson.past:
+            return "isolated"
         measured = [
             (task.info.validation.get("images"), task.info.validation.get("gate_task_accuracy")) for task in lesson.past
         ]
         measured.append((len(lesson.validation), lesson.gate_validation.task_accuracy))
         known = [(images, accuracy) for images, accuracy in measured if images and accuracy is not None]
-        if not lesson.past:
-            return "isolated"
         found = round(sum(images * accuracy for images, accuracy in known))
         interval = wilson(found, round(sum(images for images, _ in known)))
         return "isolated" if interval and interval[0] >= RELIABLE_GATE else "previous"

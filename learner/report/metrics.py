@@ -88,8 +88,8 @@ class Cell:
         bin_correct: of these, right answers.
         bin_confidence: sum of their confidences.
         novel: called novel, although their classes are known.
-        novel_before: called novel by the state before the task was learned; 0 where the state is not that of the day on
-            which the task was learned.
+        novel_before: called novel by the state before the task was learned. It is counted in the first state that knows
+            the task, if no earlier task knew a class of it, and 0 elsewhere.
     """
 
     n: int = 0
@@ -356,7 +356,7 @@ class Metrics:
 
     @cached_property
     def intervals(self) -> dict[str, Interval | None]:
-        """The 95 % confidence interval of each number in `summary`, as fractions; None where there is no number."""
+        """For each number of `summary` its 95 % confidence interval, as fractions; None for what was not measured."""
         last, newest = self.rows[-1], len(self.tasks) - 1
         now = [cell for cell in last if cell.n]
         since = self._forgetting([(self.rows[i][i], last[i]) for i in range(newest)], "correct")

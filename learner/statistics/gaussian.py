@@ -164,7 +164,7 @@ def expected_novelty(statistics: Sequence[ClassStatistics]) -> list[float]:
     that of an image left out, (n / (n - 1))^2 h / (1 - c h) with h = r^T Sigma^-1 r and c = (1 - a) n / ((n - 1)
     (N - K)), by the formula of Sherman and Morrison; likewise for the distance to the mean of all images, where its
     share in the covariance between the classes is left out. Both are taken at the mean h of the task, and only the
-    part of h that the ``factor`` of its statistics makes counts as fitted. On real features the estimate is 8 off the
+    part of h that the ``factor`` of its statistics makes counts as fitted. On real features the estimate is 5 off the
     mean of held-back images on average, where single images deviate by 25 to 50 (benchmarks/RESULTS.md).
     """
     return _Pool(statistics).expected_novelty()

@@ -68,6 +68,12 @@ def test_whole_scenes_are_held_back(sizes: list[int], seed: int) -> None:
             assert not held_scenes & {image.name[:5] for image in rest.images}
 
 
+def test_a_few_images_of_another_camera_are_not_all_that_is_held_back() -> None:
+    names = [f"a/IMG_{i:04d}.png" for i in range(97)] + [f"a/DSC_{i:04d}.png" for i in range(3)]
+    images = ImageSet(tuple(ImageFile(Path(name)) for name in names), ("a",) * len(names))
+    assert all(len(hold_back(images, 0.1, seed, "validation")[1]) == 10 for seed in range(5))
+
+
 def test_one_scene_for_the_whole_class_is_divided() -> None:
     names = [f"a/x_{i}.png" for i in range(20)]
     images = ImageSet(tuple(ImageFile(Path(name)) for name in names), ("a",) * len(names))
