@@ -24,7 +24,7 @@ def doubts(metrics: Metrics, infos: Sequence[TaskInfo]) -> list[str]:
         cell = metrics.rows[index][index]
         if images and accuracy is not None and cell.n:
             validation, right, test = validation + images, right + images * accuracy, test + cell
-    of_validation, of_test = wilson(round(right), validation), wilson(test.correct, test.n)
+    of_validation, of_test = wilson(right, validation), test.interval("correct")
     if of_validation and of_test:
         first, second = right / validation, test.correct / test.n
         line = f"Validation images: {100 * first:.1f} % right when learned, test images: {100 * second:.1f} %"

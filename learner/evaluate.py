@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from duallora_edge.errors import ConfigError, DataError, RunError
@@ -48,11 +49,13 @@ class Tests:
         self.backbone, self.precision, self.cache = backbone, precision, cache
         self._encode = partial(Encoded, backbone, precision=precision, batch_size=batch_size, cache_bytes=cache_bytes)
         self._encoded: dict[str, Encoded] = {}
+        self._scenes: dict[str, npt.NDArray[np.int64]] = {}
 
     def add(self, name: str, test: PixelSet, classes: Sequence[str]) -> None:
         """Encode the test images of a task. Images of classes that the task did not learn are left out."""
         keep = np.isin(test.labels, list(classes))
-        self._encoded[name] = self._encode(test if keep.all() else test.where(keep), classes, cache=self.cache)
+        test = test if keep.all() else test.where(keep)
+        self._encoded[name], self._scenes[name] = self._encode(test, classes, cache=self.cache), test.scenes
 
     def encoded(self, task: str) -> Encoded:
         """The test images of a task that was added."""
@@ -96,6 +99,7 @@ class Tests:
             task=index,
             task_probabilities=answers.task_probabilities.numpy(),
             novel=(answers.novelty > NOVELTY_THRESHOLD).numpy(),
+            scenes=self._scenes[info.name],
         )
         return Cell.from_predictions(predictions, columns)
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.report.definitions import DEFINITIONS, span
-from duallora_edge.learner.report.intervals import is_too_wide, wilson
+from duallora_edge.learner.report.intervals import is_too_wide
 from duallora_edge.learner.report.metrics import Row, pool
 from duallora_edge.text import escaped
 
@@ -55,7 +55,7 @@ class TerminalCallback(Callback):
 
     def measured(self, tasks: int, row: Row) -> None:
         cell = pool(row)
-        interval = wilson(cell.correct, cell.n)
+        interval = cell.interval("correct")
         if interval is None:
             return
         state = f"  after {tasks} task{'s' if tasks > 1 else ''}: "

@@ -18,8 +18,9 @@ from duallora_edge.learner.report.comparison import Result, comparison_png, mark
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-RESULT = Result(0.9, 0.95, 0.02, 0.01, 0.0, 0.03, 0.99, 0.05, 0.9, 36_864, 2e6, 90)
-JOINT = Result(0.92, None, None, None, None, 0.02, None, 0.05, None, 36_864, 2e6, 60)
+ENDS = {"last_accuracy": (0.8, 0.9)}
+RESULT = Result(0.9, 0.95, 0.02, 0.01, 0.0, 0.03, 0.99, 0.05, 0.9, 36_864, 2e6, 90, ENDS)
+JOINT = Result(0.92, None, None, None, None, 0.02, None, 0.05, None, 36_864, 2e6, 60, ENDS)
 QUICK = ["--latency-rounds", "3", "--config"]
 
 
@@ -60,13 +61,13 @@ def test_groups_are_variants_with_different_files(group: str) -> None:
 
 
 def test_table() -> None:
-    other = Result(0.8, 0.95, 0.02, 0.01, 0.0, 0.03, 0.99, 0.05, 0.9, 36_864, 2e6, 90)
+    other = Result(0.8, 0.95, 0.02, 0.01, 0.0, 0.03, 0.99, 0.05, 0.9, 36_864, 2e6, 90, ENDS)
     table = markdown("site", {"dual_lora": [RESULT, other], "joint": [JOINT]}, {"dual_lora": 6.25}, {"joint"})
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     assert rows[1].endswith("| 1.0 | – |")
-    assert rows[0].startswith("| `dual_lora` | 85.0 ± 7.1 | 95.0 ± 0.0 | 2.0 ± 0.0 |")
+    assert rows[0].startswith("| `dual_lora` | 85.0 ± 7.1 | 80.0 to 90.0 | 95.0 ± 0.0 | 2.0 ± 0.0 |")
     assert rows[0].endswith("| 1.5 ± 0.0 | 6.2 |")
-    assert rows[1].startswith("| `joint`¹ | 92.0 | – | – | – | – | 2.0 | – |")
+    assert rows[1].startswith("| `joint`¹ | 92.0 | 80.0 to 90.0 | – | – | – | – | 2.0 | – |")
     assert table.startswith("**site**, 2 seeds")
 
 

@@ -19,6 +19,7 @@ from duallora_edge.learner.data.cache import FACT_BYTES, Decoded, DecodedCache
 from duallora_edge.learner.data.fingerprint import FINGERPRINT_BYTES, Bytes, fingerprint, hashes
 from duallora_edge.learner.data.health import MIN_SIDE, Flag, HealthReport, judge, report_task
 from duallora_edge.learner.data.images import ImageRef, ImageSet, Stream, TaskData
+from duallora_edge.learner.data.scenes import scenes_by_class
 from duallora_edge.runtime.preprocess import Preprocessing
 
 _SCHEMA = 2
@@ -30,13 +31,17 @@ class PixelSet:
     """Checked images: ``pixels`` ``uint8 [N, S, S, 3]`` RGB, read-only, mapped from disk; ``labels``: N class names.
 
     ``fingerprints`` ``uint8 [N, 80]`` identify the images (see `fingerprint`), by default by ``pixels`` alone.
+    ``scenes`` ``int64 [N]``: images of one number were taken together, by default none were.
     """
 
     pixels: Bytes
     labels: tuple[str, ...]
     fingerprints: Bytes = field(default_factory=lambda: np.zeros((0, FINGERPRINT_BYTES), np.uint8))
+    scenes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
+        if len(self.scenes) != len(self.labels):
+            object.__setattr__(self, "scenes", np.arange(len(self.labels)))
         if len(self.fingerprints) != len(self.labels):
             found = np.array([fingerprint(frame, frame) for frame in self.pixels], np.uint8)
             object.__setattr__(self, "fingerprints", found.reshape(-1, FINGERPRINT_BYTES))
@@ -44,10 +49,12 @@ class PixelSet:
     @classmethod
     def joined(cls, sets: Sequence[PixelSet]) -> PixelSet:
         """The images of several sets, one set after the other."""
+        first = np.cumsum([0, *(s.scenes.max(initial=-1) + 1 for s in sets)])
         return cls(
             np.concatenate([s.pixels for s in sets]),
             tuple(label for s in sets for label in s.labels),
             np.concatenate([s.fingerprints for s in sets]),
+            np.concatenate([s.scenes + start for s, start in zip(sets, first[:-1], strict=True)]),
         )
 
     def __len__(self) -> int:
@@ -56,7 +63,8 @@ class PixelSet:
     def where(self, chosen: npt.NDArray[np.bool_]) -> PixelSet:
         """The images for which ``chosen`` [N] is true."""
         numbers = np.flatnonzero(chosen)
-        return PixelSet(self.pixels[numbers], tuple(self.labels[i] for i in numbers), self.fingerprints[numbers])
+        labels = tuple(self.labels[i] for i in numbers)
+        return PixelSet(self.pixels[numbers], labels, self.fingerprints[numbers], self.scenes[numbers])
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,16 +223,16 @@ def _decode_one(image: ImageRef, preprocessing: Preprocessing) -> tuple[Bytes, B
 def _usable(images: ImageSet, key: str, entry: Decoded, verdicts: list[str], cache: DecodedCache) -> PixelSet:
     """The images without a verdict. Where some have one, the rest gets a cache file of its own."""
     kept = [index for index, verdict in enumerate(verdicts) if not verdict]
-    labels = images.subset(kept).labels
+    usable = images.subset(kept)
     if len(kept) == len(images):
-        return PixelSet(entry.pixels, labels, entry.facts[:, :-1])
+        return PixelSet(entry.pixels, usable.labels, entry.facts[:, :-1], scenes_by_class(usable))
     size = entry.pixels.shape[1]
     own_key = hashlib.sha256(f"{key} without {verdicts}".encode()).hexdigest()
     own = cache.load(own_key, len(kept), size)
     if own is None:
         parts = [kept[first : first + _BATCH] for first in range(0, len(kept), _BATCH)]
         own = cache.store(own_key, len(kept), size, (Decoded(entry.pixels[part], entry.facts[part]) for part in parts))
-    return PixelSet(own.pixels, labels, own.facts[:, :-1])
+    return PixelSet(own.pixels, usable.labels, own.facts[:, :-1], scenes_by_class(usable))
 
 
 def _digest(task: TaskData, facts: Mapping[str, Bytes]) -> str:

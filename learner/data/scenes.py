@@ -9,7 +9,10 @@ from datetime import timedelta
 from itertools import count
 from pathlib import PurePath
 
-from duallora_edge.learner.data.images import ImageRef
+import numpy as np
+import numpy.typing as npt
+
+from duallora_edge.learner.data.images import ImageRef, ImageSet
 
 # Two pictures of one camera that are not further apart belong to one scene.
 GAP = timedelta(minutes=1)
@@ -41,4 +44,16 @@ def scenes(images: Sequence[ImageRef]) -> list[int]:
             known = by_name.get(name) if numbered else None
             found[index] = next(fresh) if known is None else known
             by_name[name] = found[index]
+    return found
+
+
+def scenes_by_class(images: ImageSet) -> npt.NDArray[np.int64]:
+    """The number of the scene of each image, int64 [n], found in each class by itself."""
+    found = np.zeros(len(images), np.int64)
+    labels = np.array(images.labels)
+    first = 0
+    for label in images.classes:
+        members = np.flatnonzero(labels == label)
+        found[members] = first + np.array(scenes([images.images[index] for index in members]))
+        first = int(found[members].max()) + 1
     return found

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from duallora_edge.errors import RunError
+from duallora_edge.learner.report.definitions import span
+from duallora_edge.learner.report.intervals import Interval, mean_of_same
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.report.plots import BLUE, GREY, GRID, INK, ORANGE, printable, style_axes, to_png
 
@@ -19,7 +21,8 @@ from duallora_edge.learner.report.plots import BLUE, GREY, GRID, INK, ORANGE, pr
 class Result:
     """One method and seed. Fractions, ``trained`` numbers a task, ``stored_bytes`` a task, ``seconds`` of learning.
 
-    None where a number does not exist: a method that learns everything at once cannot forget.
+    None where a number does not exist: a method that learns everything at once cannot forget. ``intervals`` are those
+    of `Metrics.intervals`.
     """
 
     last: float | None
@@ -34,6 +37,7 @@ class Result:
     trained: float
     stored_bytes: float
     seconds: float
+    intervals: Mapping[str, Interval | None]
 
     @classmethod
     def of(cls, metrics: Metrics, *, single_task: bool, trained: float, stored_bytes: float, seconds: float) -> Result:
@@ -52,6 +56,7 @@ class Result:
             trained=trained,
             stored_bytes=stored_bytes,
             seconds=seconds,
+            intervals=metrics.intervals,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -83,12 +88,13 @@ COLUMNS = (
 )
 LEGEND = (
     "Percent and points, mean ± standard deviation over seeds. *last*: accuracy over all classes after the last task; "
-    "*average*: mean of that after each task; *F best*, *F learned*: mean drop of a task's accuracy from its best and "
-    "since it was learned, among all classes; *F given*: since it was learned, among the classes of its task; *ECE*: "
-    "calibration error, 15 bins; *task*: images whose task was found; *false*: images called novel although their "
-    "class is known; *novel*: images called novel before their task was learned; *trained*: thousand numbers a task, "
-    "heads left out; *stored*: MB a task; *min*: minutes of learning, prefix included, on this machine; *ms*: exported "
-    "model, one image, ONNX Runtime on 2 threads. ¹ keeps training images."
+    "*interval*: of 95 %, for the number of test images, which seeds do not show; *average*: mean of that after each "
+    "task; *F best*, *F learned*: mean drop of a task's accuracy from its best and since it was learned, among all "
+    "classes; *F given*: since it was learned, among the classes of its task; *ECE*: calibration error, 15 bins; "
+    "*task*: images whose task was found; *false*: images called novel although their class is known; *novel*: images "
+    "called novel before their task was learned; *trained*: thousand numbers a task, heads left out; *stored*: MB a "
+    "task; *min*: minutes of learning, prefix included, on this machine; *ms*: exported model, one image, ONNX "
+    "Runtime on 2 threads. ¹ keeps training images."
 )
 
 
@@ -100,10 +106,13 @@ def markdown(
 ) -> str:
     """The table as Markdown, one row a method."""
     headings = ["method", *(heading for _, heading, _, _ in COLUMNS), *(["ms"] if latencies else [])]
+    headings.insert(2, "interval")
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for label, rows in results.items():
         cells = [f"`{label}`" + ("¹" if label in keeps_images else "")]
         cells += [_cell([getattr(row, key) for row in rows], factor, digits) for key, _, factor, digits in COLUMNS]
+        ends = [tuple(interval) for row in rows if (interval := row.intervals["last_accuracy"])]
+        cells.insert(2, span(mean_of_same(ends)) or "–")
         if latencies:
             cells.append(f"{latencies[label]:.1f}" if label in latencies else "–")
         lines.append("| " + " | ".join(cells) + " |")

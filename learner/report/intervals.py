@@ -1,6 +1,6 @@
 """Confidence intervals of 95 % for what is measured on a limited number of test images.
 
-Images count as independent. Where they are not, as frames of one scene, the truth is less certain than this.
+Frames of one scene tell less than as many other images: shares are those of fewer, `independent` images.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 Interval = tuple[float, float]
 
@@ -18,8 +19,24 @@ _Z = 1.959963984540054  # of the standard normal distribution
 _DRAWS = 1000
 
 
-def wilson(right: int, n: int) -> Interval | None:
-    """The interval of a share of ``n`` images (Wilson 1927); None without images."""
+def independent(right: npt.NDArray[np.bool_], scenes: npt.NDArray[np.int64]) -> float:
+    """How many independent images tell as much about the share of right answers as ``right`` [n] of ``scenes`` [n].
+
+    It is n by the design effect (Kish 1965), the variance of the share between scenes (with its correction for their
+    number) over that between images; at most n, and at least the number of scenes, which counts where all
+    answers are alike.
+    """
+    n, count = len(right), len(np.unique(scenes))
+    if count < 2 or right.all() or not right.any():
+        return float(count)
+    off = right - right.mean()
+    of_scenes = np.bincount(np.unique(scenes, return_inverse=True)[1], off)
+    between = float(np.square(of_scenes).sum()) * count / (count - 1)
+    return float(np.clip(n * np.square(off).sum() / max(between, 1e-9), count, n))
+
+
+def wilson(right: float, n: float) -> Interval | None:
+    """The interval of a share of ``n`` independent images (Wilson 1927); None without images."""
     if not n:
         return None
     share, z = right / n, _Z
@@ -60,13 +77,16 @@ def mean_of_same(intervals: Iterable[Interval]) -> Interval | None:
     return sum(low for low, _ in ends) / len(ends), sum(high for _, high in ends) / len(ends)
 
 
-def calibration_interval(counts: Sequence[int], correct: Sequence[int], confidence: Sequence[float]) -> Interval | None:
+def calibration_interval(
+    counts: Sequence[int], correct: Sequence[int], confidence: Sequence[float], independent: float
+) -> Interval | None:
     """The interval of the expected calibration error, by the bootstrap; None without images.
 
     The bins keep their images, ``counts``, and the sums of their ``confidence``; the right answers of each are drawn
     anew with the share of ``correct`` ones in it. Half a right and half a wrong one are added, so that a handful of
     right answers does not count as certainty. What chance adds to every bin makes the error of a resample larger than
     that of the images, as it made that larger than the truth; so the interval reaches as far down as up.
+    It is as much wider as fewer images are ``independent``.
     """
     n = sum(counts)
     if not n:
@@ -75,7 +95,7 @@ def calibration_interval(counts: Sequence[int], correct: Sequence[int], confiden
     draws = np.random.default_rng(0).binomial(counts, shares, (_DRAWS, len(counts)))
     errors = np.abs(draws - np.asarray(confidence)).sum(axis=1) / n
     found = float(np.abs(np.asarray(correct) - np.asarray(confidence)).sum() / n)
-    reach = float(np.quantile(np.abs(errors - found), 0.95))
+    reach = float(np.quantile(np.abs(errors - found), 0.95)) * math.sqrt(n / independent)
     return max(found - reach, 0.0), found + reach
 
 

@@ -24,6 +24,7 @@ from duallora_edge.learner.report.intervals import (
     Interval,
     calibration_interval,
     difference,
+    independent,
     mean_of_independent,
     mean_of_same,
     wilson,
@@ -46,6 +47,7 @@ class Predictions:
         task: index of the true task, a column of ``task_probabilities``.
         task_probabilities: float32 ``[n, T_k]``, one column for each task known to the state.
         novel: whether the state calls the image novel, bool ``[n]``; None: not asked.
+        scenes: images of one number were taken together, int64 ``[n]``; None: none were.
 
     Raises ``ValueError`` for shapes or values that do not fit.
     """
@@ -55,6 +57,7 @@ class Predictions:
     task: int
     task_probabilities: npt.NDArray[np.float32]
     novel: npt.NDArray[np.bool_] | None = None
+    scenes: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         (n,) = self.labels.shape
@@ -64,8 +67,9 @@ class Predictions:
             # NaN fails both comparisons; the tolerance is for float16 and summed components
             if not np.all((array >= 0) & (array <= 1.01)):
                 raise ValueError(f"{name} must be probabilities")
-        if self.novel is not None and self.novel.shape != (n,):
-            raise ValueError(f"novel must be [{n}], not {list(self.novel.shape)}")
+        for name, each in (("novel", self.novel), ("scenes", self.scenes)):
+            if each is not None and each.shape != (n,):
+                raise ValueError(f"{name} must be [{n}], not {list(each.shape)}")
         if n and not 0 <= self.labels.min() <= self.labels.max() < self.probabilities.shape[1]:
             raise ValueError("labels must be columns of probabilities")
         if not 0 <= self.task < self.task_probabilities.shape[1]:
@@ -90,6 +94,7 @@ class Cell:
         novel: called novel, although their classes are known.
         novel_before: called novel by the state before the task was learned. It is counted in the first state that knows
             the task, if no earlier task knew a class of it, and 0 elsewhere.
+        independent: as many independent images would tell as much (see `intervals.independent`), by default ``n``.
     """
 
     n: int = 0
@@ -101,8 +106,13 @@ class Cell:
     bin_confidence: tuple[float, ...] = _NO_SUMS
     novel: int = 0
     novel_before: int = 0
+    independent: float = -1.0
 
     def __post_init__(self) -> None:
+        if self.independent < 0:
+            object.__setattr__(self, "independent", float(self.n))
+        if not (type(self.independent) is float and min(self.n, 1) <= self.independent <= self.n):
+            raise ValueError(f"there are {self.independent} independent ones among {self.n} images")
         counts = (self.n, self.correct, self.correct_task_given, self.task_correct, self.novel, self.novel_before)
         if not all(type(count) is int and 0 <= count <= self.n for count in counts):
             raise ValueError(f"counts must be whole numbers of at most n = {self.n}")
@@ -132,6 +142,7 @@ class Cell:
             correct_task_given=int((columns[probabilities[:, columns].argmax(axis=1)] == labels).sum()),
             task_correct=int((predictions.task_probabilities.argmax(axis=1) == predictions.task).sum()),
             novel=0 if predictions.novel is None else int(predictions.novel.sum()),
+            independent=-1.0 if predictions.scenes is None else independent(right, predictions.scenes),
             bin_count=tuple(np.bincount(bins, minlength=BINS).tolist()),
             bin_correct=tuple(np.bincount(bins[right], minlength=BINS).tolist()),
             bin_confidence=tuple(np.bincount(bins, weights=confidence, minlength=BINS).tolist()),
@@ -148,6 +159,7 @@ class Cell:
             tuple(map(add, self.bin_confidence, other.bin_confidence)),
             self.novel + other.novel,
             self.novel_before + other.novel_before,
+            self.independent + other.independent,
         )
 
     @property
@@ -177,6 +189,10 @@ class Cell:
     def false_novelty(self) -> float | None:
         """Share of images that are called novel although their classes are known, 0..1; None without images."""
         return self.novel / self.n if self.n else None
+
+    def interval(self, counted: str) -> Interval | None:
+        """The interval of the share of images that the attribute ``counted`` counts; None without images."""
+        return wilson(getattr(self, counted) / self.n * self.independent, self.independent) if self.n else None
 
     @property
     def calibration_error(self) -> float | None:
@@ -323,7 +339,7 @@ class Metrics:
             learned=learned.accuracy,
             best=best,
             now=now.accuracy,
-            now_interval=wilson(now.correct, now.n),
+            now_interval=now.interval("correct"),
             learned_task_given=learned.accuracy_task_given,
             now_task_given=now.accuracy_task_given,
             task_accuracy=now.task_accuracy,
@@ -364,9 +380,9 @@ class Metrics:
         states = [pool(row) for row in self.rows]
         pooled = self.last
         return {
-            "last_accuracy": wilson(pooled.correct, pooled.n),
+            "last_accuracy": pooled.interval("correct"),
             "last_accuracy_task_mean": mean_of_independent(*_shares(now, "correct")),
-            "last_accuracy_task_given": wilson(pooled.correct_task_given, pooled.n),
+            "last_accuracy_task_given": pooled.interval("correct_task_given"),
             "average_incremental_accuracy": mean_of_same(_shares(states, "correct")[1]),
             "forgetting_from_best": self._forgetting(list(zip(best, last[:newest], strict=True)), "correct"),
             "forgetting_since_learned": since,
@@ -374,10 +390,12 @@ class Metrics:
                 [(self.rows[i][i], last[i]) for i in range(newest)], "correct_task_given"
             ),
             "backward_transfer": None if since is None else (-since[1], -since[0]),
-            "task_accuracy": None if self.shares_classes else wilson(pooled.task_correct, pooled.n),
-            "calibration_error": calibration_interval(pooled.bin_count, pooled.bin_correct, pooled.bin_confidence),
-            "false_novelty": wilson(pooled.novel, pooled.n),
-            "novelty_detected": wilson(self.unseen.novel_before, self.unseen.n),
+            "task_accuracy": None if self.shares_classes else pooled.interval("task_correct"),
+            "calibration_error": calibration_interval(
+                pooled.bin_count, pooled.bin_correct, pooled.bin_confidence, pooled.independent
+            ),
+            "false_novelty": pooled.interval("novel"),
+            "novelty_detected": self.unseen.interval("novel_before"),
         }
 
     @staticmethod
@@ -418,9 +436,8 @@ class Metrics:
 
 def _shares(cells: Iterable[Cell], right: str) -> tuple[list[float], list[Interval]]:
     """The shares of right answers of cells that have images, and their intervals; ``right`` names their count."""
-    counts = [(getattr(cell, right), cell.n) for cell in cells]
-    intervals = [(count / n, interval) for count, n in counts if (interval := wilson(count, n))]
-    return [share for share, _ in intervals], [interval for _, interval in intervals]
+    found = [(getattr(cell, right) / cell.n, interval) for cell in cells if (interval := cell.interval(right))]
+    return [share for share, _ in found], [interval for _, interval in found]
 
 
 def _minus(before: float | None, after: float | None) -> float | None:

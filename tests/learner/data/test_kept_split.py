@@ -121,3 +121,11 @@ def test_nothing_learned_is_ever_measured(before: list[str], after: list[str], e
     if not given_test:
         assert not resembling(again.test.fingerprints, own.learned).any()
         assert not resembling(KeptSplit.of(again).learned, own.test).any()
+
+
+def test_scenes_stay_together_and_apart_in_joined_sets() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    video = PixelSet(pixels, ("a", "a", "b", "b"), scenes=np.array([0, 0, 1, 1]))
+    joined = PixelSet.joined([video, PixelSet(pixels[:0], ()), video.where(np.array([True, False, True, True])), video])
+    assert joined.scenes.tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 5]
+    assert PixelSet(pixels, ("a",) * 4).scenes.tolist() == [0, 1, 2, 3]

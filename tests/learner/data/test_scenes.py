@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from duallora_edge.learner.data.images import ImageFile, ImageSet
-from duallora_edge.learner.data.scenes import scenes
+from duallora_edge.learner.data.scenes import scenes, scenes_by_class
 from duallora_edge.learner.data.split import hold_back
 
 
@@ -79,3 +79,11 @@ def test_one_scene_for_the_whole_class_is_divided() -> None:
     images = ImageSet(tuple(ImageFile(Path(name)) for name in names), ("a",) * len(names))
     rest, held = hold_back(images, 0.1, 0, "test")
     assert (len(rest), len(held)) == (18, 2)
+
+
+def test_scenes_are_of_one_class_and_numbered_through() -> None:
+    names = ["a/7_1", "b/7_1", "a/7_2", "b/8_1", "a/9_1", "b/7_3"]
+    images = ImageSet(tuple(ImageFile(Path(f"{name}.png")) for name in names), tuple(name[0] for name in names))
+    found = scenes_by_class(images)
+    assert found.tolist() == [0, 2, 0, 3, 1, 2]
+    assert scenes_by_class(ImageSet()).shape == (0,)

@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 from duallora_edge.learner.report.intervals import (
     calibration_interval,
     difference,
+    independent,
     is_too_wide,
     mean_of_independent,
     mean_of_same,
@@ -52,6 +53,41 @@ def test_means() -> None:
     assert mean_of_independent([], []) is mean_of_same([]) is wilson(0, 0) is None
 
 
+@pytest.mark.parametrize(
+    ("right", "scenes", "expected"),
+    [
+        ([], [], 0),
+        ([1, 0, 1, 1], [0, 1, 2, 3], 4),
+        ([1, 0, 1, 1], [7, 7, 7, 7], 1),  # one scene tells nothing of others
+        ([1, 1, 1, 1], [0, 0, 1, 1], 2),
+        ([1, 1, 0, 0], [0, 0, 1, 1], 2),  # scenes of one answer each: never below their number
+        ([1, 0, 1, 0], [0, 0, 1, 1], 4),  # alike: never above the number of images
+        # 10 images in 4 scenes, share 0.6: scenes are off by 0.2, 0.8, -1.2 and 0.2, squares of images add up to 2.4
+        ([1, 1, 0, 1, 1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 2, 3, 3, 3, 2], 10 * 2.4 / 2.16 * 3 / 4),
+    ],
+)
+def test_independent_images(right: list[int], scenes: list[int], expected: float) -> None:
+    assert independent(np.array(right, bool), np.array(scenes, np.int64)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("images", [1, 5, 20])
+def test_intervals_of_scenes_cover_the_truth(images: int) -> None:
+    """Sixty scenes whose images mostly share one answer, drawn 300 times: near 95 % of the intervals hold the truth."""
+    rng = np.random.default_rng(0)
+    scenes = np.repeat(np.arange(60), images)
+    covered = narrow = 0
+    for _ in range(300):
+        share = rng.beta(1.6, 0.4, 60)
+        right = rng.random(len(scenes)) < share[scenes]
+        n = independent(right, scenes)
+        low, high = wilson(right.mean() * n, n) or (0.0, 0.0)
+        covered += low <= 0.8 <= high
+        low, high = wilson(int(right.sum()), len(right)) or (0.0, 0.0)
+        narrow += low <= 0.8 <= high
+    assert covered >= 0.92 * 300
+    assert images == 1 or narrow < covered - 0.08 * 300  # images that count one by one promise too much
+
+
 @pytest.mark.parametrize(("n", "bias"), [(400, 0.1), (2000, 0.1), (2000, 0.03)])
 def test_the_interval_of_the_calibration_error_covers_it(n: int, bias: float) -> None:
     """Answers whose confidence is too high by ``bias`` in every bin, drawn 200 times."""
@@ -61,11 +97,11 @@ def test_the_interval_of_the_calibration_error_covers_it(n: int, bias: float) ->
     for _ in range(200):
         counts = rng.multinomial(n, [0.2, 0.3, 0.5])
         correct = rng.binomial(counts, confidences - bias)
-        found = calibration_interval(counts.tolist(), correct.tolist(), (counts * confidences).tolist())
+        found = calibration_interval(counts.tolist(), correct.tolist(), (counts * confidences).tolist(), n)
         assert found
         covered += found[0] <= bias <= found[1]
     assert covered >= 180
-    assert calibration_interval([0], [0], [0.0]) is None
+    assert calibration_interval([0], [0], [0.0], 0) is None
 
 
 @pytest.mark.parametrize(("right", "n", "expected"), [(5, 6, True), (10, 10, True), (50, 100, False), (97, 100, False)])

@@ -68,6 +68,29 @@ def slow_calibration_error(answers: Predictions) -> float:
     return total
 
 
+def test_images_of_one_scene_count_once() -> None:
+    answers, columns = predictions(0, 40, 1, [2, 5])
+    frames = replace(answers, scenes=np.arange(40))
+    twice = Predictions(
+        *(np.repeat(getattr(answers, name), 2, axis=0) for name in ("labels", "probabilities")),
+        answers.task,
+        np.repeat(answers.task_probabilities, 2, axis=0),
+        scenes=np.repeat(np.arange(40), 2),
+    )
+    single, pairs = Cell.from_predictions(frames, columns), Cell.from_predictions(twice, columns)
+    assert (single.n, pairs.n, single.independent, pairs.independent) == (40, 80, 40, 40)
+    assert pairs.interval("correct") == single.interval("correct")
+    assert pool([single, pairs]).independent == 80
+    of_pairs, of_single = (Metrics((TaskClasses("t", ("c",)),), ((cell,),)).intervals for cell in (pairs, single))
+    assert of_pairs["last_accuracy"] == of_single["last_accuracy"]
+    ends, other = of_pairs["calibration_error"], of_single["calibration_error"]
+    assert ends and other and ends[1] - ends[0] == pytest.approx(other[1] - other[0], abs=0.05)
+    with pytest.raises(ValueError, match="scenes"):
+        replace(answers, scenes=np.arange(39))
+    with pytest.raises(ValueError, match="independent"):
+        replace(single, independent=41.0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("task", "sizes"), [(0, [3]), (0, [1, 4]), (1, [2, 5]), (2, [3, 1, 2, 4])])
 def test_cell_against_a_loop_over_images(seed: int, task: int, sizes: list[int]) -> None:
