@@ -66,8 +66,9 @@ class Result:
     def from_json(cls, value: Mapping[str, Any]) -> Result:
         """The inverse of `to_json`. Raises `RunError` when it is something else."""
         try:
-            return cls(**value)
-        except TypeError as error:
+            ends = {key: tuple(interval) if interval else None for key, interval in value["intervals"].items()}
+            return cls(**{**value, "intervals": ends})
+        except (AttributeError, KeyError, TypeError) as error:
             raise RunError(f"A stored result is unreadable ({error}); delete it and compare again.") from error
 
 
@@ -111,7 +112,7 @@ def markdown(
     for label, rows in results.items():
         cells = [f"`{label}`" + ("¹" if label in keeps_images else "")]
         cells += [_cell([getattr(row, key) for row in rows], factor, digits) for key, _, factor, digits in COLUMNS]
-        ends = [tuple(interval) for row in rows if (interval := row.intervals["last_accuracy"])]
+        ends = [interval for row in rows if (interval := row.intervals["last_accuracy"])]
         cells.insert(2, span(mean_of_same(ends)) or "–")
         if latencies:
             cells.append(f"{latencies[label]:.1f}" if label in latencies else "–")
