@@ -33,6 +33,8 @@ from onnx import TensorProto, helper, numpy_helper
 from duallora_edge.errors import BundleError
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS
 from duallora_edge.runtime.graph_check import check_graph
+from duallora_edge.runtime.graph_weights import WEIGHTS, inlined
+from duallora_edge.runtime.tensor_file import TensorFile
 
 READS, RETURNS = ("image",), ("answer",)
 SECRET = 1234.5
@@ -465,12 +467,12 @@ PLACES: dict[str, Make] = {
 }
 
 
-@attack("field 14 with")
+@attack("no weights of 'c'")
 def external_without_a_place(folder: Path) -> onnx.ModelProto:
     return with_tensor(TensorProto(data_type=1, dims=[48], data_location=TensorProto.EXTERNAL))
 
 
-@attack("field 13 with")
+@attack("no weights of 'c'")
 def external_beside_raw(folder: Path) -> onnx.ModelProto:
     tensor = numpy_helper.from_array(np.ones(48, F))
     tensor.external_data.add(key="location", value="../secret")
@@ -873,7 +875,9 @@ BYTES: dict[str, tuple[str, Make]] = {
 
 ATTACKS: dict[str, tuple[str, Make]] = {
     **NODES,
-    **{name: ("field 13 with", make) for name, make in PLACES.items()},
+    **{name: ("no weights of 'c'", make) for name, make in PLACES.items()},
+    "external_length_nonsense": ("printable ASCII", PLACES["external_length_nonsense"]),
+    "external_long": ("a value of 10000000 bytes", PLACES["external_long"]),
     **TENSORS,
     **GRAPHS,
     **EDITS,
@@ -1170,8 +1174,13 @@ def show_attacks(names: Sequence[str], pythons: Sequence[Path]) -> None:
         raise SystemExit("\n".join(map(str, [*wrong, *opened])))
 
 
+def with_weights(path: Path) -> bytes:
+    """The graph in a file, with the weights that lie beside it."""
+    return b"".join(inlined(path.read_bytes(), TensorFile(path.with_name(WEIGHTS).read_bytes())))
+
+
 def show_mutations(paths: Sequence[Path], count: int, seed: int, pythons: Sequence[Path]) -> None:
-    graphs = [path.read_bytes() for path in paths]
+    graphs = [with_weights(path) for path in paths]
     parts = [parts_of(path.name) for path in paths]
     ends: dict[str, Counter[str]] = {}
     slowest, before, total = 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0

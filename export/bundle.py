@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -21,6 +19,7 @@ from duallora_edge.device_profiles import Estimate, Target, estimate
 from duallora_edge.errors import BackendError, BundleError, ExportError, RunError
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
+from duallora_edge.export.weights import move_weights
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
 from duallora_edge.learner.doubts import unreliable_novelty
@@ -30,6 +29,7 @@ from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import (
     GOLDEN,
+    INPUT,
     MANIFEST,
     MODEL,
     MODEL_FP16,
@@ -40,7 +40,9 @@ from duallora_edge.runtime.bundle import (
     Task,
     gpu_graphs,
 )
+from duallora_edge.runtime.graph_weights import WEIGHTS, inlined
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
+from duallora_edge.runtime.tensor_file import blocks
 
 GOLDEN_IMAGES = 8
 GENERATED_IMAGES = 64
@@ -95,12 +97,14 @@ def write_bundle(
     modes = ["normal", *(["super"] if "super" in target.profile.modes else [])]
     estimates = tuple(estimate(target.profile, work, mode=mode) for mode in modes)
     golden = generated_images(GOLDEN_IMAGES, run.info.size, seed=1)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, image=golden, **torch_outputs(model, golden))  # type: ignore[arg-type]
+    nodes = {_file_name(*key): node_counts(each) for key, each in graphs.items()}
+    in_onnxruntime = optimized_nodes(graph)
+    recipes = {name: _recipe(graphs[precision, "whole"], precision, target).encode() for name in _extra_files(target)}
+    weights = move_weights({_file_name(*key): each for key, each in graphs.items()})
     written = {_file_name(*key): each.SerializeToString(deterministic=True) for key, each in graphs.items()}
-    for file_name in _extra_files(target):
-        written[file_name] = _recipe(graphs[precision, "whole"], precision, target).encode()
-    written[GOLDEN] = buffer.getvalue()
+    records = {name: FileRecord.of(b"".join(inlined(content, weights))) for name, content in written.items()}
+    written |= {WEIGHTS: bytes(weights.content), **recipes}
+    written[GOLDEN] = b"".join(blocks({INPUT: golden, **torch_outputs(model, golden)}))
     written[README] = _readme(run, model, target, estimates, precision, batch).encode()
     manifest = Manifest(
         bundle_version=version or previous + 1,
@@ -111,6 +115,7 @@ def write_bundle(
         feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
         calibration=_calibration(run, model),
         files={name: FileRecord.of(content) for name, content in written.items()},
+        graphs=records,
         backends=target.profile.backends,
         batch=batch,
         precision=precision,
@@ -119,8 +124,8 @@ def write_bundle(
         target={
             **target.to_json(),
             "estimates": [entry.to_json() for entry in estimates],
-            "nodes": {_file_name(*key): node_counts(each) for key, each in graphs.items()},
-            "nodes_in_onnxruntime": optimized_nodes(graph),
+            "nodes": nodes,
+            "nodes_in_onnxruntime": in_onnxruntime,
             "flops": work.flops,
             "parameters": work.weight_bytes // 2,
         },
@@ -292,7 +297,7 @@ def _recipe(graph: onnx.ModelProto, precision: str, target: Target) -> str:
     lines = " \\\n    ".join(arguments)
     return f"""#!/bin/sh
 # Builds a TensorRT engine with the trtexec of JetPack {target.jetpack} (TensorRT {target.tensorrt}).
-# Untested on the device: compare what the engine answers with golden.npz before you trust it.
+# Untested on the device: compare what the engine answers with {GOLDEN} before you trust it.
 #   sh {RECIPE} [ENGINE]
 set -e
 cd "$(dirname "$0")"
@@ -338,7 +343,7 @@ def _readme(
         f"`model.onnx` (opset {target.opset}, IR {target.ir_version}, fp32) takes uint8 frames "
         f"`image [{rows}, {run.info.size}, {run.info.size}, 3]` in RGB order; normalisation is inside. It returns "
         "calibrated `probabilities`, `task_probabilities`, `novelty` and `features`. Loading compares its answers "
-        "with `golden.npz`.",
+        f"with `{GOLDEN}`.",
         *(gpu if precision == "fp16" else []),
         "",
         "Estimates, not measured on the device:",

@@ -107,6 +107,5 @@ def export(
             )
     for entry in exported.estimates:
         click.echo(entry.text)
-    sizes = [record.bytes for name, record in exported.manifest.files.items() if name.endswith(".onnx")]
-    texts = " + ".join(f"{size / 1e6:.1f}" for size in sizes)
-    click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {texts} MB"))
+    size = sum(record.bytes for record in exported.manifest.files.values()) / 1e6
+    click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {size:.1f} MB"))

@@ -46,7 +46,8 @@ Part = Literal["whole", "prefix", "suffix"]
 class Builder:
     """Collects nodes and initializers. Every method returns the name of the tensor it makes.
 
-    With ``half`` tensors between `low` and `high` are fp16, and so are the weights made there.
+    With ``half`` tensors between `low` and `high` are fp16. The weights used there are stored in fp32 all the same, so
+    that graphs of both precisions share them: runtimes round them once, when they load the graph.
     """
 
     def __init__(self, opset: int, half: bool = False) -> None:
@@ -56,16 +57,20 @@ class Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, Array] = {}
         self._count = 0
+        self._halves: set[str] = set()
 
     def weight(self, name: str, value: Tensor | Array) -> str:
         """An initializer; the same name twice must carry the same value."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        if self._low and array.dtype == np.float32:
-            array = array.astype(np.float16)
         if name in self.initializers:
             assert np.array_equal(self.initializers[name], array), name
         self.initializers[name] = np.asarray(array, order="C")
-        return name
+        if not self._low or array.dtype != np.float32:
+            return name
+        if (half := f"{name}.half") not in self._halves:
+            self._halves.add(half)
+            self.node("Cast", name, name=half, to=TensorProto.FLOAT16)
+        return half
 
     def ints(self, name: str, *values: int) -> str:
         """A vector of int64, shared between all uses of the same name."""

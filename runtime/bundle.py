@@ -3,11 +3,12 @@
 Every file is read once, through one open folder, so the bytes that were hashed are the bytes that are parsed and
 executed, even if the files are replaced meanwhile.
 
-BUNDLE/manifest.json   what the model expects and returns, and size and SHA-256 of every other file
-BUNDLE/model.onnx      the graph: uint8 images in, calibrated probabilities out
-BUNDLE/model-fp16.onnx the same with half-precision products, for GPUs; not in every bundle
+BUNDLE/manifest.json       what the model expects and returns, and size and SHA-256 of every other file
+BUNDLE/model.onnx          the graph: uint8 images in, calibrated probabilities out
+BUNDLE/model-fp16.onnx     the same with half-precision products, for GPUs; not in every bundle
 BUNDLE/prefix-*.onnx, suffix-*.onnx  the same in two parts, for engines that are rebuilt quickly; not in every bundle
-BUNDLE/golden.npz      generated images and the outputs that the original model gave for them
+BUNDLE/model.safetensors   the weights of all graphs, in fp32
+BUNDLE/golden.safetensors  generated images and the outputs that the original model gave for them
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import os
 import re
 import reprlib
 import stat
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,22 +34,23 @@ from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError
 from duallora_edge.files import MAX_JSON_BYTES
 from duallora_edge.folder_kind import folder_kind
+from duallora_edge.runtime.graph_weights import WEIGHTS
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
+from duallora_edge.runtime.tensor_file import TensorFile
 from duallora_edge.text import UNSAFE, escaped
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 MODEL_FP16 = "model-fp16.onnx"
-GOLDEN = "golden.npz"
+GOLDEN = "golden.safetensors"
 INPUT = "image"
 OUTPUTS = ("probabilities", "task_probabilities", "novelty", "features")
 BETWEEN = ("tokens", "phi")
 """What the frozen prefix hands to the suffix where a bundle holds them as two graphs."""
 
 MAX_FILES = 64
-MAX_FILE_BYTES = 2**31 - 1  # what one protobuf message may have
-MAX_GOLDEN_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 2**31 - 1  # what one protobuf message may have, and what no supported ViT exceeds
 MAX_FEATURES = 2**20
 MAX_BATCH = 1024
 PRECISIONS = ("fp32", "fp16")
@@ -139,7 +140,8 @@ class Manifest:
     where it takes any number. ``precision`` is what a GPU should use: with fp16 there is a second graph, in which it
     is baked in. ``workspace_mb`` limits the memory (in 10^6 bytes) with which TensorRT builds an engine.
     With ``split``, the graph for a GPU also exists in two parts, and a new task changes only the second one.
-    ``backends`` are those to try on the device, best first; none: all that the runtime knows.
+    ``backends`` are those to try on the device, best first; none: all that the runtime knows. ``graphs`` has the
+    records of graphs with their weights inside (see `graph_weights.inlined`), by which engines are known.
     """
 
     bundle_version: int
@@ -150,6 +152,7 @@ class Manifest:
     feature_size: int
     calibration: Calibration
     files: Mapping[str, FileRecord]
+    graphs: Mapping[str, FileRecord] = field(default_factory=dict)
     batch: int | None = None
     precision: str = "fp32"
     workspace_mb: int = 512
@@ -164,6 +167,10 @@ class Manifest:
         columns = {"probabilities": len(self.classes), "task_probabilities": len(self.tasks)}
         columns["features"] = self.feature_size
         return {name: (images, columns[name]) if name in columns else (images,) for name in OUTPUTS}
+
+    def graph(self, name: str) -> FileRecord:
+        """The record of a graph with its weights inside. Raises ``KeyError`` where the bundle has no such graph."""
+        return self.graphs.get(name) or self.files[name]
 
     def to_json(self) -> dict[str, Any]:
         """The content of manifest.json."""
@@ -195,7 +202,8 @@ class Manifest:
             "target": dict(self.target),
             "parity": dict(self.parity),
             "provenance": dict(self.provenance),
-            "files": {name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in self.files.items()},
+            "files": {name: asdict(record) for name, record in self.files.items()},
+            "graphs": {name: asdict(record) for name, record in self.graphs.items()},
         }
 
     @classmethod
@@ -369,17 +377,29 @@ class Bundle:
 
         name = ""
         try:
+            weights = self.weights
             for name in GRAPHS.keys() & self.contents.keys():
-                check_graph(self.contents[name].view(), *GRAPHS[name])
+                check_graph(self.contents[name].view(), *GRAPHS[name], weights)
         except BundleError as error:
             raise BundleError(f"{self.path / name}: {error}") from error
 
     def content(self, name: str) -> Content:
-        """A verified graph, or the golden outputs. Raises `BundleError` where they were let go."""
+        """A verified graph, the weights or the golden outputs. Raises `BundleError` where they were let go."""
         try:
             return self.contents[name]
         except KeyError:
             raise BundleError(f"{self.path / name} is no longer in memory; open the bundle again.") from None
+
+    @property
+    def weights(self) -> TensorFile | None:
+        """The weights of the graphs, None where these hold them. Raises `BundleError` for a damaged file."""
+        return self._tensors(WEIGHTS) if WEIGHTS in self.manifest.files else None
+
+    def _tensors(self, name: str) -> TensorFile:
+        try:
+            return TensorFile(self.content(name).view())
+        except ValueError as error:
+            raise BundleError(f"{self.path / name} cannot be read ({error}); export the run again.") from error
 
     def golden(self) -> Golden:
         """Read the golden images and outputs.
@@ -390,15 +410,11 @@ class Bundle:
         Raises:
             BundleError: They are damaged, do not fit the manifest, or are no longer in memory.
         """
-        file, content = self.path / GOLDEN, io.BytesIO(self.content(GOLDEN).read())
+        file, tensors = self.path / GOLDEN, self._tensors(GOLDEN)
         try:
-            with zipfile.ZipFile(content) as archive:
-                if sum(member.file_size for member in archive.infolist()) > MAX_GOLDEN_BYTES:
-                    raise ValueError(f"larger than {MAX_GOLDEN_BYTES} bytes")
-            with np.load(content, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in (INPUT, *OUTPUTS)}
-        except Exception as error:  # zipfile, zlib and NumPy raise many types on damaged files
-            raise BundleError(f"{file} cannot be read ({str(error)[:200]}); copy the bundle again.") from error
+            arrays = {name: tensors[name] for name in (INPUT, *OUTPUTS)}
+        except KeyError as error:
+            raise BundleError(f"{file} lacks {error}; export the run again.") from None
         size, images = self.manifest.preprocessing.size, len(np.atleast_1d(arrays[INPUT]))
         expected = {INPUT: (images, size, size, 3), **self.manifest.output_shapes(images)}
         for name, array in arrays.items():
@@ -471,7 +487,7 @@ def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[st
     Other files are compared as well, but not kept.
     """
     file, digest = root / name, hashlib.sha256()
-    content = Content() if name in GRAPHS or name == GOLDEN else None
+    content = Content() if name in GRAPHS or name in (WEIGHTS, GOLDEN) else None
     try:
         with _opened_file(folder, name) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -508,7 +524,9 @@ def _read_manifest(top: Section) -> Manifest | None:
         batch = None
     engine = top.section("engine")
     precision = engine.choice("precision", PRECISIONS)
-    files = _read_files(top.section("files"))
+    files, graphs = _read_files(top.section("files")), _read_records(top.section("graphs"))
+    for graph in sorted(graphs.keys() - GRAPHS.keys() & files.keys()):
+        top.problem("graphs", f"{reprlib.repr(graph)} is not a graph in the list of files")
     split = engine.boolean("split")
     for key, parts in (("precision", False), *((("split", True),) if split else ())):
         missing = [name for name in gpu_graphs(precision, parts) if name not in files]
@@ -523,6 +541,7 @@ def _read_manifest(top: Section) -> Manifest | None:
         feature_size=feature_size if type(feature_size) is int else 1,
         calibration=_read_calibration(top.section("calibration")),
         files=files,
+        graphs=graphs,
         batch=batch,
         precision=precision or "fp32",
         workspace_mb=engine.integer("workspace_mb", 16, 2**20),
@@ -620,6 +639,10 @@ def _read_files(section: Section) -> dict[str, FileRecord]:
     for required in (MODEL, GOLDEN):
         if required not in section.values:
             section.problem("", f"must list {required}")
+    return _read_records(section)
+
+
+def _read_records(section: Section) -> dict[str, FileRecord]:
     if len(section.values) > MAX_FILES:
         section.problem("", f"must list at most {MAX_FILES} files")
         return {}

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from duallora_edge.errors import BundleError
 from duallora_edge.runtime.graph_reader import (
     MAX_EDGES,
@@ -29,6 +31,8 @@ from duallora_edge.runtime.graph_reader import (
     Tensor,
     read_model,
 )
+from duallora_edge.runtime.graph_weights import WEIGHTS
+from duallora_edge.runtime.tensor_file import TensorFile
 
 OPSETS = range(14, 21)
 IR_VERSIONS = range(7, 11)
@@ -78,21 +82,23 @@ class Operator:
     defaults: Mapping[str, int] = field(default_factory=dict)
 
 
-def check_graph(content: bytes | memoryview, reads: Collection[str], returns: Collection[str]) -> None:
+def check_graph(
+    content: bytes | memoryview, reads: Collection[str], returns: Collection[str], weights: TensorFile | None = None
+) -> None:
     """Refuse the ONNX file ``content`` unless it is a graph as the exporter writes them.
 
     ``reads`` and ``returns`` are the names of its inputs and outputs. Accepted graphs use the operators of `operators`
-    alone, with shapes that fit for any number of images. They read no other file, need at most `MAX_IMAGE_BYTES` and
-    `MAX_IMAGE_WORK` for one image, and compute constants no larger than the file. Weights are
-    neither copied nor read. Raises `BundleError`.
+    alone, with shapes that fit for any number of images. They read no other file than that of the ``weights``, and of
+    it the tensors of the same names; they need at most `MAX_IMAGE_BYTES` and `MAX_IMAGE_WORK` for one image, and
+    compute constants no larger than the two files. Weights are neither copied nor read. Raises `BundleError`.
     """
     try:
         model = read_model(content)
         _check_versions(model)
         values, outputs = _edges(model, reads, returns)
         for tensor in model.graph.initializers:
-            _add(values, tensor.name, _initializer(tensor))
-        _follow(model, values, len(content))
+            _add(values, tensor.name, _initializer(tensor, weights))
+        _follow(model, values, len(content) + (len(weights.content) if weights else 0))
         for name, value in outputs.items():
             if values.get(name) != value:
                 raise ValueError(f"the output '{name}' is not made in the shape it is declared with")
@@ -140,8 +146,11 @@ def _edge(edge: Edge) -> _Value:
     return _Value(edge.type.tensor.dtype, (_IMAGES, *shape))
 
 
-def _initializer(tensor: Tensor) -> _Value:
+def _initializer(tensor: Tensor, weights: TensorFile | None) -> _Value:
     shape, dtype = tuple(tensor.dims), tensor.dtype
+    if tensor.location or tensor.external:
+        _check_external(tensor, weights)
+        return _Value(dtype, shape)
     if dtype not in (FLOAT, INT64, FLOAT16):
         raise ValueError(f"type {dtype} of '{tensor.name}'")
     if shape and not 1 <= min(shape) <= max(shape) <= _MAX_SIZE:
@@ -155,6 +164,18 @@ def _initializer(tensor: Tensor) -> _Value:
     ints = struct.unpack(f"<{shape[0]}q", tensor.raw)
     _require(all(abs(value) <= _MAX_SIZE for value in ints), f"value too large in '{tensor.name}'")
     return _Value(INT64, shape, ints)
+
+
+def _check_external(tensor: Tensor, weights: TensorFile | None) -> None:
+    """Refuse values outside the bundle, and any but the whole tensor of the same name, dtype and shape."""
+    found = {pair.key: pair.value for pair in tensor.external}
+    entry = weights.entries.get(tensor.name) if weights else None
+    _require(entry is not None and tensor.location == 1 and not len(tensor.raw), f"no weights of '{tensor.name}'")
+    assert entry is not None
+    place = {"location": WEIGHTS, "offset": str(entry.start), "length": str(entry.stop - entry.start)}
+    _require(found == place and len(tensor.external) == 3, f"the place of '{tensor.name}'")
+    fits = tensor.dtype == FLOAT and entry.dtype == np.float32 and tuple(tensor.dims) == entry.shape
+    _require(fits and all(1 <= size <= _MAX_SIZE for size in entry.shape), f"the shape of '{tensor.name}'")
 
 
 def _add(values: dict[str, _Value], name: str, value: _Value) -> None:

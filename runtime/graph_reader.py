@@ -2,7 +2,7 @@
 
 A file is one message of Protocol Buffers: fields, each a number, a wire type and a value, and a value may be a message
 again. The classes below name every field that `export.graph` writes. Any other field is refused, and with it
-external data, subgraphs, functions, sparse tensors, strings and metadata. No message contains one of its
+subgraphs, functions, sparse tensors, strings and metadata. No message contains one of its
 own kind, so the depth is fixed; numbers of entries and lengths of texts are limited; weights are views of the file and
 never copied.
 """
@@ -11,6 +11,7 @@ never copied.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
@@ -66,13 +67,27 @@ class Node:
 
 
 @dataclass
+class Pair:
+    """One of the facts about values in another file."""
+
+    key: str = _field(1, "text")
+    value: str = _field(2, "text")
+
+
+@dataclass
 class Tensor:
-    """A constant; ``raw`` holds its values in C order, little-endian."""
+    """A constant; ``raw`` holds its values in C order, little-endian.
+
+    With a ``location`` of 1 they lie in another file, and ``external`` says where: in any order its name, and the
+    place and number of the bytes.
+    """
 
     dims: list[int] = _field(1, "integer", MAX_RANK)
     dtype: int = _field(2, "integer")
     name: str = _field(8, "text")
     raw: memoryview = _field(9, "bytes")
+    external: list[Pair] = _field(13, Pair, 3)
+    location: int = _field(14, "integer")
 
 
 @dataclass
@@ -156,8 +171,37 @@ def _table(message: type[Any]) -> dict[int, _Entry]:
     }
 
 
-_MESSAGES = (Attribute, Node, Tensor, Dimension, Shape, TensorType, Type, Edge, Graph, Opset, Model)
+_MESSAGES = (Attribute, Node, Pair, Tensor, Dimension, Shape, TensorType, Type, Edge, Graph, Opset, Model)
 _TABLES = {message: _table(message) for message in _MESSAGES}
+
+
+def key_of(message: type[Any], name: str) -> int:
+    """What stands before the values of a field."""
+    return next(key for key, entry in _TABLES[message].items() if entry.name == name)
+
+
+def fields_of(content: memoryview, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of a message from ``position`` to ``end``: key, and where field and value begin and both end.
+
+    Raises ``ValueError`` where it is no message.
+    """
+    while position < end:
+        begin = position
+        key, position = _varint(content, position, end)
+        if key & 7 == _WIRE["float"]:
+            value, position = position, position + 4
+        else:
+            size, value = _varint(content, position, end)
+            position = value if key & 7 == _WIRE["integer"] else value + size
+        if position > end or key & 7 not in _WIRE.values():
+            raise ValueError("the end of the file within a field")
+        yield key, begin, value, position
+
+
+def varint(value: int) -> bytes:
+    """A number from 0 to 2^63 in groups of 7 bits, lowest first."""
+    groups = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
 
 
 def _read(message: type[Any], content: memoryview, position: int, end: int) -> Any:

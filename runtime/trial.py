@@ -26,7 +26,7 @@ from duallora_edge import __version__
 from duallora_edge.errors import BackendError, BundleError, ConfigError
 from duallora_edge.files import cache_folder, open_lock, own_folder, read_json, write_json
 from duallora_edge.runtime.backends.ladder import BACKENDS, Backend, Rung, open_backend
-from duallora_edge.runtime.bundle import Bundle, Manifest
+from duallora_edge.runtime.bundle import GRAPHS, Bundle, Manifest
 from duallora_edge.runtime.device.probes import ask
 from duallora_edge.runtime.process_memory import available_memory
 
@@ -168,7 +168,7 @@ def engines_of(manifest: Manifest) -> list[list[str]]:
         return []
     from duallora_edge.runtime.backends.engine_cache import RECORD, engines_folder
 
-    graphs = {record.sha256 for record in manifest.files.values()}
+    graphs = {manifest.graph(name).sha256 for name in GRAPHS.keys() & manifest.files.keys()}
     found = []
     with suppress(OSError):
         for folder in sorted(engines_folder().iterdir()):
@@ -181,7 +181,7 @@ def engines_of(manifest: Manifest) -> list[list[str]]:
 
 def _memory_limit(manifest: Manifest) -> int:
     """The bytes that a child may hold."""
-    graphs = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx"))
+    graphs = sum(manifest.graph(name).bytes for name in GRAPHS.keys() & manifest.files.keys())
     limit = LIBRARY_BYTES + MODEL_COPIES * graphs
     available = available_memory().bytes
     return limit if available is None else min(limit, int(MEMORY_SHARE * available))

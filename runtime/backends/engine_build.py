@@ -41,7 +41,7 @@ from duallora_edge.runtime.backends.engine_cache import (
 )
 from duallora_edge.runtime.backends.engine_worker import Job
 from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, TensorRT, find_gpu, load_tensorrt
-from duallora_edge.runtime.bundle import Bundle
+from duallora_edge.runtime.bundle import Bundle, Manifest
 from duallora_edge.runtime.device.cuda import Gpu
 from duallora_edge.runtime.process_memory import read_memory
 
@@ -104,7 +104,7 @@ def engine_key(bundle: Bundle, tensorrt: TensorRT, gpu: Gpu | str, graph: Path |
         compute_capability=gpu.compute_capability if isinstance(gpu, Gpu) else gpu,
         device=device.name if device else None,
         multiprocessors=device.multiprocessors if device else None,
-        model_sha256=bundle.manifest.files[(graph or _graph(bundle)).name].sha256,
+        model_sha256=bundle.manifest.graph((graph or _graph(bundle)).name).sha256,
         precision=bundle.manifest.precision,
         batch=bundle.manifest.batch,
         max_batch=bundle.manifest.batch or ENGINE_BATCH,
@@ -177,7 +177,7 @@ def build_engine(
             except EngineError:
                 say("the stored engine is damaged; it is deleted and built again")
                 delete_engine(folder / key.digest)
-            _build(graph, key, folder / key.digest, workspace_mb or bundle.manifest.workspace_mb, limits, say)
+            _build(bundle.manifest, graph, key, folder / key.digest, workspace_mb, limits, say)
             engine = find_engine(key)
         evict(folder, key)
     if engine is None:
@@ -222,8 +222,11 @@ def _target(compute_capability: str | None) -> tuple[TensorRT, Gpu | str]:
     return tensorrt, compute_capability
 
 
-def _build(graph: Path, key: EngineKey, folder: Path, workspace_mb: int, limits: _Limits, say: Say) -> None:
-    granted_mb = _grant_workspace(workspace_mb, graph.stat().st_size, say)
+def _build(
+    manifest: Manifest, graph: Path, key: EngineKey, folder: Path, workspace_mb: int | None, limits: _Limits, say: Say
+) -> None:
+    workspace_mb = workspace_mb or manifest.workspace_mb
+    granted_mb = _grant_workspace(workspace_mb, manifest.graph(graph.name).bytes, say)
     timing = key.timing_name
 
     def kept(rest: Path) -> None:

@@ -31,6 +31,8 @@ from duallora_edge.runtime.backends.tensorrt_api import (
     set_precision,
 )
 from duallora_edge.runtime.device.probes import OOM_SCORE
+from duallora_edge.runtime.graph_weights import WEIGHTS, inlined
+from duallora_edge.runtime.tensor_file import TensorFile
 
 MAX_ERRORS = 3
 MAX_ERROR_CHARACTERS = 400
@@ -42,7 +44,7 @@ Say = Callable[[str], None]
 class Job:
     """What to build: the ONNX file ``model`` with package ``package``, into the file ``plan``.
 
-    ``model_sha256`` (hexadecimal) is what the file must still hold when it is read.
+    ``model_sha256`` (hexadecimal) is that of the graph when it is read, with its weights from the file beside it.
     ``max_batch`` is the largest number of images where the graph takes any number, otherwise None.
     ``compute_capability`` ("sm86") is None for the GPU of this machine. ``timing_cache`` names a file that makes later
     builds faster, or is None.
@@ -109,9 +111,12 @@ def build(job: Job, say: Say) -> dict[str, Any]:
 
 
 def _read_model(job: Job) -> bytes:
-    content = Path(job.model).read_bytes()
+    model, weights = Path(job.model), Path(job.model).with_name(WEIGHTS)
+    content = model.read_bytes()
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        content = b"".join(inlined(content, TensorFile(weights.read_bytes())))
     if hashlib.sha256(content).hexdigest() != job.model_sha256:
-        raise BuildError(f"{Path(job.model).name} has changed since it was verified")
+        raise BuildError(f"{model.name} has changed since it was verified")
     return content
 
 

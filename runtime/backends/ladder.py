@@ -28,7 +28,10 @@ from duallora_edge.runtime.backends.contract import (
 from duallora_edge.runtime.bundle import INPUT, OUTPUTS, Bundle, FloatArray, Manifest, Outputs, gpu_graphs
 from duallora_edge.runtime.device.cuda import NoGpuError
 from duallora_edge.runtime.device.probes import NoAnswerError
+from duallora_edge.runtime.graph_weights import external_arrays, inlined
 from duallora_edge.runtime.preprocess import Pixels
+
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,10 @@ def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool 
     from duallora_edge.runtime.backends.engine_cache import engines_folder
     from duallora_edge.runtime.backends.tensorrt_api import find_gpu
 
-    provider = "TensorrtExecutionProvider"
+    provider = TENSORRT_PROVIDER
     ort = _import_onnxruntime(provider)
     gpu, manifest = find_gpu(), bundle.manifest
-    model = manifest.files[bundle.graph(manifest.precision).name].sha256
+    model = manifest.graph(bundle.graph(manifest.precision).name).sha256
     device = f"{gpu.compute_capability}x{gpu.multiprocessors}"
     folder = engines_folder() / f"onnxruntime-{ort.__version__}-{device}-{model[:32]}"
     if build:
@@ -255,8 +258,16 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
     if threads is not None:
         settings.intra_op_num_threads = threads
     # The verified bytes, outside any folder in which a graph could find other files.
-    content = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0])
-    session = ort.InferenceSession(content.source or content.read(), settings, providers=[(provider, options)])
+    content, weights = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0]), bundle.weights
+    graph = content.source or content.read()
+    if weights is not None and provider == TENSORRT_PROVIDER:  # it hands the graph on to a parser of its own
+        graph = b"".join(inlined(content.view(), weights))
+    elif weights is not None:
+        arrays = external_arrays(content.view(), weights)
+        settings.add_external_initializers(
+            list(arrays), [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        )
+    session = ort.InferenceSession(graph, settings, providers=[(provider, options)])
     session.disable_fallback()  # or a failing GPU would silently be replaced by the CPU
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on this machine")

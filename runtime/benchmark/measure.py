@@ -112,7 +112,7 @@ def describe_bundle(classifier: Classifier, path: Path) -> dict[str, Any]:
         "classes": len(manifest.classes),
         "tasks": len(manifest.tasks),
         "input": [manifest.batch or "N", manifest.preprocessing.size, manifest.preprocessing.size, 3],
-        "model_bytes": manifest.files[MODEL].bytes,
+        "model_bytes": manifest.graph(MODEL).bytes,
     }
 
 

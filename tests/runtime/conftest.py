@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, Calibration, FileRecord, Manifest, Task
 from duallora_edge.runtime.preprocess import Preprocessing
+from duallora_edge.runtime.tensor_file import TensorFile, blocks
 
 SIZE = 16
 CLASSES = ("red", "green", "blue", "dark")
@@ -83,12 +84,16 @@ def seal(folder: Path) -> None:
     write_json(folder / MANIFEST, document)
 
 
+def write_golden(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    (folder / GOLDEN).write_bytes(b"".join(blocks(arrays)))
+
+
 def write_bundle(folder: Path, novelty_threshold: float | None, target: dict[str, Any]) -> Path:
     folder.mkdir()
     (folder / MODEL).write_bytes(model_bytes())
     flat = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [0, 0, 0]], dtype=np.uint8)
     images = np.broadcast_to(flat[:, None, None], (4, SIZE, SIZE, 3)) + np.arange(SIZE, dtype=np.uint8)[:, None] % 5
-    np.savez(folder / GOLDEN, image=images, **numpy_outputs(images))
+    write_golden(folder, {"image": images, **numpy_outputs(images)})
     manifest = Manifest(
         bundle_version=3,
         name="colours",
@@ -103,6 +108,18 @@ def write_bundle(folder: Path, novelty_threshold: float | None, target: dict[str
     )
     write_json(folder / MANIFEST, manifest.to_json())
     return folder
+
+
+@pytest.fixture
+def change_golden() -> Callable[..., None]:
+    """``change_golden(folder, novelty=..., image=None)``: put other arrays, or none, in place of these, and seal it."""
+
+    def change(folder: Path, **arrays: np.ndarray | None) -> None:
+        golden = {**TensorFile((folder / GOLDEN).read_bytes()).arrays(), **arrays}
+        write_golden(folder, {name: array for name, array in golden.items() if array is not None})
+        seal(folder)
+
+    return change
 
 
 @pytest.fixture

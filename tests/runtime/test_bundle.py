@@ -60,7 +60,7 @@ def test_a_bundle_may_be_reached_through_a_link(bundle: Path, tmp_path: Path) ->
     assert Bundle.open(tmp_path / "current").manifest.name == "colours"
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "golden.npz"])
+@pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors"])
 def test_one_flipped_byte_is_found(bundle: Path, name: str) -> None:
     content = bytearray((bundle / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -77,7 +77,7 @@ def test_a_resized_file_is_found(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "golden.npz"])
+@pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors"])
 def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
     (bundle / name).unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
@@ -105,9 +105,9 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         (b"[]", "no schema version"),
         (b"{}", "no schema version"),
         (b'{"schema": true}', "no schema version"),
-        (b'{"schema": 3}', "upgrade duallora-edge"),
-        (b'{"schema": 1}', "export the run again"),
-        (b'{"schema": 2}', "classes: is missing"),
+        (b'{"schema": 4}', "upgrade duallora-edge"),
+        (b'{"schema": 2}', "export the run again"),
+        (b'{"schema": 3}', "classes: is missing"),
     ],
 )
 def test_what_is_no_manifest(bundle: Path, content: bytes, message: str) -> None:
@@ -145,7 +145,7 @@ def test_what_is_no_manifest(bundle: Path, content: bytes, message: str) -> None
         ("target", {"estimate": float("inf")}, "not valid"),
         ("bundle_version", 0, "bundle_version"),
         ("bundle_version", 1.0, "bundle_version"),
-        ("files", {}, "must list model.onnx; files: must list golden.npz"),
+        ("files", {}, "must list model.onnx; files: must list golden.safetensors"),
         ("files./etc/hostname", {"sha256": "0" * 64, "bytes": 1}, "is not a valid file name"),
         ("files.a/../../b", {"sha256": "0" * 64, "bytes": 1}, "is not a valid file name"),
         ("files.a\\b", {"sha256": "0" * 64, "bytes": 1}, "is not a valid file name"),
@@ -201,7 +201,7 @@ def test_a_pipe_and_a_huge_size_are_refused_at_once(bundle: Path) -> None:
 
 def test_what_was_hashed_is_what_is_used(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    for name in ("model.onnx", "golden.npz"):
+    for name in ("model.onnx", "golden.safetensors"):
         (bundle / name).write_bytes(b"replaced meanwhile")
     assert len(opened.golden().image) == 4
     assert open_backend(opened, "cpu", 1).check.passed
@@ -242,21 +242,18 @@ def test_a_graph_that_the_exporter_does_not_write(bundle: Path, seal: Callable[[
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"novelty": None}, "cannot be read"),
+        ({"novelty": None}, "lacks 'novelty'"),
         ({"novelty": np.zeros(3, np.float32)}, "'novelty' must be"),
-        ({"features": np.zeros((4, 3), np.float64)}, "'features' must be"),
+        ({"features": np.zeros((4, 3), np.float16)}, "'features' must be"),
         ({"probabilities": np.full((4, 4), np.nan, np.float32)}, "'probabilities' must be finite"),
         ({"image": np.zeros((4, 8, 8, 3), np.uint8)}, "'image' must be"),
-        ({"image": np.uint8(1)}, "'image' must be"),
-        ({"novelty": np.array([{}] * 4, dtype=object)}, "cannot be read"),
+        ({"image": np.array(1, np.uint8)}, "'image' must be"),
     ],
 )
 def test_golden_arrays_must_fit(
-    bundle: Path, seal: Callable[[Path], None], change: dict[str, Any], message: str
+    bundle: Path, change_golden: Callable[..., None], change: dict[str, Any], message: str
 ) -> None:
-    arrays = {**np.load(bundle / "golden.npz"), **change}
-    np.savez(bundle / "golden.npz", **{name: array for name, array in arrays.items() if array is not None})
-    seal(bundle)
+    change_golden(bundle, **change)
     with pytest.raises(BundleError, match=message):
         Bundle.open(bundle).golden()
 
@@ -265,11 +262,11 @@ def test_golden_arrays_must_fit(
 @given(position=st.floats(0, 1), replacement=st.binary(max_size=20))
 def test_damaged_golden_files_raise_nothing_else(shared_bundle: Path, position: float, replacement: bytes) -> None:
     bundle = Bundle.open(shared_bundle)
-    content = bundle.content("golden.npz").read()
+    content = bundle.content("golden.safetensors").read()
     start = int(position * len(content))
     damaged = content[:start] + replacement + content[start + len(replacement) :]
     with contextlib.suppress(BundleError):
-        dataclasses.replace(bundle, contents={"golden.npz": Content(damaged)}).golden()
+        dataclasses.replace(bundle, contents={"golden.safetensors": Content(damaged)}).golden()
 
 
 @quick

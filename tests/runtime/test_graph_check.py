@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import numpy_helper
@@ -32,6 +33,8 @@ from duallora_edge.learner.statistics.calibration import Mixture
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, MAX_BATCH, OUTPUTS
 from duallora_edge.runtime.graph_check import IR_VERSIONS, OPSETS, check_graph, operators
 from duallora_edge.runtime.graph_check import MAX_BATCH as CHECKED_BATCH
+from duallora_edge.runtime.graph_weights import WEIGHTS, external_arrays, inlined
+from duallora_edge.runtime.tensor_file import TensorFile, blocks
 
 PARTS: dict[Part, tuple[Sequence[str], Sequence[str]]] = {
     "whole": ((INPUT,), OUTPUTS),
@@ -215,6 +218,60 @@ def test_weights_are_not_copied(two_tasks: ComposedModel) -> None:
 def test_what_attacks_are_made_of_is_accepted() -> None:
     for content in (attack_graphs.PLAIN, attack_graphs.with_image(b"\x08\x03")):
         check_graph(content, attack_graphs.READS, attack_graphs.RETURNS)
+
+
+WEIGHTS_OF_C = TensorFile(b"".join(blocks({"before": np.zeros(7, np.float32), "c": np.ones(48, np.float32)})))
+PLACE = WEIGHTS_OF_C.entries["c"]
+RIGHT = {"location": WEIGHTS, "offset": PLACE.start, "length": 192}
+
+
+def test_weights_beside_the_graph() -> None:
+    graph = attack_graphs.external(**RIGHT).SerializeToString()
+    check_graph(graph, attack_graphs.READS, attack_graphs.RETURNS, WEIGHTS_OF_C)
+    whole = b"".join(inlined(graph, WEIGHTS_OF_C))
+    check_graph(whole, attack_graphs.READS, attack_graphs.RETURNS)
+    expected = attack_graphs.with_tensor(numpy_helper.from_array(np.ones(48, np.float32), "c"))
+    assert onnx.load_model_from_string(whole) == expected
+    assert external_arrays(graph, WEIGHTS_OF_C)["c"].tolist() == [1.0] * 48
+    assert list(inlined(whole, WEIGHTS_OF_C)) and b"".join(inlined(whole, WEIGHTS_OF_C)) == whole
+    with pytest.raises(ValueError, match="no weights of 'c'"):
+        list(inlined(graph, TensorFile(b"".join(blocks({"d": np.ones(48, np.float32)})))))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sizes", "reason"),
+    [
+        ({"offset": PLACE.start - 4}, (48,), "the place of 'c'"),
+        ({"length": 196}, (48,), "the place of 'c'"),
+        ({"length": "0192"}, (48,), "the place of 'c'"),
+        ({"location": f"./{WEIGHTS}"}, (48,), "the place of 'c'"),
+        ({"location": "model.onnx"}, (48,), "the place of 'c'"),
+        ({"checksum": 0}, (48,), "more than 3 external"),
+        ({}, (24,), "the shape of 'c'"),
+        ({}, (48, 1), "the shape of 'c'"),
+    ],
+)
+def test_only_the_whole_tensor_of_the_same_name_is_read(
+    changed: dict[str, Any], sizes: tuple[int, ...], reason: str
+) -> None:
+    graph = attack_graphs.external(sizes=sizes, **{**RIGHT, **changed}).SerializeToString()
+    with pytest.raises(BundleError, match=reason):
+        check_graph(graph, attack_graphs.READS, attack_graphs.RETURNS, WEIGHTS_OF_C)
+
+
+@pytest.mark.parametrize("name", attack_graphs.PLACES)
+def test_no_other_place_is_read(name: str) -> None:
+    content = attack_graphs.built(name, Path("outside", "bundle"))
+    with pytest.raises(BundleError):
+        check_graph(content, attack_graphs.READS, attack_graphs.RETURNS, WEIGHTS_OF_C)
+
+
+def test_halves_are_no_weights() -> None:
+    halves = TensorFile(b"".join(blocks({"c": np.ones(48, np.float16)})))
+    entry = halves.entries["c"]
+    graph = attack_graphs.external(WEIGHTS, offset=entry.start, length=96).SerializeToString()
+    with pytest.raises(BundleError, match="the shape of 'c'"):
+        check_graph(graph, attack_graphs.READS, attack_graphs.RETURNS, halves)
 
 
 @pytest.mark.parametrize("name", attack_graphs.ATTACKS)

@@ -204,14 +204,11 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_swap_is_refused_before_it_can_do_harm(
-    shared_bundle: Path, make_bundle: Callable[..., Path], seal: Callable[[Path], None]
+    shared_bundle: Path, make_bundle: Callable[..., Path], change_golden: Callable[..., None]
 ) -> None:
     classifier = Classifier.load(shared_bundle, "cpu", 1)
     other = make_bundle("other", novelty_threshold=0.25)
-    arrays = dict(np.load(other / "golden.npz"))
-    arrays["novelty"] = arrays["novelty"] + np.float32(0.5)
-    np.savez(other / "golden.npz", **arrays)
-    seal(other)
+    change_golden(other, novelty=Bundle.open(other).golden().novelty + np.float32(0.5))
     for reason in (r"wrong results in fp32.*novelty", "was refused before"):
         with pytest.raises(SwapError, match=reason):
             classifier.swap(other)

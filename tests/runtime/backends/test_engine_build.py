@@ -188,7 +188,7 @@ def test_memory_is_asked_for_before(
 @pytest.fixture
 def any_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """What TensorRT says of a graph that the check before it would refuse."""
-    monkeypatch.setattr("duallora_edge.runtime.graph_check.check_graph", lambda content, reads, returns: None)
+    monkeypatch.setattr("duallora_edge.runtime.graph_check.check_graph", lambda *_: None)
 
 
 @pytest.mark.usefixtures("any_graph")
