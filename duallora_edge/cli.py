@@ -42,6 +42,7 @@ COMMANDS = {
         "tensorrt",
         "Build and check a TensorRT engine for this device.",
     ),
+    "apply": ("duallora_edge.runtime.field.commands:apply", "cpu", "Make a new bundle of an older one and a delta."),
     "predict": ("duallora_edge.runtime.commands.predict:predict", "cpu", "Classify images with a bundle."),
     "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file; prints JSON lines."),
     "benchmark": (

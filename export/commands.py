@@ -9,7 +9,7 @@ import click
 
 from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.device_profiles.profile import PRECISIONS
-from duallora_edge.runtime.bundle import MAX_BATCH
+from duallora_edge.runtime.bundle import MAX_BATCH, Manifest
 from duallora_edge.text import escaped
 
 
@@ -28,10 +28,16 @@ essential, graph, output_group = option_group("Essentials"), option_group("Graph
 @click.command(cls=GroupedCommand)
 @click.argument("run", type=click.Path(path_type=Path))
 @essential(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the bundle."
-)
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="Folder of the bundle, or with --delta-from the file of the delta.",
+)  # fmt: skip
 @essential(
-    "--target", default="jetson", metavar="NAME|FILE",
+    "--delta-from", type=click.Path(path_type=Path), metavar="DIR",
+    help="Write only what changes an older bundle into the new one, for 'apply' on devices. Target and graphs are "
+    "those of the older bundle.",
+)  # fmt: skip
+@essential(
+    "--target", metavar="NAME|FILE",
     help="Device that will run the bundle: a name that 'devices' lists, or the YAML file of a profile. "
     "[default: jetson]",
 )  # fmt: skip
@@ -57,7 +63,8 @@ essential, graph, output_group = option_group("Essentials"), option_group("Graph
 @output_group("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def export(
     run: Path,
-    target: str,
+    delta_from: Path | None,
+    target: str | None,
     jetpack: str | None,
     output: Path,
     precision: str,
@@ -76,27 +83,56 @@ def export(
     Example:
       duallora-edge export runs/site-a --target jetson -o bundle
       duallora-edge export runs/site-a --target orin-nx-16gb --jetpack 6.2 -o bundle
+      duallora-edge export runs/site-a --delta-from bundle -o 0001-0002.delta
     """
-    from duallora_edge.export.export import export_run  # PyTorch takes seconds to import
+    if delta_from is not None and (precision != "auto" or batch is not None or split):
+        raise click.UsageError("With --delta-from the graphs are those of the older bundle; leave out graph options.")
+    from duallora_edge.export.export import export_delta, export_run  # PyTorch takes seconds to import
 
+    def say(text: str) -> None:
+        click.echo(escaped(text), err=True)
+
+    if delta_from is not None:
+        delta = export_delta(
+            run, delta_from, output, target, jetpack=jetpack, bundle_version=bundle_version, weights=weights, say=say
+        )
+        if as_json:
+            click.echo(json.dumps(delta.manifest.to_json(), indent=2))
+            return
+        _show_parity(delta.manifest)
+        click.echo(
+            escaped(
+                f"Delta: {output}  to version {delta.manifest.bundle_version}, {delta.bytes / 1e6:.2f} MB, "
+                f"{100 * delta.share:.1f} % of the bundle"
+            )
+        )
+        return
     exported = export_run(
         run,
         output,
-        target,
+        target or "jetson",
         jetpack=jetpack,
         precision=precision,
         batch=batch,
         split=split,
         bundle_version=bundle_version,
         weights=weights,
-        say=lambda text: click.echo(escaped(text), err=True),
+        say=say,
     )
     for folder in exported.kept:
         click.echo(escaped(f"Files that were not part of the older bundle are kept in {folder}"), err=True)
     if as_json:
         click.echo(json.dumps(exported.manifest.to_json(), indent=2))
         return
-    for name, parity in exported.manifest.parity.items():
+    _show_parity(exported.manifest)
+    for entry in exported.estimates:
+        click.echo(entry.text)
+    size = sum(record.bytes for record in exported.manifest.files.values()) / 1e6
+    click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {size:.1f} MB"))
+
+
+def _show_parity(manifest: Manifest) -> None:
+    for name, parity in manifest.parity.items():
         if isinstance(parity, dict):
             kind, _, graph = name.partition("_")
             which = f", {graph.replace('_', ', ')}" if graph else ""
@@ -105,7 +141,3 @@ def export(
                 f"{100 * parity['top1_agreement']:.2f} %, largest probability difference "
                 f"{parity['max_probability_difference']:.1e}"
             )
-    for entry in exported.estimates:
-        click.echo(entry.text)
-    size = sum(record.bytes for record in exported.manifest.files.values()) / 1e6
-    click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {size:.1f} MB"))

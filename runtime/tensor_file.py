@@ -45,7 +45,7 @@ class TensorFile:
     def __init__(self, content: bytes | memoryview) -> None:
         """Read the header; the arrays fill the rest of the file in its order. Raises ``ValueError`` for other files."""
         self.content = memoryview(content)
-        self.entries = _read_header(self.content)
+        self.entries = read_header(self.content, len(self.content))
 
     def __getitem__(self, name: str) -> Array:
         """The array of this name. Raises ``KeyError``."""
@@ -77,7 +77,8 @@ def blocks(arrays: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
             yield np.ascontiguousarray(array).data.cast("B")
 
 
-def _read_header(content: memoryview) -> dict[str, Entry]:
+def read_header(content: memoryview, size: int) -> dict[str, Entry]:
+    """The arrays of a file of ``size`` bytes that begins with ``content``. Raises ``ValueError``."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or not 2 <= length <= min(len(content) - 8, MAX_HEADER_BYTES):
         raise ValueError("it is not a tensor file")
@@ -99,6 +100,6 @@ def _read_header(content: memoryview) -> dict[str, Entry]:
             raise ValueError(f"its header does not fit the tensor {name[:50]!r}")
         entries[name] = Entry(dtype, tuple(shape), position, stop)
         position = stop
-    if position != len(content):
-        raise ValueError(f"it has {len(content)} bytes instead of {position}")
+    if position != size:
+        raise ValueError(f"it has {size} bytes instead of {position}")
     return entries
