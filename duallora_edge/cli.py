@@ -43,6 +43,8 @@ COMMANDS = {
         "Build and check a TensorRT engine for this device.",
     ),
     "apply": ("duallora_edge.runtime.field.commands:apply", "cpu", "Make a new bundle of an older one and a delta."),
+    "teach": ("duallora_edge.runtime.field.commands:teach", "cpu", "Teach a class on the device, from a few frames."),
+    "unteach": ("duallora_edge.runtime.field.commands:unteach", "cpu", "Forget a class that was taught."),
     "predict": ("duallora_edge.runtime.commands.predict:predict", "cpu", "Classify images with a bundle."),
     "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file; prints JSON lines."),
     "benchmark": (

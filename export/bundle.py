@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -24,8 +25,14 @@ from duallora_edge.export.workload import full_precision_nodes, node_counts, opt
 from duallora_edge.files import atomic_directory
 from duallora_edge.learner.doubts import unreliable_novelty
 from duallora_edge.learner.measurements import stored_metrics
-from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel
+from duallora_edge.learner.network.answers import (
+    LEAST_REMOTENESS,
+    MOST_REMOTENESS,
+    NOVELTY_THRESHOLD,
+    ComposedModel,
+)
 from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.statistics.gaussian import compact_covariance
 from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import (
     GOLDEN,
@@ -33,6 +40,7 @@ from duallora_edge.runtime.bundle import (
     MANIFEST,
     MODEL,
     MODEL_FP16,
+    TEACH,
     Bundle,
     Calibration,
     FileRecord,
@@ -46,6 +54,7 @@ from duallora_edge.runtime.tensor_file import blocks
 
 GOLDEN_IMAGES = 8
 GENERATED_IMAGES = 64
+TEACH_DIRECTIONS = 64
 README = "README.md"
 RECIPE = "build-engine.sh"
 
@@ -105,6 +114,8 @@ def write_bundle(
     records = {name: FileRecord.of(b"".join(inlined(content, weights))) for name, content in written.items()}
     written |= {WEIGHTS: bytes(weights.content), **recipes}
     written[GOLDEN] = b"".join(blocks({INPUT: golden, **torch_outputs(model, golden)}))
+    if (teach := _teach(run, model)) is not None:
+        written[TEACH] = teach
     written[README] = _readme(run, model, target, estimates, precision, batch).encode()
     manifest = Manifest(
         bundle_version=version or previous + 1,
@@ -194,6 +205,26 @@ def _verify(model: ComposedModel, graphs: Graphs, real_images: Pixels | None) ->
             parity.check(what, name.partition("_")[0])
             results[what if name == "fp32" else f"{what}_{name}"] = parity.to_json()
     return {"reference": f"PyTorch {torch.__version__}, fp32", "backend": "ONNX Runtime CPU", **results}
+
+
+def _teach(run: RunDirectory, model: ComposedModel) -> bytes | None:
+    """What a device needs to add classes to the classifier; None where that is not made of these statistics alone."""
+    records = run.records()
+    if records[-1].info.classifier != "lda":
+        return None
+    compact = compact_covariance([record.statistics for record in records], TEACH_DIRECTIONS)
+    mixture = model.classifier.mixture
+    return b"".join(
+        blocks(
+            {
+                "factor": compact.factor.half().numpy(),
+                "diagonal": compact.diagonal.float().numpy(),
+                "distance": np.array([compact.distance], np.float32),
+                "mixture": np.array([mixture.temperature, mixture.spread, mixture.share], np.float32),
+                "remoteness": np.array([LEAST_REMOTENESS, MOST_REMOTENESS], np.float32),
+            }
+        )
+    )
 
 
 def _calibration(run: RunDirectory, model: ComposedModel) -> Calibration:

@@ -9,6 +9,7 @@ BUNDLE/model-fp16.onnx     the same with half-precision products, for GPUs; not 
 BUNDLE/prefix-*.onnx, suffix-*.onnx  the same in two parts, for engines that are rebuilt quickly; not in every bundle
 BUNDLE/model.safetensors   the weights of all graphs, in fp32
 BUNDLE/golden.safetensors  generated images and the outputs that the original model gave for them
+BUNDLE/teach.safetensors   how features vary within a class, to teach further ones; not in every bundle
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 MODEL_FP16 = "model-fp16.onnx"
 GOLDEN = "golden.safetensors"
+TEACH = "teach.safetensors"
 INPUT = "image"
 OUTPUTS = ("probabilities", "task_probabilities", "novelty", "features")
 BETWEEN = ("tokens", "phi")
@@ -393,9 +395,10 @@ class Bundle:
     @property
     def weights(self) -> TensorFile | None:
         """The weights of the graphs, None where these hold them. Raises `BundleError` for a damaged file."""
-        return self._tensors(WEIGHTS) if WEIGHTS in self.manifest.files else None
+        return self.tensors(WEIGHTS) if WEIGHTS in self.manifest.files else None
 
-    def _tensors(self, name: str) -> TensorFile:
+    def tensors(self, name: str) -> TensorFile:
+        """The tensors in a file of the bundle. Raises `BundleError` for a damaged one."""
         try:
             return TensorFile(self.content(name).view())
         except ValueError as error:
@@ -410,7 +413,7 @@ class Bundle:
         Raises:
             BundleError: They are damaged, do not fit the manifest, or are no longer in memory.
         """
-        file, tensors = self.path / GOLDEN, self._tensors(GOLDEN)
+        file, tensors = self.path / GOLDEN, self.tensors(GOLDEN)
         try:
             arrays = {name: tensors[name] for name in (INPUT, *OUTPUTS)}
         except KeyError as error:
@@ -487,7 +490,7 @@ def _verified(root: Path, folder: int, name: str, record: FileRecord) -> dict[st
     Other files are compared as well, but not kept.
     """
     file, digest = root / name, hashlib.sha256()
-    content = Content() if name in GRAPHS or name in (WEIGHTS, GOLDEN) else None
+    content = Content() if name in GRAPHS or name in (WEIGHTS, GOLDEN, TEACH) else None
     try:
         with _opened_file(folder, name) as stream:
             size = os.fstat(stream.fileno()).st_size

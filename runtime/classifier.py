@@ -18,6 +18,7 @@ import numpy.typing as npt
 from duallora_edge.errors import BackendError, BundleError, DualLoraEdgeError, SwapError
 from duallora_edge.runtime.backends.ladder import Backend, Rung, open_backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
+from duallora_edge.runtime.field.lessons import Lessons
 from duallora_edge.runtime.model import Model
 from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing, to_rgb
@@ -85,6 +86,8 @@ class Health:
         idle_s: Seconds since the last answer, None before the first.
         swaps: How often changes of bundles ended in each state.
         last_swap: The last change of bundles.
+        taught: The classes that were taught beside those of the bundle, and answer.
+        taught_error: Why classes that were taught cannot answer.
     """
 
     status: str
@@ -98,6 +101,15 @@ class Health:
     idle_s: float | None
     swaps: dict[str, int]
     last_swap: Swap | None
+    taught: tuple[str, ...] = ()
+    taught_error: str | None = None
+
+    @property
+    def taught_line(self) -> str:
+        """What was taught, as one line for a log."""
+        if self.taught_error:
+            return f"taught classes cannot answer: {self.taught_error}"
+        return f"taught classes: {', '.join(self.taught) or 'none'}"
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -133,6 +145,7 @@ class Classifier:
         color: str = "rgb",
         reopen: Callable[[Bundle], Backend] = open_backend,
         trial: Trial | None = None,
+        taught: Path | None = None,
     ) -> None:
         """Serve an open bundle; applications use `load`.
 
@@ -142,6 +155,7 @@ class Classifier:
             color: Channel order of arrays, ``"rgb"`` or ``"bgr"``.
             reopen: Opens the backend of a bundle that is swapped in.
             trial: Tries a bundle before it is swapped in; None to do without.
+            taught: Folder of the classes that are taught, as for `load`.
 
         Raises:
             ValueError: ``color`` is neither of these.
@@ -153,7 +167,9 @@ class Classifier:
         self._trial = trial
         self._swapping = threading.Lock()  # one swap at a time
         self._changed = threading.Condition()  # guards everything below
+        self._lessons = Lessons(taught)
         self._model = Model(bundle.without_contents, backend)
+        self._lessons.apply(self._model, bundle)
         self._calls: Counter[Model] = Counter()  # in progress
         self._loading = False
         self._broken: str | None = None
@@ -174,6 +190,7 @@ class Classifier:
         color: str = "rgb",
         build: bool = False,
         trial: bool = True,
+        taught: str | Path | None = None,
     ) -> Classifier:
         """Open and verify a bundle, and start the best backend that answers its golden images correctly.
 
@@ -190,6 +207,8 @@ class Classifier:
             build: Build a missing TensorRT engine, which takes minutes on a device.
             trial: Try a bundle that was never loaded on this machine in a child process first, so that it cannot crash
                 this one.
+            taught: A folder with a folder of images for each class that was taught on this machine. `teach` adds to it;
+                without it, taught classes are forgotten when the process ends.
 
         Returns:
             The classifier, ready to answer.
@@ -203,7 +222,7 @@ class Classifier:
         tried = Trial(opening) if trial else None
         root = Path(path).resolve()  # a link may point elsewhere later
         with _passed(tried, root) as (bundle, _):
-            classifier = cls(bundle, opening(bundle), color, opening, tried)
+            classifier = cls(bundle, opening(bundle), color, opening, tried, Path(taught) if taught else None)
         del bundle
         give_back_memory(collect=False)  # reading a model takes twice its size
         return classifier
@@ -220,13 +239,21 @@ class Classifier:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of `Prediction.probabilities`."""
-        return self._model.classes
+        """The names of the classes, in the order of `Prediction.probabilities`; taught ones stand at the end."""
+        model = self._model
+        return model.names(model.taught)[0]
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks."""
-        return self._model.tasks
+        """The names of the tasks; that of taught classes stands at the end."""
+        model = self._model
+        return model.names(model.taught)[1]
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """The names of the classes that were taught beside those of the bundle."""
+        taught = self._model.taught
+        return () if taught is None else taught.classes
 
     def __call__(self, frame: npt.ArrayLike | Frame) -> Prediction:
         """Classify one frame.
@@ -294,13 +321,11 @@ class Classifier:
         while True:
             predictions: list[Prediction] = []
             failure: BackendError | None = None
-            model = self._borrow()
-            try:
-                predictions = model.predict(_images(model, prepared), [item.milliseconds for item in prepared])
-            except BackendError as error:
-                failure = error
-            finally:
-                self._give_back(model)
+            with self._borrowed() as model:
+                try:
+                    predictions = model.predict(_images(model, prepared), [item.milliseconds for item in prepared])
+                except BackendError as error:
+                    failure = error
             changed, returning = self._note(model, predictions, failure)
             if failure is not None and not changed:
                 raise failure
@@ -310,6 +335,55 @@ class Classifier:
                 self._go_back(returning)
             if predictions:
                 return predictions
+
+    def teach(self, name: str, frames: Sequence[npt.ArrayLike | Frame]) -> int:
+        """Teach a class that the bundle does not know, or add frames of one that was taught; calls go on meanwhile.
+
+        The model stays as it is: the class gets a mean of features beside those of the bundle's classes, so that
+        probabilities and novelty are of all classes together. It is taught again to a bundle that is swapped in, unless
+        that one knows it. One frame is enough to find it now and then, ten are better.
+
+        Args:
+            name: The new class.
+            frames: Frames as for a call, from one to 200.
+
+        Returns:
+            The number of frames on which the class rests now.
+
+        Raises:
+            DataError: The bundle knows the name, it cannot be used, or the frames are none or too many.
+            BundleError: The bundle cannot be taught, or was replaced on the disk since it was loaded.
+            BackendError: The device failed.
+            OSError: The frames cannot be kept in the folder of taught classes.
+        """
+        pixels = [frame.pixels if isinstance(frame, Frame) else to_rgb(frame, self._color) for frame in frames]
+        with self._swapping, self._borrowed() as model:
+            return self._lessons.add(model, name, pixels)
+
+    def unteach(self, name: str) -> None:
+        """Forget a class that was taught; what the bundle answers is then as before, bit for bit.
+
+        Args:
+            name: The class.
+
+        Raises:
+            DataError: No such class was taught, or its folder holds images that were put there otherwise.
+        """
+        with self._swapping, self._borrowed() as model:
+            self._lessons.remove(model, name)
+
+    def refresh_taught(self) -> bool:
+        """Take over what changed in the folder of taught classes, as another process teaches one.
+
+        Returns:
+            Whether something had changed; `health` tells what answers now.
+        """
+        with self._swapping:
+            if not self._lessons.has_changed:
+                return False
+            with self._borrowed() as model:
+                self._lessons.apply(model)
+            return True
 
     def swap(
         self,
@@ -383,7 +457,9 @@ class Classifier:
                 _check_rung(expected, lowest, root)
             backend = self._reopen(bundle)
             _check_rung(backend.rung, lowest, root)
-            return Model(bundle.without_contents, backend)
+            model = Model(bundle.without_contents, backend)
+            self._lessons.apply(model, bundle)
+            return model
 
     def _serve(self, swap: Swap, new: Model, dropped: Bundle | None, budget_ms: float | None, probation: int) -> Swap:
         """Let ``new`` answer from now on, and wait for the calls that still use the old one."""
@@ -420,7 +496,17 @@ class Classifier:
                 idle_s=None if self._answered is None else time.monotonic() - self._answered,
                 swaps=dict(self._swaps),
                 last_swap=self._swap,
+                taught=() if self._model.taught is None else self._model.taught.classes,
+                taught_error=self._lessons.error,
             )
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[Model]:
+        model = self._borrow()
+        try:
+            yield model
+        finally:
+            self._give_back(model)
 
     def _borrow(self) -> Model:
         """The model that answers now; a swap does not let go of it before it is given back."""
@@ -505,8 +591,11 @@ class Classifier:
                 if again.digest != old.digest:
                     raise BundleError(f"{old.path} now holds another bundle; keep the old one beside the new one.")
                 model = Model(again.without_contents, self._reopen(again))
+                self._lessons.apply(model, again)
             except (DualLoraEdgeError, OSError, MemoryError) as error:
                 broken = f"No model is left to answer: the new one failed, and the old one cannot be loaded: {error}"
+        else:
+            self._lessons.apply(model)  # what was taught meanwhile
         with self._changed:
             self._model, self._broken = model, broken
             self._set_loading(False)

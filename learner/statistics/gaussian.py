@@ -157,6 +157,26 @@ class GaussianClassifier(Discriminants):
         return factor, self.gram.diagonal() / 2 @ factor
 
 
+@dataclass(frozen=True)
+class CompactCovariance:
+    """The pooled covariance Sigma as ``factor``^T ``factor`` plus ``diagonal`` on its diagonal.
+
+    Attributes:
+        factor: [k, D], of which the variances are exact and the correlations those of the leading directions.
+        diagonal: [D].
+        distance: the mean squared Mahalanobis distance of an image from the mean of its class.
+    """
+
+    factor: Tensor
+    diagonal: Tensor
+    distance: float
+
+
+def compact_covariance(statistics: Sequence[ClassStatistics], rank: int) -> CompactCovariance:
+    """The covariance of `GaussianClassifier.fit` in few numbers, float64, with at most ``rank`` directions."""
+    return _Pool(statistics).compact(rank)
+
+
 def expected_novelty(statistics: Sequence[ClassStatistics]) -> list[float]:
     """An estimate of the mean raw novelty of new images of each of some tasks, under the Gaussians of all of them.
 
@@ -205,6 +225,16 @@ class _Pool:
             factor = float((1 - self.sigma.freedom().clamp(min=0) / self.images).clamp(min=0.1) ** -2)
         bias = -weight @ self.centre - gram.diagonal() / 2
         return GaussianClassifier(weight, bias, factor, gram, self.shares, self.centre, self.variances)
+
+    def compact(self, rank: int) -> CompactCovariance:
+        rows = self.scale.sqrt() * torch.cat([s.factor.double() for s in self.statistics])
+        whole = ClassStatistics(self.shares, self.centred, _fewest_rows(rows), self.sigma.diagonal).compressed(rank)
+        compact = _Covariance([whole.factor], torch.ones((), dtype=torch.float64), whole.diagonal)
+        inverse, distance = compact.inverse_diagonal(), torch.zeros((), dtype=torch.float64)
+        for s in self.statistics:
+            within = s.factor.double()
+            distance += ((compact.solve(within) * within).sum() + s.diagonal.double() @ inverse) / self.images
+        return CompactCovariance(whole.factor, whole.diagonal, float(distance))
 
     def expected_novelty(self) -> list[float]:
         classifier = self.classifier(inflation=False)

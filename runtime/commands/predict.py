@@ -22,6 +22,9 @@ from duallora_edge.text import escaped
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="How many classes to show.")
+@click.option(
+    "--taught", type=click.Path(path_type=Path), metavar="DIR", help="Classes taught on this machine; see 'teach'."
+)
 @backend_options
 @trial_option
 def predict(
@@ -29,6 +32,7 @@ def predict(
     images: tuple[Path, ...],
     as_json: bool,
     top: int,
+    taught: Path | None,
     backend: str,
     threads: int | None,
     strict: bool,
@@ -46,8 +50,10 @@ def predict(
     """
     # A file given by name is tried whatever its suffix.
     files = [file for path in images for file in (find_images(path) if path.is_dir() else [path])]
-    classifier = Classifier.load(bundle, backend, threads, strict, trial=trial)
+    classifier = Classifier.load(bundle, backend, threads, strict, trial=trial, taught=taught)
     click.echo(escaped(f"backend: {classifier.backend}"), err=True)
+    if taught:
+        click.echo(escaped(classifier.health().taught_line), err=True)
     broken = 0
     for path in files:
         try:

@@ -61,7 +61,7 @@ def _positive(context: click.Context, parameter: click.Parameter, value: float |
 _source = option_group("Source")
 _answers = option_group("Answers")
 _live = option_group("Live page")
-_updates = option_group("New bundles")
+_updates = option_group("New bundles and classes")
 
 
 @click.command(cls=GroupedCommand)
@@ -87,6 +87,10 @@ _updates = option_group("New bundles")
 @_updates("--budget-ms", type=click.FloatRange(min=0), help="Give up a new bundle that is slower than this (p90).")
 @_updates("--stop-first", is_flag=True, help="Drop the old bundle before loading the new one: needs less memory.")
 @_updates("--allow-slower", is_flag=True, help="Swap in bundles that run on a slower backend too.")
+@_updates(
+    "--taught", type=click.Path(path_type=Path), metavar="DIR",
+    help="Classes taught on this machine: a folder of images for each. 'teach' adds to it, also meanwhile.",
+)  # fmt: skip
 @backend_options
 @backend_group(
     "--build", is_flag=True, help="Build a missing TensorRT engine; for a new bundle, while the old one answers."
@@ -113,6 +117,7 @@ def run(
     budget_ms: float | None,
     stop_first: bool,
     allow_slower: bool,
+    taught: Path | None,
     build: bool,
     backend: str,
     threads: int | None,
@@ -137,8 +142,10 @@ def run(
     """
     watcher: BundleWatcher | None = None
     with ExitStack() as stack:
-        classifier = Classifier.load(bundle, backend, threads, strict, build=build, trial=trial)
+        classifier = Classifier.load(bundle, backend, threads, strict, build=build, trial=trial, taught=taught)
         _say(f"backend: {classifier.backend}")
+        if taught:
+            _say(classifier.health().taught_line)
         opened = stack.enter_context(
             open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
         )
@@ -152,7 +159,7 @@ def run(
             _say(f"{'page' if show else 'health and metrics'}: {server.url}")
             if not _is_loopback((listen or LISTEN)[0]):
                 _say(_OPEN.format(what="the camera and its answers" if show else "health and metrics"))
-        if watch:
+        if watch or taught:
             watcher = BundleWatcher(classifier, watch, _say, budget_ms, stop_first, allow_slower)
             stack.enter_context(watcher)
         stack.enter_context(watchdog(monitor.is_working))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
 
+from duallora_edge.errors import DataError
 from duallora_edge.runtime.field.delta import apply_delta
+from duallora_edge.runtime.field.taught_folder import MAX_FRAMES, add_frames, reduced, remove_class
+from duallora_edge.runtime.preprocess import Pixels
+from duallora_edge.runtime.sources import Source, open_source
 from duallora_edge.text import escaped
 
 
@@ -28,3 +33,73 @@ def apply(bundle: Path, delta: Path, output: Path) -> None:
     made = apply_delta(bundle, delta, output)
     size = sum(record.bytes for record in made.manifest.files.values()) / 1e6
     click.echo(escaped(f"Bundle: {output}  version {made.manifest.bundle_version}, {size:.1f} MB"))
+
+
+@click.command()
+@click.argument("taught", type=click.Path(path_type=Path))
+@click.argument("name")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option(
+    "--frames", default=10, show_default=True, type=click.IntRange(1, MAX_FRAMES), help="Frames to keep of each source."
+)
+@click.option(
+    "--seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    help="How long to look at a camera.",
+)
+def teach(taught: Path, name: str, sources: tuple[str, ...], frames: int, seconds: float) -> None:
+    """Teach the class NAME from SOURCE..., which are images, folders, videos or cameras as for 'run'.
+
+    The frames are kept in the folder TAUGHT/NAME. A 'run --taught TAUGHT' takes them over within seconds, others when
+    they start; the bundle stays as it is. Ten frames of different examples are a good start. 'train' reads TAUGHT as an
+    image folder, to learn the class for good.
+
+    \b
+    Example:
+      duallora-edge teach taught mug photos/mug1.jpg photos/mug2.jpg
+      duallora-edge teach taught mug csi://0 --seconds 10 --frames 20
+    """
+    count = 0
+    for each in sources:
+        with open_source(each) as source:
+            count = add_frames(taught, name, _spread(source, frames, seconds))
+    click.echo(escaped(f"Taught {name} from {count} frame{'s' if count > 1 else ''}.  Folder: {taught}"))
+
+
+def _spread(source: Source, count: int, seconds: float) -> list[Pixels]:
+    """Up to ``count`` frames, spread over a file or folder of any length, or over the next ``seconds`` of a camera."""
+    held: list[Pixels] = []
+    every, due, step = 1, -math.inf, seconds / count
+    for number, frame in enumerate(source):
+        if source.live:
+            if frame.captured >= due:
+                held.append(reduced(frame.pixels))
+                due = frame.captured + step
+            if len(held) == count:
+                break
+        elif number % every == 0:
+            if len(held) == count:
+                held, every = held[::2], 2 * every
+            if number % every == 0:
+                held.append(reduced(frame.pixels))
+    if not held:
+        raise DataError(f"{source.description} gave no frame; give another source.")
+    return held
+
+
+@click.command()
+@click.argument("taught", type=click.Path(path_type=Path))
+@click.argument("name")
+def unteach(taught: Path, name: str) -> None:
+    """Forget the class NAME that 'teach' put into the folder TAUGHT.
+
+    Images that were put there otherwise stay, and are named.
+
+    \b
+    Example:
+      duallora-edge unteach taught mug
+    """
+    remove_class(taught, name)
+    click.echo(escaped(f"Forgot {name}.  Folder: {taught}"))

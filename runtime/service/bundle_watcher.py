@@ -1,4 +1,4 @@
-"""A folder in which new bundles appear, and are swapped in."""
+"""Folders in which new bundles and taught classes appear, and are taken over."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BundleWatcher(Closing):
     def __init__(
         self,
         classifier: Classifier,
-        folder: Path,
+        folder: Path | None,
         say: Callable[[str], None],
         budget_ms: float | None = None,
         stop_first: bool = False,
@@ -51,7 +51,8 @@ class BundleWatcher(Closing):
     ) -> None:
         """Begin to check ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`.
 
-        ``say`` gets one line about every swap, in the thread of the watcher.
+        The folder of taught classes, if the classifier has one, is checked as well; without a ``folder`` it alone.
+        ``say`` gets one line about every change, in the thread of the watcher.
         """
         self._classifier = classifier
         self._folder = folder
@@ -83,10 +84,13 @@ class BundleWatcher(Closing):
 
     def _watch(self) -> None:
         while not self._closing.wait(self._interval_s):
-            self._swap_newest()
+            if self._classifier.refresh_taught():
+                self._say(self._classifier.health().taught_line)
+            if self._folder is not None:
+                self._swap_newest(self._folder)
 
-    def _swap_newest(self) -> None:
-        wanted = [bundle for bundle in self._newest_first() if self._is_wanted(bundle)]
+    def _swap_newest(self, folder: Path) -> None:
+        wanted = [bundle for bundle in self._newest_first(folder) if self._is_wanted(bundle, folder)]
         seen, self._seen = self._seen, {bundle.path: _signature(bundle) for bundle in wanted}
         for bundle in wanted:
             signature = self._seen[bundle.path]
@@ -98,10 +102,10 @@ class BundleWatcher(Closing):
             if self._swap(bundle.path):
                 return
 
-    def _newest_first(self) -> list[Bundle]:
+    def _newest_first(self, folder: Path) -> list[Bundle]:
         """The bundles of the folder by their manifests, which are read again only if they changed."""
         known, self._known = self._known, {}
-        for path in bundle_paths(self._folder):
+        for path in bundle_paths(folder):
             with suppress(BundleError, OSError):
                 facts = (path / MANIFEST).stat()
                 stamp = (facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
@@ -110,12 +114,12 @@ class BundleWatcher(Closing):
         found = [bundle for _, bundle in self._known.values()]
         return sorted(found, key=lambda bundle: (bundle.manifest.bundle_version, bundle.path.name), reverse=True)
 
-    def _is_wanted(self, bundle: Bundle) -> bool:
+    def _is_wanted(self, bundle: Bundle, folder: Path) -> bool:
         """Whether a bundle is to take the place of the one that answers."""
         running = self._classifier.bundle
         if bundle.digest == running.digest:
             return False
-        followed = bundle.path in (running.path, self._folder.resolve())
+        followed = bundle.path in (running.path, folder.resolve())
         return followed or bundle.manifest.bundle_version > running.manifest.bundle_version
 
     def _swap(self, path: Path) -> bool:

@@ -28,7 +28,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.backends.ladder import open_backend
-from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, MODEL_FP16, OUTPUTS
+from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, MODEL_FP16, OUTPUTS, TEACH
 from duallora_edge.runtime.graph_weights import WEIGHTS
 from duallora_edge.runtime.tensor_file import TensorFile
 
@@ -57,7 +57,7 @@ def test_the_runtime_answers_as_pytorch(
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest.to_json() == json.loads(json.dumps(exported.manifest.to_json()))
     recipe = {RECIPE} if jetpack == "5.1" else set()  # its Python is too old for the runtime
-    assert {path.name for path in bundle.path.iterdir()} == {MANIFEST, MODEL, WEIGHTS, GOLDEN, README} | recipe
+    assert {path.name for path in bundle.path.iterdir()} == {MANIFEST, MODEL, WEIGHTS, GOLDEN, TEACH, README} | recipe
     graph = onnx.load(bundle.model_path)
     assert (graph.opset_import[0].version, graph.ir_version) == (target.opset, target.ir_version)
 
@@ -206,7 +206,7 @@ def test_readme_says_what_the_bundle_is(bundle: Path) -> None:
 def test_an_export_replaces_the_bundle_as_a_whole(run: RunDirectory, model: ComposedModel, bundle: Path) -> None:
     second = write_bundle(run, model, resolve_target("x86-cpu"), bundle, None)
     assert second.manifest.bundle_version == Bundle.open(bundle).manifest.bundle_version == 2
-    assert sorted(path.name for path in bundle.iterdir()) == sorted((GOLDEN, MANIFEST, MODEL, README, WEIGHTS))
+    assert sorted(path.name for path in bundle.iterdir()) == sorted((GOLDEN, MANIFEST, MODEL, README, TEACH, WEIGHTS))
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"] and not second.kept
     assert write_bundle(run, model, TARGET, bundle, None, version=9).manifest.bundle_version == 9
     assert write_bundle(run, model, TARGET, bundle, None).manifest.bundle_version == 10

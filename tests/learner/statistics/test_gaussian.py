@@ -14,6 +14,7 @@ from duallora_edge.learner.statistics.gaussian import (
     ClassStatistics,
     GaussianClassifier,
     _Covariance,
+    compact_covariance,
     expected_novelty,
 )
 
@@ -230,6 +231,19 @@ def test_the_expected_novelty_by_dense_matrices(rank: int) -> None:
         own = (n / (n - 1)) ** 2 * (np.trace(inverse @ rest) + h / (1 - c * h))
         gaps = task.counts.numpy() / images @ np.einsum("kd,de,ke->k", centred[part], total, centred[part])
         assert found == pytest.approx(own - left - np.trace(total @ rest) - gaps - c * left**2 / (1 - c * left))
+
+
+@pytest.mark.parametrize("rank", [0, 2, DIM])
+def test_a_compact_covariance(rank: int) -> None:
+    tasks = [ClassStatistics.of(*sample(seed, 30, 2), 2) for seed in range(3)]
+    compact, sigma = compact_covariance(tasks, rank), slow_covariance(tasks)
+    found = (compact.factor.T @ compact.factor + torch.diag(compact.diagonal)).numpy()
+    np.testing.assert_allclose(np.diag(found), np.diag(sigma))  # variances are exact at any rank
+    assert len(compact.factor) == rank
+    if rank == DIM:
+        np.testing.assert_allclose(found, sigma, atol=1e-9)
+    within = sum(task.scatter.numpy() for task in tasks) / (sum(float(task.counts.sum()) for task in tasks) - 6)
+    assert compact.distance == pytest.approx(np.trace(within @ np.linalg.inv(found)))
 
 
 def test_without_spread_nothing_is_inflated() -> None:
