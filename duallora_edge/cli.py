@@ -45,6 +45,14 @@ COMMANDS = {
     "apply": ("duallora_edge.runtime.field.commands:apply", "cpu", "Make a new bundle of an older one and a delta."),
     "teach": ("duallora_edge.runtime.field.commands:teach", "cpu", "Teach a class on the device, from a few frames."),
     "unteach": ("duallora_edge.runtime.field.commands:unteach", "cpu", "Forget a class that was taught."),
+    "update": (
+        "duallora_edge.runtime.field.commands:update",
+        "update",
+        "Bring the newest bundle into a store.",
+    ),
+    "slots": ("duallora_edge.runtime.field.commands:slots", "cpu", "Show what a device's store holds."),
+    "revert": ("duallora_edge.runtime.field.commands:revert", "cpu", "Go back to the other bundle of a store."),
+    "channel": ("duallora_edge.runtime.field.channel_commands:channel", "publish", "Publish bundles for devices."),
     "predict": ("duallora_edge.runtime.commands.predict:predict", "cpu", "Classify images with a bundle."),
     "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file; prints JSON lines."),
     "benchmark": (

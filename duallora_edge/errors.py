@@ -54,3 +54,11 @@ class SourceError(DualLoraEdgeError):
 
 class ReportError(DualLoraEdgeError):
     """A report of a benchmark is missing, damaged or of an unknown schema."""
+
+
+class StoreError(DualLoraEdgeError):
+    """A store of a device is missing or damaged, or a bundle is not wanted there."""
+
+
+class UpdateError(DualLoraEdgeError):
+    """A channel of updates cannot be reached, or what it offers is not to be trusted."""

@@ -20,7 +20,7 @@ from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.reading import read_images, source_groups
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.bundle import Bundle, Manifest
-from duallora_edge.runtime.field.delta import delta_versions
+from duallora_edge.runtime.field.delta import delta_facts
 from duallora_edge.runtime.preprocess import Pixels
 
 REAL_IMAGES = 256
@@ -126,7 +126,7 @@ def export_delta(
         target, jetpack = str(before.target.get("profile")), jetpack or before.target.get("jetpack")
     if file.exists():
         try:
-            delta_versions(file)
+            delta_facts(file)
         except BundleError as error:
             raise ExportError(f"{file} exists and is not a delta; give another name with -o.") from error
     resolved = resolve_target(target, jetpack)

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from duallora_edge.runtime.trial import Opening, Trial
 
 # Answers that a new bundle gives before the old one is let go.
 PROBATION = 30
+# Share of these by which the new bundle may call more frames novel than the old one.
+MORE_NOVEL = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +128,26 @@ class _Probation:
     budget_ms: float | None
     answers: int
     times_ms: list[float] = field(default_factory=list)
+    novel: list[tuple[bool, bool]] = field(default_factory=list)
+
+    def compare(self, images: Pixels, predictions: Sequence[Prediction]) -> None:
+        """Note which frames the new bundle and the old one call novel, where both are loaded and can tell."""
+        if not isinstance(self.old, Model) or len(self.novel) >= self.answers:
+            return
+        with suppress(BackendError):
+            for new, old in zip(predictions, self.old.predict(images, [0.0] * len(images)), strict=True):
+                if new.is_novel is not None and old.is_novel is not None:
+                    self.novel.append((new.is_novel, old.is_novel))
+
+    def unfit(self) -> str:
+        """Why the new bundle is not good after all its answers, or nothing."""
+        new, old = (sum(each) for each in zip(*self.novel, strict=True)) if self.novel else (0, 0)
+        if new - old > MORE_NOVEL * len(self.novel):
+            return (
+                f"{new} of its first {len(self.novel)} answers are novel, {old} of those of the old bundle on the same "
+                "frames"
+            )
+        return self.over_budget()
 
     def over_budget(self) -> str:
         """Why the new bundle is too slow after all its answers, or nothing."""
@@ -322,10 +344,13 @@ class Classifier:
             predictions: list[Prediction] = []
             failure: BackendError | None = None
             with self._borrowed() as model:
+                images, probation = _images(model, prepared), self._probation
                 try:
-                    predictions = model.predict(_images(model, prepared), [item.milliseconds for item in prepared])
+                    predictions = model.predict(images, [item.milliseconds for item in prepared])
                 except BackendError as error:
                     failure = error
+                if probation is not None and probation.new is model:
+                    probation.compare(images, predictions)
             changed, returning = self._note(model, predictions, failure)
             if failure is not None and not changed:
                 raise failure
@@ -398,8 +423,9 @@ class Classifier:
 
         Unless it was loaded on this machine before, the new bundle is tried in a child process. Then it is verified,
         loaded and checked against its golden images while the old one still answers. The old one stands by for the next
-        ``probation`` answers. If the new one fails during these, or is too slow, the old one takes over again, starting
-        with the frame that failed; `health` tells. A swap during the probation of another one ends that probation.
+        ``probation`` answers. If the new one fails during these, is too slow, or calls many more of the same frames
+        novel than the old one, which is asked as well, the old one takes over again, starting with the frame that
+        failed; `health` tells. A swap during the probation of another one ends that probation.
 
         Args:
             path: The folder of the new bundle.
@@ -541,7 +567,7 @@ class Classifier:
             probation.times_ms += [prediction.timings.infer_ms for prediction in predictions]
             if failure is None and len(probation.times_ms) < probation.answers:
                 return False, None
-            reason = str(failure) if failure is not None else probation.over_budget()
+            reason = str(failure) if failure is not None else probation.unfit()
             self._end_probation(reason)
             if failure is not None and self._trial is not None:
                 refuse = threading.Thread(target=self._trial.refuse, args=(model.bundle, reason), daemon=True)

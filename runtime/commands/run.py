@@ -19,9 +19,12 @@ import click
 from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.commands.options import backend_group, backend_options, frame_size, trial_option
+from duallora_edge.runtime.field.store import FILE as SLOTS_FILE
+from duallora_edge.runtime.field.store import Store
 from duallora_edge.runtime.service.bundle_watcher import BundleWatcher
 from duallora_edge.runtime.service.monitor import Monitor, notify, watchdog
 from duallora_edge.runtime.service.pipeline import Answer, ExponentialSmoothing, Pipeline, Region
+from duallora_edge.runtime.service.slot_keeper import SlotKeeper, Terms, open_slot
 from duallora_edge.runtime.sources import open_source
 from duallora_edge.text import escaped
 
@@ -126,6 +129,8 @@ def run(
 ) -> None:
     """Classify the frames of a camera, stream or file with the bundle BUNDLE; each answer is one JSON line.
 
+    BUNDLE is the folder of a bundle, or a store that 'update' fills: its good bundle answers, and a new one is tried.
+
     SOURCE is /dev/video0 or v4l2://0, csi://0 (a Jetson's camera), gst://PIPELINE, rtsp://HOST/PATH or another video
     address, a video file, an image, a folder of images, or - for raw frames on standard input. Cameras and streams:
     the newest frame is classified, older ones are dropped and counted, and a lost source is opened again. Files: every
@@ -140,9 +145,17 @@ def run(
       duallora-edge run bundle --source photos/ --every 2
       ffmpeg -i clip.mp4 -f rawvideo -pix_fmt rgb24 - | duallora-edge run bundle --source - --size 640x480
     """
-    watcher: BundleWatcher | None = None
+    store = Store(bundle) if (bundle / SLOTS_FILE).is_file() else None
+    if store is not None and watch:
+        raise click.UsageError(f"{bundle} is a store, which 'update' fills; leave out --watch.")
+    taught = taught or (store.taught if store else None)
+
+    def load(path: Path) -> Classifier:
+        return Classifier.load(path, backend, threads, strict, build=build, trial=trial, taught=taught)
+
+    watcher: BundleWatcher | SlotKeeper | None = None
     with ExitStack() as stack:
-        classifier = Classifier.load(bundle, backend, threads, strict, build=build, trial=trial, taught=taught)
+        classifier = open_slot(store, load) if store else load(bundle)
         _say(f"backend: {classifier.backend}")
         if taught:
             _say(classifier.health().taught_line)
@@ -159,7 +172,10 @@ def run(
             _say(f"{'page' if show else 'health and metrics'}: {server.url}")
             if not _is_loopback((listen or LISTEN)[0]):
                 _say(_OPEN.format(what="the camera and its answers" if show else "health and metrics"))
-        if watch or taught:
+        if store is not None:
+            terms = Terms(budget_ms=budget_ms, stop_first=stop_first, allow_slower=allow_slower)
+            watcher = stack.enter_context(SlotKeeper(classifier, store, _say, terms))
+        elif watch or taught:
             watcher = BundleWatcher(classifier, watch, _say, budget_ms, stop_first, allow_slower)
             stack.enter_context(watcher)
         stack.enter_context(watchdog(monitor.is_working))
@@ -204,7 +220,7 @@ def _print_answers(pipeline: Pipeline, monitor: Monitor, min_confidence: float, 
 
 
 @contextmanager
-def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | None) -> Iterator[None]:
+def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | SlotKeeper | None) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the answers within `STOP_S` seconds; the second one ends the process at once."""
 
     def stop(number: int, frame: object) -> None:

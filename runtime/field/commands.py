@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from pathlib import Path
 
 import click
 
-from duallora_edge.errors import DataError
+from duallora_edge.errors import DataError, DualLoraEdgeError
 from duallora_edge.runtime.field.delta import apply_delta
+from duallora_edge.runtime.field.store import SLOTS, Store
 from duallora_edge.runtime.field.taught_folder import MAX_FRAMES, add_frames, reduced, remove_class
 from duallora_edge.runtime.preprocess import Pixels
 from duallora_edge.runtime.sources import Source, open_source
@@ -103,3 +106,77 @@ def unteach(taught: Path, name: str) -> None:
     """
     remove_class(taught, name)
     click.echo(escaped(f"Forgot {name}.  Folder: {taught}"))
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("channel")
+@click.option(
+    "--root", type=click.Path(path_type=Path), metavar="FILE",
+    help="The root.json of the channel, by which it is trusted; needed once.",
+)  # fmt: skip
+@click.option("--every", type=click.FloatRange(1), metavar="SECONDS", help="Go on, and look again after this time.")
+def update(store: Path, channel: str, root: Path | None, every: float | None) -> None:
+    """Bring the newest bundle of CHANNEL into the store STORE, which is made if there is none.
+
+    CHANNEL is a folder or an address that begins with http:// or https://. What it offers is checked by python-tuf
+    before anything of it is used. 'run STORE' tries a new bundle and goes back by itself; this command starts nothing.
+
+    \b
+    Example:
+      duallora-edge update store https://updates.example.org/site-a --root root.json
+      duallora-edge update store /media/usb/channel
+    """
+    from duallora_edge.runtime.field.update import update as update_store  # python-tuf takes a while to import
+
+    opened = Store.create(store)
+    while True:
+        try:
+            update_store(opened, channel, root, lambda text: click.echo(escaped(text)))
+        except DualLoraEdgeError as error:
+            if every is None:
+                raise
+            click.echo(escaped(f"Error: {error}"), err=True)
+        if every is None:
+            return
+        time.sleep(every)
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def slots(store: Path, as_json: bool) -> None:
+    """Show what the two slots of the store STORE hold, and what was given up.
+
+    \b
+    Example:
+      duallora-edge slots store
+    """
+    found = Store(store).read()
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    for name in SLOTS:
+        slot = found.slots[name]
+        answers = "  answers" if name == found.active else ""
+        version = f"  version {slot.bundle_version}" if slot.digest else ""
+        reason = f"  {slot.reason}" if slot.reason else ""
+        click.echo(escaped(f"{name}  {slot.state:<8}{version}{answers}{reason}"))
+    for digest, reason in found.refused.items():
+        click.echo(escaped(f"given up: {digest[:12]}  {reason}"))
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+def revert(store: Path) -> None:
+    """Go back to the other good bundle of the store STORE; the one that answers is not taken again.
+
+    A 'run STORE' follows within seconds.
+
+    \b
+    Example:
+      duallora-edge revert store
+    """
+    opened = Store(store)
+    name = opened.revert()
+    click.echo(f"Slot {name} answers again: version {opened.read().slots[name].bundle_version}.")

@@ -1,6 +1,6 @@
-"""Deltas: small files that turn one bundle into a later one, bit for bit.
+"""Deltas: small files that turn one bundle into a later one, bit for bit, and whole bundles in one file.
 
-A delta is a zip archive:
+A delta is a zip archive. That of a whole bundle is one from nothing:
 
 delta.json         which bundle it fits and which it makes (SHA-256 of the manifests), and how tensors are made
 manifest.json      the manifest of the result, which has the hash of every file
@@ -77,14 +77,14 @@ def add_terms(tensor: Rows, terms: Iterable[tuple[int, Rows, Rows]]) -> Rows:
     return result
 
 
-def write_delta(file: Path, old: Bundle, new: Bundle, changes: Mapping[str, Changes]) -> None:
-    """Write the delta from ``old`` to ``new``, whose manifest and other files are read from its folder.
+def write_delta(file: Path, old: Bundle | None, new: Bundle, changes: Mapping[str, Changes]) -> None:
+    """Write the delta from ``old`` (None: from nothing) to ``new``, whose files are read from its folder.
 
     ``changes`` are those of the tensor files; a file that is the same in both is left out.
     """
     facts = {
         "schema": SCHEMA,
-        "from": {"bundle_version": old.manifest.bundle_version, "sha256": old.digest},
+        "from": None if old is None else {"bundle_version": old.manifest.bundle_version, "sha256": old.digest},
         "to": {"bundle_version": new.manifest.bundle_version, "sha256": new.digest},
         "sums": {
             name: {tensor: [[term.start, term.factors] for term in terms] for tensor, terms in each.sums.items()}
@@ -99,19 +99,19 @@ def write_delta(file: Path, old: Bundle, new: Bundle, changes: Mapping[str, Chan
                 archive.writestr(name + HEADER, changes[name].header)
                 content = b"".join(blocks(changes[name].tensors))
                 archive.writestr(name + TENSORS, content, zipfile.ZIP_STORED)
-            elif old.manifest.files.get(name) != record:
+            elif old is None or old.manifest.files.get(name) != record:
                 archive.write(new.path / name, name)
 
 
-def apply_delta(old: str | Path, delta: str | Path, output: str | Path) -> Bundle:
+def apply_delta(old: str | Path | None, delta: str | Path, output: str | Path) -> Bundle:
     """Write the bundle that a delta makes of an older one.
 
     The memory it takes is that of the largest tensor and of the delta, not that of a bundle. A process that is killed
     leaves nothing; begin again.
 
     Args:
-        old: The folder of the older bundle.
-        delta: The file that ``export --delta-from`` wrote.
+        old: The folder of the older bundle; None where the delta holds a whole one.
+        delta: The file that ``export --delta-from`` or `write_delta` wrote.
         output: The folder of the new bundle, which must not exist yet or be empty.
 
     Returns:
@@ -121,7 +121,7 @@ def apply_delta(old: str | Path, delta: str | Path, output: str | Path) -> Bundl
         BundleError: The delta does not fit the older bundle, or one of them is damaged.
         ConfigError: Something is at ``output``.
     """
-    base, file = Bundle.peek(old), Path(delta)
+    base, file = None if old is None else Bundle.peek(old), Path(delta)
     with _opened(file) as found:
         found.check_fits(base)
         with atomic_directory(Path(output)) as staging:
@@ -131,10 +131,23 @@ def apply_delta(old: str | Path, delta: str | Path, output: str | Path) -> Bundl
     return Bundle.peek(output)
 
 
-def delta_versions(delta: str | Path) -> tuple[int, int]:
-    """The versions from and to which a delta leads. Raises `BundleError` when it is damaged."""
+@dataclass(frozen=True)
+class DeltaFacts:
+    """Which bundle a delta fits, by the digest, and the manifest of the one that it makes and its digest.
+
+    The digest is "" and the version 0 of a delta from nothing.
+    """
+
+    from_digest: str
+    from_version: int
+    digest: str
+    manifest: Manifest
+
+
+def delta_facts(delta: str | Path) -> DeltaFacts:
+    """What a delta says of itself. Raises `BundleError` when it is damaged."""
     with _opened(Path(delta)) as found:
-        return found.from_version, found.manifest.bundle_version
+        return found.facts
 
 
 @contextmanager
@@ -174,20 +187,24 @@ class _Delta:
         schema = facts.integer("schema", 1, 10**6)
         if not problems and schema != SCHEMA:
             raise BundleError(f"{file} has schema {schema}, this version reads {SCHEMA}; upgrade duallora-edge here.")
-        before, after = facts.section("from"), facts.section("to")
-        self.from_digest, self.from_version = before.text("sha256"), before.integer("bundle_version", 1, 2**53)
-        digest = after.text("sha256")
+        from_digest, from_version = "", 0
+        if facts.values.get("from", 0) is not None:
+            before = facts.section("from")
+            from_digest, from_version = before.text("sha256"), before.integer("bundle_version", 1, 2**53)
+        digest = facts.section("to").text("sha256")
+        self.facts = DeltaFacts(from_digest, from_version, digest, self.manifest)
         self.sums = facts.section("sums").values
         if problems:
             raise self.damaged("; ".join(problems[:5]))
         if hashlib.sha256(self.manifest_bytes).hexdigest() != digest:
             raise self.damaged("its manifest is another one than it promises")
 
-    def check_fits(self, base: Bundle) -> None:
-        if base.digest != self.from_digest:
+    def check_fits(self, base: Bundle | None) -> None:
+        if self.facts.from_digest and (base is None or base.digest != self.facts.from_digest):
+            which = "an older bundle" if base is None else f"another bundle than {base.path} ({base})"
             raise BundleError(
-                f"{self.file} is for another bundle than {base.path} ({base}): it leads from version "
-                f"{self.from_version} to {self.manifest.bundle_version}; use the delta of this bundle, or a whole one."
+                f"{self.file} is for {which}: it leads from version {self.facts.from_version} to "
+                f"{self.manifest.bundle_version}; use the delta of this bundle, or a whole one."
             )
 
     def damaged(self, reason: str) -> BundleError:
@@ -216,10 +233,12 @@ class _Delta:
                 yield block
         raise self.damaged(f"{name} is larger than it says")
 
-    def blocks_of(self, name: str, base: Bundle) -> Iterator[bytes | memoryview]:
+    def blocks_of(self, name: str, base: Bundle | None) -> Iterator[bytes | memoryview]:
         """The content of a file of the result; what is too much of it shows when it is written."""
         if name in self.members:
             yield from self.stream(name, self.manifest.files[name].bytes)
+        elif base is None or not self.facts.from_digest:
+            raise self.damaged(f"no {name}")
         elif name + HEADER in self.members:
             yield from self._tensors(name, base)
         elif base.manifest.files.get(name) == self.manifest.files[name]:

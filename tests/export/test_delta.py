@@ -22,7 +22,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.bundle import MANIFEST
-from duallora_edge.runtime.field.delta import apply_delta, delta_versions
+from duallora_edge.runtime.field.delta import apply_delta, delta_facts
 from duallora_edge.runtime.graph_weights import WEIGHTS
 from duallora_edge.runtime.preprocess import read_image
 from duallora_edge.runtime.tensor_file import TensorFile
@@ -56,7 +56,7 @@ def test_a_task_as_a_delta(
     delta = export_delta(both, tmp_path / "old", tmp_path / "1-2.delta")
     made = apply_delta(tmp_path / "old", delta.path, tmp_path / "made")
     assert json.dumps(made.manifest.to_json()) == json.dumps(delta.manifest.to_json())
-    assert delta_versions(delta.path) == (1, 2)
+    assert delta_facts(delta.path).from_version == 1
     assert delta.bytes == delta.path.stat().st_size and 0 < delta.share < 1
     assert (made.manifest.split, made.manifest.target["profile"]) == (split, target)
     with zipfile.ZipFile(delta.path) as archive:

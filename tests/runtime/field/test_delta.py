@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from duallora_edge.errors import BundleError, ConfigError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, Bundle, FileRecord
-from duallora_edge.runtime.field.delta import Changes, Term, add_terms, apply_delta, delta_versions, write_delta
+from duallora_edge.runtime.field.delta import Changes, Term, add_terms, apply_delta, delta_facts, write_delta
 from duallora_edge.runtime.graph_weights import WEIGHTS
 from duallora_edge.runtime.tensor_file import TensorFile, blocks, header
 
@@ -68,7 +68,7 @@ def test_the_result_is_the_new_bundle_bit_for_bit(pair: Pair, tmp_path: Path) ->
     before = content(old.path)
     made = apply_delta(old.path, delta, tmp_path / "made")
     assert content(tmp_path / "made") == content(new.path) and made.digest == new.digest
-    assert content(old.path) == before and delta_versions(delta) == (3, 4)
+    assert content(old.path) == before and delta_facts(delta).from_version == 3
     assert Bundle.open(tmp_path / "made").manifest == new.manifest
     with zipfile.ZipFile(delta) as archive:  # the graph is the same in both
         assert "model.onnx" not in archive.namelist()
@@ -228,12 +228,12 @@ def test_damage_anywhere_never_gives_another_bundle(
         assert apply_delta(old.path, damaged, made).digest == new.digest
         shutil.rmtree(made)
     with contextlib.suppress(BundleError):
-        delta_versions(damaged)
+        delta_facts(damaged)
 
 
 def test_no_delta_at_all(pair: Pair, tmp_path: Path) -> None:
     for path in (tmp_path / "missing", pair[0].path / MANIFEST):
         with pytest.raises(BundleError, match="cannot be read"):
-            delta_versions(path)
+            delta_facts(path)
         with pytest.raises(BundleError, match="cannot be read"):
             apply_delta(pair[0].path, path, tmp_path / "made")
