@@ -349,13 +349,13 @@ class Classifier:
                     predictions = model.predict(images, [item.milliseconds for item in prepared])
                 except BackendError as error:
                     failure = error
-                if probation is not None and probation.new is model:
+                if predictions and probation is not None and probation.new is model:
                     probation.compare(images, predictions)
             changed, returning = self._note(model, predictions, failure)
             if failure is not None and not changed:
                 raise failure
             # An error holds the frames in which it happened, and they hold the model, whose memory is wanted now.
-            del model, failure
+            del model, failure, probation
             if returning is not None:
                 self._go_back(returning)
             if predictions:

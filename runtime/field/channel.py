@@ -211,13 +211,16 @@ class Channel:
         write_atomic(self.metadata / name, metadata.to_bytes())
 
     def _signed(self, role: str) -> Metadata[Any]:
-        """The newest metadata of a role."""
+        """The metadata of a role that devices see; what an interrupted publication left beside it is written over."""
         from tuf.api.metadata import Metadata
 
         path = self.metadata / "timestamp.json"
-        if role != "timestamp":
-            versions = [int(each.name.split(".")[0]) for each in self.metadata.glob(f"*.{role}.json")]
-            path = self.metadata / f"{max(versions)}.{role}.json"
+        if role == "root":
+            path = max(self.metadata.glob("*.root.json"), key=lambda each: int(each.name.split(".")[0]))
+        elif role == "snapshot":
+            path = self.metadata / f"{self._signed('timestamp').signed.snapshot_meta.version}.snapshot.json"
+        elif role == "targets":
+            path = self.metadata / f"{self._signed('snapshot').signed.meta['targets.json'].version}.targets.json"
         return Metadata.from_bytes(read_limited(path, MAX_BYTES))
 
 

@@ -157,12 +157,16 @@ class _Client:
     """A channel, read through python-tuf."""
 
     def __init__(self, channel: str, trusted: Path, root: Path | None, last: float, folder: Path) -> None:
-        from tuf.api.exceptions import RepositoryError
+        from tuf.api.exceptions import DownloadError, RepositoryError
         from tuf.ngclient import Updater
         from tuf.ngclient.fetcher import FetcherInterface
 
         metadata, targets, fetcher = _addresses(channel, FetcherInterface)
-        self._channel, self._folder, self._errors = channel, folder, (RepositoryError, OSError, ValueError)
+        self._channel, self._folder, self._errors = (
+            channel,
+            folder,
+            (DownloadError, RepositoryError, OSError, ValueError),
+        )
         known = (trusted / "root.json").exists()
         if not known and root is None:
             raise UpdateError(
