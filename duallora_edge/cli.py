@@ -45,6 +45,7 @@ COMMANDS = {
     "apply": ("duallora_edge.runtime.field.commands:apply", "cpu", "Make a new bundle of an older one and a delta."),
     "teach": ("duallora_edge.runtime.field.commands:teach", "cpu", "Teach a class on the device, from a few frames."),
     "unteach": ("duallora_edge.runtime.field.commands:unteach", "cpu", "Forget a class that was taught."),
+    "kept": ("duallora_edge.runtime.field.commands:kept", "cpu", "Fetch the frames that 'run --keep' kept."),
     "update": (
         "duallora_edge.runtime.field.commands:update",
         "update",

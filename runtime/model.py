@@ -67,6 +67,7 @@ class Model:
                     bundle_version=manifest.bundle_version,
                     probabilities=outputs.probabilities[row],
                     classes=classes,
+                    features=outputs.features[row],
                 )
             )
         return predictions

@@ -36,6 +36,7 @@ class Prediction:
         bundle_version: Its version.
         probabilities: float32 ``[C]``, in the order of ``classes``.
         classes: The names of the classes.
+        features: What describes the frame, float32 ``[D]``; None where it was not asked for.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Prediction:
     bundle_version: int
     probabilities: FloatArray = field(repr=False)
     classes: tuple[str, ...] = field(repr=False)
+    features: FloatArray | None = field(default=None, repr=False)
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The most probable classes.

@@ -9,16 +9,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from duallora_edge.cli_groups import GroupedCommand, option_group
+from duallora_edge.errors import StoreError
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.commands.options import backend_group, backend_options, frame_size, trial_option
+from duallora_edge.runtime.field.keeping import Keeper
 from duallora_edge.runtime.field.store import FILE as SLOTS_FILE
 from duallora_edge.runtime.field.store import Store
 from duallora_edge.runtime.service.bundle_watcher import BundleWatcher
@@ -94,6 +96,10 @@ _updates = option_group("New bundles and classes")
     "--taught", type=click.Path(path_type=Path), metavar="DIR",
     help="Classes taught on this machine: a folder of images for each. 'teach' adds to it, also meanwhile.",
 )  # fmt: skip
+@_updates(
+    "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the most novel frames there; see 'kept'."
+)
+@_updates("--keep-mb", type=click.FloatRange(0.1), default=50, show_default=True, metavar="MB", help="Room for them.")
 @backend_options
 @backend_group(
     "--build", is_flag=True, help="Build a missing TensorRT engine; for a new bundle, while the old one answers."
@@ -121,6 +127,8 @@ def run(
     stop_first: bool,
     allow_slower: bool,
     taught: Path | None,
+    keep: Path | None,
+    keep_mb: float,
     build: bool,
     backend: str,
     threads: int | None,
@@ -178,10 +186,11 @@ def run(
         elif watch or taught:
             watcher = BundleWatcher(classifier, watch, _say, budget_ms, stop_first, allow_slower)
             stack.enter_context(watcher)
+        keeper = stack.enter_context(closing(Keeper(keep, keep_mb))) if keep else None
         stack.enter_context(watchdog(monitor.is_working))
         stack.enter_context(_stopped_by_signals(pipeline, watcher))
         notify("READY=1")
-        _print_answers(pipeline, monitor, min_confidence, top, frames)
+        _print_answers(pipeline, monitor, min_confidence, top, frames, _keeping(keeper, roi))
         notify("STOPPING=1")
         _summary(monitor)
     if watcher is not None and watcher.is_stuck:
@@ -210,9 +219,33 @@ def answer_json(answer: Answer, top: int) -> dict[str, Any]:
     return line
 
 
-def _print_answers(pipeline: Pipeline, monitor: Monitor, min_confidence: float, top: int, frames: int | None) -> None:
+def _keeping(keeper: Keeper | None, roi: Region | None) -> Callable[[Answer], None]:
+    """Keeps what the model saw of the frame of each answer; that a disk is full is said once, and nothing ends."""
+    failed = False
+
+    def keep(answer: Answer) -> None:
+        nonlocal failed
+        try:
+            if keeper is not None and not failed:
+                keeper.add((roi(answer.frame) if roi else answer.frame).pixels, answer.instant)
+        except (StoreError, OSError) as error:
+            failed = True
+            _say(f"no more frames are kept: {error}")
+
+    return keep
+
+
+def _print_answers(
+    pipeline: Pipeline,
+    monitor: Monitor,
+    min_confidence: float,
+    top: int,
+    frames: int | None,
+    keep: Callable[[Answer], None],
+) -> None:
     for number, answer in enumerate(pipeline, start=1):
         monitor.add(answer)
+        keep(answer)
         if answer.prediction.confidence >= min_confidence:
             click.echo(json.dumps(answer_json(answer, top), allow_nan=False))
         if number == frames:

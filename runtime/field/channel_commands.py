@@ -25,6 +25,11 @@ def channel() -> None:
 
     Devices check every file by the keys of the channel, never take an older version, and refuse a channel that was not
     refreshed in time.
+
+    \b
+    Example:
+      duallora-edge channel init channel --keys keys
+      duallora-edge channel publish channel bundles/0001 --keys keys
     """
 
 

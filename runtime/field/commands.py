@@ -11,6 +11,7 @@ import click
 
 from duallora_edge.errors import DataError, DualLoraEdgeError
 from duallora_edge.runtime.field.delta import apply_delta
+from duallora_edge.runtime.field.keeping import FILE, copy_kept, kept_frames
 from duallora_edge.runtime.field.store import SLOTS, Store
 from duallora_edge.runtime.field.taught_folder import MAX_FRAMES, add_frames, reduced, remove_class
 from duallora_edge.runtime.preprocess import Pixels
@@ -180,3 +181,27 @@ def revert(store: Path) -> None:
     opened = Store(store)
     name = opened.revert()
     click.echo(f"Slot {name} answers again: version {opened.read().slots[name].bundle_version}.")
+
+
+@click.command()
+@click.argument("keep", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write them there as images.")
+@click.option("--delete", is_flag=True, help="Delete them, after they were written.")
+def kept(keep: Path, output: Path | None, delete: bool) -> None:
+    """Show or fetch the frames that 'run --keep KEEP' kept; the most novel ones come first by name.
+
+    Sort the images into a folder for each class, and 'train' learns them, or 'teach' teaches them.
+
+    \b
+    Example:
+      duallora-edge kept keep -o frames --delete
+    """
+    if output is None:
+        frames = list(kept_frames(keep))
+        size = sum(len(frame.jpeg) for frame in frames) / 1e6
+        click.echo(escaped(f"{len(frames)} frames, {size:.1f} MB.  Folder: {keep}"))
+    else:
+        click.echo(escaped(f"{copy_kept(keep, output)} frames.  Folder: {output}"))
+    if delete:
+        (keep / FILE).unlink()
+        click.echo(escaped(f"Deleted {keep / FILE}"))

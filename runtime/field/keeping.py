@@ -1,0 +1,200 @@
+"""The frames that tell most, kept on the device within a limit: the most novel ones, no two of them alike.
+
+KEEP/kept.db   one SQLite file with pictures (JPEG, at most 640 pixels long), answers and features
+
+A threshold would miss most of a new class, and uncertainty finds less of it (benchmarks/RESULTS.md), so the novelty
+alone decides, whatever the threshold of the bundle.
+"""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from duallora_edge.errors import StoreError
+from duallora_edge.files import own_folder, write_atomic
+from duallora_edge.runtime.field.taught_folder import reduced
+from duallora_edge.runtime.prediction import Prediction
+from duallora_edge.runtime.preprocess import Pixels
+
+FILE = "kept.db"
+INTERVAL_S = 0.5
+# Cosine of features above which two frames show the same.
+ALIKE = 0.98
+_QUALITY = 90
+_TABLE = """
+CREATE TABLE IF NOT EXISTS kept (
+    id INTEGER PRIMARY KEY, time REAL, bundle TEXT, version INTEGER, label TEXT, confidence REAL, novelty REAL,
+    features BLOB, jpeg BLOB
+)"""
+
+Halves = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A kept frame: its picture as ``jpeg``, and what bundle and version said about it at ``time`` (Unix seconds)."""
+
+    id: int
+    time: float
+    bundle: str
+    version: int
+    label: str
+    confidence: float
+    novelty: float
+    features: Halves
+    jpeg: bytes
+
+
+class Keeper:
+    """Keeps frames in a folder; used by one process at a time."""
+
+    def __init__(self, folder: Path, megabytes: float, interval_s: float = INTERVAL_S) -> None:
+        """Open a folder, made if there is none, that may take ``megabytes`` (10^6 bytes).
+
+        Of ``interval_s`` seconds only the most novel frame is a candidate, so that a camera is not slowed down by
+        writing; 0 for every frame. Raises `StoreError` when the file in it is damaged or used, ``OSError`` when
+        nothing can be written.
+        """
+        own_folder(folder)
+        self.path, self._limit, self._interval_s = folder / FILE, int(megabytes * 1e6), interval_s
+        self._best: tuple[Pixels, Prediction, float] | None = None
+        self._due = time.monotonic() + interval_s
+        with _said(self.path):
+            self._file = sqlite3.connect(self.path, isolation_level=None, timeout=1.0, check_same_thread=False)
+            self._file.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._file.execute(_TABLE)
+            rows = self._file.execute(
+                "SELECT id, novelty, bundle, version, length(jpeg) + length(features), features FROM kept"
+            ).fetchall()
+        self._ids = [row[0] for row in rows]
+        self._novelty = [float(row[1]) for row in rows]
+        self._made_by = [(row[2], row[3]) for row in rows]
+        self._bytes = [int(row[4]) for row in rows]
+        self._features = [np.frombuffer(row[5], np.float16) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, pixels: Pixels, prediction: Prediction) -> None:
+        """Consider a frame ``uint8 [H, W, 3]`` and the answer to it. Raises `StoreError` when it cannot be written."""
+        if prediction.features is None:
+            return
+        if self._best is None or prediction.novelty > self._best[1].novelty:
+            self._best = pixels, prediction, time.time()
+        if time.monotonic() >= self._due:
+            best, self._best = self._best, None
+            self._due = time.monotonic() + self._interval_s
+            self._consider(*best)
+
+    def close(self) -> None:
+        """Write what is still considered, and close the file."""
+        if self._best is not None:
+            best, self._best = self._best, None
+            self._consider(*best)
+        self._file.close()
+
+    def _consider(self, pixels: Pixels, prediction: Prediction, moment: float) -> None:
+        full = sum(self._bytes) >= self._limit
+        if full and prediction.novelty <= min(self._novelty):
+            return
+        assert prediction.features is not None
+        features = (prediction.features / max(float(np.linalg.norm(prediction.features)), 1e-12)).astype(np.float16)
+        twin = self._twin(features, (prediction.bundle, prediction.bundle_version))
+        if twin is not None:
+            if prediction.novelty <= self._novelty[twin]:
+                return
+            self._drop(twin)
+        buffer = io.BytesIO()
+        Image.fromarray(reduced(pixels)).save(buffer, "JPEG", quality=_QUALITY)
+        jpeg = buffer.getvalue()
+        size = len(jpeg) + features.nbytes
+        while self._ids and sum(self._bytes) + size > self._limit:
+            least = min(range(len(self._ids)), key=self._novelty.__getitem__)
+            if self._novelty[least] >= prediction.novelty:
+                return
+            self._drop(least)
+        if size > self._limit:
+            return
+        with _said(self.path):
+            row = self._file.execute(
+                "INSERT INTO kept (time, bundle, version, label, confidence, novelty, features, jpeg) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    moment, prediction.bundle, prediction.bundle_version, prediction.label, prediction.confidence,
+                    prediction.novelty, features.tobytes(), jpeg,
+                ),
+            )  # fmt: skip
+        self._ids.append(int(row.lastrowid or 0))
+        self._novelty.append(prediction.novelty)
+        self._made_by.append((prediction.bundle, prediction.bundle_version))
+        self._bytes.append(size)
+        self._features.append(features)
+
+    def _twin(self, features: Halves, made_by: tuple[str, int]) -> int | None:
+        """The kept frame that shows the same, by the features of the same bundle."""
+        same = [index for index, each in enumerate(self._made_by) if each == made_by]
+        if not same:
+            return None
+        cosines = np.stack([self._features[index] for index in same]).astype(np.float32) @ features.astype(np.float32)
+        nearest = int(cosines.argmax())
+        return same[nearest] if cosines[nearest] > ALIKE else None
+
+    def _drop(self, index: int) -> None:
+        with _said(self.path):
+            self._file.execute("DELETE FROM kept WHERE id = ?", (self._ids[index],))
+        for each in (self._ids, self._novelty, self._made_by, self._bytes, self._features):
+            del each[index]
+
+
+def kept_frames(folder: Path) -> Iterator[Kept]:
+    """The kept frames of a folder, the most novel first. Raises `StoreError` when there are none or it is in use."""
+    path = folder / FILE
+    if not path.is_file():
+        raise StoreError(f"{folder} holds no kept frames; 'run --keep {folder}' keeps some.")
+    with _said(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=1.0)) as file:
+        for row in file.execute(
+            "SELECT id, time, bundle, version, label, confidence, novelty, features, jpeg FROM kept "
+            "ORDER BY novelty DESC, id"
+        ):
+            yield Kept(
+                id=row[0],
+                time=row[1],
+                bundle=row[2],
+                version=row[3],
+                label=row[4],
+                confidence=row[5],
+                novelty=row[6],
+                features=np.frombuffer(row[7], np.float16),
+                jpeg=row[8],
+            )
+
+
+def copy_kept(folder: Path, output: Path) -> int:
+    """Write the kept frames as images, the most novel first by name; returns how many. Raises as `kept_frames`."""
+    output.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for frame in kept_frames(folder):
+        stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime(frame.time))
+        write_atomic(output / f"{1000 - round(1000 * frame.novelty):04d}-{stamp}-{frame.id:05d}.jpg", frame.jpeg)
+        count += 1
+    return count
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Turns the errors of SQLite into a `StoreError`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        remedy = "end the process that keeps frames there" if "locked" in str(error) else "move it away"
+        raise StoreError(f"{path} cannot be used ({error}); {remedy}, and try again.") from error
