@@ -51,6 +51,7 @@ COMMANDS = {
         "update",
         "Bring the newest bundle into a store.",
     ),
+    "learn": ("duallora_edge.learn:learn", "train", "Learn a task on the device, into its store."),
     "slots": ("duallora_edge.runtime.field.commands:slots", "cpu", "Show what a device's store holds."),
     "revert": ("duallora_edge.runtime.field.commands:revert", "cpu", "Go back to the other bundle of a store."),
     "channel": ("duallora_edge.runtime.field.channel_commands:channel", "publish", "Publish bundles for devices."),

@@ -135,7 +135,7 @@ def test_the_model_answers_as_the_bundle(learned: tuple[Path, Notes, Metrics], t
     bundle = learner.export(tmp_path / "bundle", target="x86-cpu")
     golden = bundle.golden()
     with torch.no_grad():
-        outputs = learner.model()(torch.from_numpy(golden.image))
+        outputs = learner.model()(torch.from_numpy(golden.image.copy()))
     for name in ("probabilities", "task_probabilities", "novelty", "features"):
         torch.testing.assert_close(
             getattr(outputs, name), torch.from_numpy(getattr(golden, name)), atol=1e-4, rtol=1e-4
