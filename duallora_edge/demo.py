@@ -23,7 +23,8 @@ METHODS = ("dual_lora", "sequential")
     help="Folder for the images, the runs and the bundle. [default: demo]",
 )  # fmt: skip
 @click.option("--seed", default=0, type=int, metavar="N", help=f"{SETTINGS['seed'].help} [default: 0]")
-def demo(folder: Path, seed: int) -> None:
+@click.option("--field", is_flag=True, help="Tell the life of a model on a device instead.")
+def demo(folder: Path, seed: int, field: bool) -> None:
     """Learn five tasks of handwritten digits, see what forgetting is, export, verify and measure.
 
     The images are scikit-learn's 1,797 digits (8 x 8 px). DualLoRA and sequential fine-tuning, with adapters of the
@@ -32,7 +33,14 @@ def demo(folder: Path, seed: int) -> None:
     \b
     Example:
       duallora-edge demo --run out/demo
+      duallora-edge demo --run out/demo --field
     """
+    if field:
+        from duallora_edge.field_demo import tell
+
+        write_digits(folder / "images")
+        tell(folder / "field", folder / "images", seed)
+        return
     from duallora_edge.export.export import export_run
     from duallora_edge.learner.callbacks import Callback
     from duallora_edge.learner.evaluate import report

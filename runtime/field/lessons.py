@@ -125,7 +125,9 @@ class Lessons:
             self._teacher = Teacher(bundle or Bundle.open(model.bundle.path, tried=model.bundle.digest))
         for name in wanted:
             if name not in self._features:
-                self._features[name] = model.backend.infer(np.stack(wanted[name])).features
+                # One by one, since a runtime keeps the memory of its largest batch.
+                rows = [model.backend.infer(image[None]).features for image in wanted[name]]
+                self._features[name] = np.concatenate(rows)
         model.taught = self._teacher.teach({name: self._features[name] for name in wanted})
 
 
