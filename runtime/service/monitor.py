@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +27,7 @@ from duallora_edge.runtime.service.pipeline import Answer, Pipeline
 WINDOW_S = 10.0
 # A live source without an answer for this long counts as unhealthy.
 SILENCE_S = 30.0
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 PREFIX = "duallora_edge_"
 NOTIFY_SOCKET = "NOTIFY_SOCKET"
@@ -34,20 +35,21 @@ WATCHDOG = "WATCHDOG_USEC"
 
 
 class Histogram:
-    """Counts of values in seconds up to each of `BUCKETS_S`, and above."""
+    """Counts of values up to each of ``bounds``, and above."""
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS_S) + 1)
+    def __init__(self, bounds: Sequence[float] = BUCKETS_S) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, seconds: float) -> None:
+    def add(self, value: float) -> None:
         """Count a value."""
-        self.counts[bisect_left(BUCKETS_S, seconds)] += 1
-        self.sum += seconds
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def copy(self) -> Histogram:
         """A copy of the current counts."""
-        other = Histogram()
+        other = Histogram(self.bounds)
         other.counts, other.sum = list(self.counts), self.sum
         return other
 
@@ -61,6 +63,9 @@ class Monitor:
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, float]] = deque()  # moment and age in ms
         self._ages, self._inferences = Histogram(), Histogram()
+        self._confidences, self._novelties = Histogram(SHARES), Histogram(SHARES)
+        self._classes: Counter[str] = Counter()
+        self._tasks: Counter[str] = Counter()
         self._drift = Drift()
         self._answers = 0
         self._last: Answer | None = None
@@ -86,6 +91,10 @@ class Monitor:
             self._ages.add(answer.age_ms / 1000)
             self._inferences.add(answer.instant.timings.infer_ms / 1000)
             instant = answer.instant
+            self._confidences.add(instant.confidence)
+            self._novelties.add(instant.novelty)
+            self._classes[instant.label] += 1
+            self._tasks[instant.task] += 1
             self._drift.add((instant.bundle, instant.bundle_version), instant.confidence, instant.novelty)
 
     def _forget(self, now: float) -> None:
@@ -149,7 +158,9 @@ class Monitor:
         swap = classifier.last_swap
         swapped = {key: str(value) for key, value in asdict(swap).items() if key != "reason"} if swap else None
         with self._lock:
-            answers, ages, inferences = self._answers, self._ages.copy(), self._inferences.copy()
+            answers, classes, tasks = self._answers, dict(self._classes), dict(self._tasks)
+            ages, inferences = self._ages.copy(), self._inferences.copy()
+            confidences, novelties = self._confidences.copy(), self._novelties.copy()
         return "".join(
             (
                 info("build_info", "Version of duallora-edge.", {"version": __version__}),
@@ -167,6 +178,11 @@ class Monitor:
                 info("last_swap_info", "The last change of bundles, with backends.", swapped) if swapped else "",
                 histogram("answer_age_seconds", "From the capture of a frame to its answer.", ages),
                 histogram("inference_seconds", "Time of the model on a frame.", inferences),
+                histogram("confidence", "Confidence of the answers.", confidences),
+                histogram("novelty", "Novelty of the frames.", novelties),
+                counters("class_answers_total", "Answers by class.", "class", classes),
+                counters("task_answers_total", "Answers by task.", "task", tasks),
+                gauge("taught_classes", "Classes taught on this device that answer.", len(classifier.taught)),
                 gauge("drift_confidence", "How far confidence has moved since export.", drift.confidence),
                 gauge("drift_novelty", "How far novelty has moved since export.", drift.novelty),
                 gauge("mean_confidence", "Of the latest answers.", drift.mean_confidence),
@@ -178,6 +194,12 @@ class Monitor:
 def counter(name: str, words: str, value: float) -> str:
     """A number that only increases; ``name`` ends in ``_total``."""
     return f"{_declaration(name, 'counter', words)}{PREFIX}{name} {value}\n"
+
+
+def counters(name: str, words: str, label: str, values: Mapping[str, int]) -> str:
+    """Numbers that only increase, one for each text of a label; empty without any."""
+    lines = [f'{PREFIX}{name}{{{label}="{_escape(text)}"}} {value}\n' for text, value in values.items()]
+    return "".join((_declaration(name, "counter", words), *lines)) if lines else ""
 
 
 def gauge(name: str, words: str, value: float | None) -> str:
@@ -194,7 +216,7 @@ def info(name: str, words: str, labels: Mapping[str, str]) -> str:
 def histogram(name: str, words: str, values: Histogram) -> str:
     """Counts in buckets, their sum and number."""
     lines, total = [_declaration(name, "histogram", words)], 0
-    for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), values.counts, strict=True):
+    for bound, count in zip((*map(str, values.bounds), "+Inf"), values.counts, strict=True):
         total += count
         lines.append(f'{PREFIX}{name}_bucket{{le="{bound}"}} {total}\n')
     return "".join((*lines, f"{PREFIX}{name}_sum {values.sum}\n", f"{PREFIX}{name}_count {total}\n"))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from duallora_edge.errors import SwapError
 from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.service import monitor
-from duallora_edge.runtime.service.monitor import BUCKETS_S, Histogram, Monitor, gauge, histogram, info
+from duallora_edge.runtime.service.monitor import BUCKETS_S, PREFIX, Histogram, Monitor, gauge, histogram, info
 from duallora_edge.runtime.service.pipeline import Pipeline
 from duallora_edge.runtime.sources import open_source
 
@@ -58,10 +60,29 @@ def test_counts(make_bundle: Callable[..., Path]) -> None:
         "swaps_confirmed_total": 0,
         "answer_age_seconds_count": 3,
         "inference_seconds_bucket|le=+Inf": 3,
+        "confidence_count": 3,
+        "novelty_bucket|le=1.0": 3,
+        "taught_classes": 0,
+        f"class_answers_total|class={answer.prediction.label}": 3,
+        f"task_answers_total|task={answer.prediction.task}": 3,
         "bundle_info|bundle=colours, version 3|backend=cpu|precision=fp32": 1,
     }
     assert {name: found[f"duallora_edge_{name}"] for name in expected} == expected
     assert found["duallora_edge_memory_pss_bytes"] > 1e6
+
+
+def test_the_example_rules_and_panel_name_metrics_that_exist(shared_bundle: Path) -> None:
+    with Pipeline(open_source([FRAME]), Classifier.load(shared_bundle, "cpu", 1)) as pipeline:
+        watching = Monitor(pipeline)
+        for answer in pipeline:
+            watching.add(answer)
+        text = watching.metrics() + "".join(f"{PREFIX}drift_{name} 0\n" for name in ("confidence", "novelty"))
+    examples = Path(__file__).parents[3] / "examples"
+    rules = yaml.safe_load((examples / "prometheus-alerts.yml").read_text())["groups"][0]["rules"]
+    panel = json.loads((examples / "grafana-panel.json").read_text())
+    for expression in [rule["expr"] for rule in rules] + [target["expr"] for target in panel["targets"]]:
+        names = re.findall(rf"{PREFIX}\w+", expression)
+        assert names and all(re.search(rf"^{name}[ {{]", text, re.MULTILINE) for name in names), expression
 
 
 @pytest.mark.parametrize(
