@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from duallora_edge.errors import DataError
-from duallora_edge.files import write_atomic
+from duallora_edge.files import atomic_directory, write_atomic
 from duallora_edge.runtime.preprocess import Pixels, read_image
 from duallora_edge.text import UNSAFE
 
@@ -47,25 +47,32 @@ def add_frames(folder: Path, name: str, frames: Iterable[Pixels]) -> int:
     """Keep frames ``uint8 [H, W, 3]`` of a class as they are; returns how many there are now.
 
     Each is written whole or not at all, under a name made of its content, so one that is there already is not kept
-    twice. Raises `DataError` for a name that cannot be used or too many classes or frames, ``OSError`` where nothing
-    can be written.
+    twice; the first frames of a class come together. Raises `DataError` for a name that cannot be used or too many
+    classes or frames, ``OSError`` where nothing can be written.
     """
     target = folder / check_name(name)
     present = taught_images(folder)
     if name not in present and len(present) >= MAX_CLASSES:
         raise DataError(f"{folder} holds {MAX_CLASSES} taught classes already; 'unteach' one, or train.")
-    target.mkdir(parents=True, exist_ok=True)
-    count = len(present.get(name, []))
-    for frame in frames:
-        if count == MAX_FRAMES:
-            raise DataError(f"{target} holds {MAX_FRAMES} frames already; that is enough to teach, now train.")
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
-        content = buffer.getvalue()
-        path = target / f"{hashlib.sha256(frame.tobytes()).hexdigest()[:16]}.png"
-        count += not path.exists()
-        write_atomic(path, content)
-    return count
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {path.name for path in present.get(name, [])}
+    contents = {f"{hashlib.sha256(frame.tobytes()).hexdigest()[:16]}.png": frame for frame in frames}
+    if len(known | contents.keys()) > MAX_FRAMES:
+        raise DataError(f"{target} would hold more than {MAX_FRAMES} frames; that is enough to teach, now train.")
+    if known or target.exists():
+        for path, frame in contents.items():
+            write_atomic(target / path, _png(frame))
+    else:  # a new class is there with all its frames, or not at all
+        with atomic_directory(target) as staging:
+            for path, frame in contents.items():
+                (staging / path).write_bytes(_png(frame))
+    return len(known | contents.keys())
+
+
+def _png(frame: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def taught_images(folder: Path) -> dict[str, list[Path]]:

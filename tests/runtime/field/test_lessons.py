@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,14 @@ import pytest
 from duallora_edge.errors import BundleError, DataError
 from duallora_edge.runtime import Classifier
 from duallora_edge.runtime.field import lessons
-from duallora_edge.runtime.field.taught_folder import MAX_FRAMES, MAX_SIDE, add_frames, reduced, taught_images
+from duallora_edge.runtime.field.taught_folder import (
+    MAX_FRAMES,
+    MAX_SIDE,
+    add_frames,
+    reduced,
+    remove_class,
+    taught_images,
+)
 from duallora_edge.runtime.preprocess import Pixels
 
 Images = dict[str, list[Pixels]]
@@ -194,7 +205,7 @@ def test_teaching_while_others_call(load: Load, images: Images) -> None:
 def test_the_folder_has_limits(tmp_path: Path, images: Images) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (MAX_FRAMES + 1, 8, 8, 3), np.uint8)
     assert add_frames(tmp_path, "cross", [*noise[:2], noise[0]]) == 2  # the same frame once
-    with pytest.raises(DataError, match="frames already"):
+    with pytest.raises(DataError, match="more than 200 frames"):
         add_frames(tmp_path, "cross", noise[2:])
     for number in range(63):
         add_frames(tmp_path, f"c{number}", noise[:1])
@@ -202,3 +213,48 @@ def test_the_folder_has_limits(tmp_path: Path, images: Images) -> None:
         add_frames(tmp_path, "one more", noise[:1])
     large = np.zeros((700, 1400, 3), np.uint8)
     assert reduced(large).shape == (320, MAX_SIDE, 3)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from duallora_edge.runtime.field.taught_folder import add_frames, remove_class
+folder, stop, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+frames, count = list(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)), 0
+def audit(event, arguments):
+    global count
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and "taught" in str(arguments):
+        count += 1
+        if count == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(audit)
+add_frames(folder, "mug", frames) if what == "teach" else remove_class(folder, "mug")
+"""
+
+
+@pytest.mark.parametrize("what", ["teach", "unteach"])
+def test_a_kill_leaves_a_class_whole_and_can_be_repeated(tmp_path: Path, what: str) -> None:
+    frames = list(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8))
+    folder = tmp_path / "taught"
+    for stop in range(1, 60):
+        shutil.rmtree(folder, ignore_errors=True)
+        if what == "unteach":
+            add_frames(folder, "mug", frames)
+        child = subprocess.run(
+            [sys.executable, "-c", KILLED, str(folder), str(stop), what],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            check=False,
+        )
+        found = len(taught_images(folder).get("mug", []))
+        assert found in ((0, 5) if what == "teach" else range(6))
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-500:]
+        if what == "teach":
+            assert add_frames(folder, "mug", frames) == 5
+        elif found:
+            remove_class(folder, "mug")
+            assert taught_images(folder) == {}
+    assert stop > 4 and child.returncode == 0
