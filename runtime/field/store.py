@@ -161,7 +161,7 @@ class Store:
         with self.receiving(bundle.digest, bundle.manifest) as (slot, folder):
             folder.mkdir()
             for name in (*bundle.manifest.files, MANIFEST):
-                (folder / name).write_bytes((bundle.path / name).read_bytes())
+                shutil.copyfile(bundle.path / name, folder / name)
         return slot
 
     @contextmanager
