@@ -34,6 +34,7 @@ import onnx
 from duallora_edge.errors import BundleError, SwapError
 from duallora_edge.runtime import Classifier, trial
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, Bundle, Content, FileRecord
+from duallora_edge.runtime.graph_weights import WEIGHTS
 from duallora_edge.runtime.process_memory import read_pss
 
 ODD: list[Any] = [
@@ -203,15 +204,17 @@ def hostile(folder: Path, kind: str) -> None:
         content = bytearray(model.read_bytes())
         content[len(content) // 2] ^= 1
         model.write_bytes(content)
-    elif kind == "wrong":  # every weight slightly off, everything else in order
-        content = bytearray(model.read_bytes())
+    elif kind == "wrong":  # some weights are gone, everything else is in order
+        weights = folder / WEIGHTS
+        content = bytearray(weights.read_bytes())
         content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
-        model.write_bytes(content)
+        weights.write_bytes(content)
         seal(folder)
     elif kind == "external":
-        graph = onnx.load(model)
+        graph = onnx.load(model, load_external_data=False)
         weight = graph.graph.initializer[0]
         weight.ClearField("raw_data")
+        del weight.external_data[:]
         weight.data_location = onnx.TensorProto.EXTERNAL
         weight.external_data.add(key="location", value="/etc/hostname")
         model.write_bytes(graph.SerializeToString())
