@@ -204,10 +204,11 @@ def hostile(folder: Path, kind: str) -> None:
         content = bytearray(model.read_bytes())
         content[len(content) // 2] ^= 1
         model.write_bytes(content)
-    elif kind == "wrong":  # some weights are gone, everything else is in order
+    elif kind == "wrong":  # a fiftieth of the weights is gone, everything else is in order
         weights = folder / WEIGHTS
         content = bytearray(weights.read_bytes())
-        content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+        middle, size = len(content) // 2, len(content) // 50
+        content[middle : middle + size] = bytes(size)
         weights.write_bytes(content)
         seal(folder)
     elif kind == "external":
