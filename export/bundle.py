@@ -360,7 +360,9 @@ def _readme(
         f"An image classifier of {len(model.catalogue.classes)} classes from {len(model.catalogue.tasks)} tasks, "
         f"for {target.profile.title}" + (f" with JetPack {target.jetpack}." if target.jetpack else "."),
         "",
-        f"    pip install './duallora_edge-{__version__}-py3-none-any.whl[cpu]'     # 'pip wheel --no-deps .' in a checkout",
+        "The runtime, from the wheel that `pip wheel --no-deps .` makes in a checkout of duallora-edge:",
+        "",
+        f"    pip install './duallora_edge-{__version__}-py3-none-any.whl[cpu]'",
         "    duallora-edge predict THIS_FOLDER photo.jpg",
         "    duallora-edge benchmark THIS_FOLDER",
         "    duallora-edge doctor THIS_FOLDER      # what this machine can really run",
