@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from duallora_edge.errors import ConfigError
 from duallora_edge.export.export import export_delta, export_run
 from duallora_edge.files import read_json, write_json
 from duallora_edge.learner.commands import echo
@@ -38,10 +39,10 @@ def tell(folder: Path, images: Path, seed: int) -> None:
     """Tell the story in ``folder``; ``images`` is the stream of digits.
 
     Test images that the device sees and keeps are learned later, so that they measure nothing afterwards: what is
-    measured are the other half of them.
+    measured are the other half of them. Raises `ConfigError` when ``folder`` is there already.
     """
-    for name in ("run", "bundles", "channel", "keys", "device", "keep", "known", "new"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already; delete it, or give another folder with --run.")
     seen, measured = _frames(images, 0), _frames(images, 1)
 
     echo("\n== a model of the digits 0 to 7 is published and taken over by a camera\n")

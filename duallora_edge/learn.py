@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from duallora_edge.cli_groups import GroupedCommand, option_group
-from duallora_edge.errors import ExportError
+from duallora_edge.errors import ExportError, StoreError
 from duallora_edge.learner.commands import echo
 from duallora_edge.learner.learner import Learner
 from duallora_edge.learner.options import setting_options
@@ -44,9 +44,10 @@ def learn(store: Path, run: Path, data: str, target: str | None, **flags: Any) -
     active: Manifest | None = Bundle.peek(opened.bundle_path(slots.active)).manifest if slots.active else None
     if active is None and target is None:
         raise ExportError(f"{store} has no bundle that answers, whose device could be taken; give --target.")
-    learner = Learner(run, callbacks=[TerminalCallback()], data=data, **flags)
-    learner.learn()
     version = max(slots.lowest, active.bundle_version if active else 0) + 1
+    if reason := opened.why_not(slots, "", version):  # before anything is learned
+        raise StoreError(reason)
+    Learner(run, callbacks=[TerminalCallback()], data=data, **flags).learn()
     with tempfile.TemporaryDirectory(dir=store, prefix=".learned-") as folder:
         exported = export_run(
             run,

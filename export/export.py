@@ -116,7 +116,7 @@ def export_delta(
 
     Raises:
         ExportError: As for `export_run`, or something else than a delta is at ``output``.
-        BundleError: ``old`` is no bundle, or damaged.
+        BundleError: ``old`` is not a bundle, or is damaged.
         RunError: The run is missing or damaged.
         ProfileError: The target is unknown.
     """

@@ -16,4 +16,5 @@ def test_the_story(call: Any, tmp_path: Path) -> None:
     assert "taught classes: none, the bundle knows it now" in out
     assert "slot a is given up: " in out and "are novel" in out
     assert "version 2 answers; given up: " in out
-    call("demo", "--run", tmp_path, "--field")  # again, over what is there
+    code, _, err = call("demo", "--run", tmp_path, "--field")  # nothing that is there is deleted
+    assert code == 1 and "is there already" in err

@@ -56,5 +56,5 @@ def test_wrong_input(device: tuple[Path, Path], tmp_path: Path, call: Call) -> N
     code, _, err = call("learn", tmp_path / "new", run, "--data", tmp_path)
     assert code == 1 and "give --target" in err
     code, _, err = call("learn", tmp_path / "none", run, "--data", tmp_path)
-    assert code == 1 and "is no store" in err
+    assert code == 1 and "is not a store" in err
     shutil.rmtree(run)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,15 +20,18 @@ from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.errors import StoreError
 from duallora_edge.runtime.classifier import Classifier
 from duallora_edge.runtime.commands.options import backend_group, backend_options, frame_size, trial_option
-from duallora_edge.runtime.field.keeping import Keeper
 from duallora_edge.runtime.field.store import FILE as SLOTS_FILE
 from duallora_edge.runtime.field.store import Store
 from duallora_edge.runtime.service.bundle_watcher import BundleWatcher
 from duallora_edge.runtime.service.monitor import Monitor, notify, watchdog
 from duallora_edge.runtime.service.pipeline import Answer, ExponentialSmoothing, Pipeline, Region
 from duallora_edge.runtime.service.slot_keeper import SlotKeeper, Terms, open_slot
+from duallora_edge.runtime.service.watcher import Watcher
 from duallora_edge.runtime.sources import open_source
 from duallora_edge.text import escaped
+
+if TYPE_CHECKING:
+    from duallora_edge.runtime.field.keeping import Keeper
 
 SCHEMA = 1
 LISTEN = ("127.0.0.1", 8080)
@@ -161,7 +164,7 @@ def run(
     def load(path: Path) -> Classifier:
         return Classifier.load(path, backend, threads, strict, build=build, trial=trial, taught=taught)
 
-    watcher: BundleWatcher | SlotKeeper | None = None
+    watcher: Watcher | None = None
     with ExitStack() as stack:
         classifier = open_slot(store, load) if store else load(bundle)
         _say(f"backend: {classifier.backend}")
@@ -183,10 +186,16 @@ def run(
         if store is not None:
             terms = Terms(budget_ms=budget_ms, stop_first=stop_first, allow_slower=allow_slower)
             watcher = stack.enter_context(SlotKeeper(classifier, store, _say, terms))
-        elif watch or taught:
+        elif watch:
             watcher = BundleWatcher(classifier, watch, _say, budget_ms, stop_first, allow_slower)
             stack.enter_context(watcher)
-        keeper = stack.enter_context(closing(Keeper(keep, keep_mb))) if keep else None
+        elif taught:
+            watcher = stack.enter_context(Watcher(classifier, _say))
+        keeper: Keeper | None = None
+        if keep:
+            from duallora_edge.runtime.field.keeping import Keeper
+
+            keeper = stack.enter_context(closing(Keeper(keep, keep_mb)))
         stack.enter_context(watchdog(monitor.is_working))
         stack.enter_context(_stopped_by_signals(pipeline, watcher))
         notify("READY=1")
@@ -253,7 +262,7 @@ def _print_answers(
 
 
 @contextmanager
-def _stopped_by_signals(pipeline: Pipeline, watcher: BundleWatcher | SlotKeeper | None) -> Iterator[None]:
+def _stopped_by_signals(pipeline: Pipeline, watcher: Watcher | None) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the answers within `STOP_S` seconds; the second one ends the process at once."""
 
     def stop(number: int, frame: object) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duallora_edge.errors import UpdateError
-from duallora_edge.files import open_lock, read_limited, write_atomic
+from duallora_edge.files import open_lock, read_limited, sync_directory, write_atomic
 from duallora_edge.runtime.bundle import Bundle
 from duallora_edge.runtime.field.delta import DeltaFacts, delta_facts, write_delta
 from duallora_edge.runtime.field.update import INDEX, MAX_DELTAS, SCHEMA, Offer, read_index
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
 PLACE = {"root": "offline", "targets": "offline", "snapshot": "online", "timestamp": "online"}
+NEW = ".new"  # ends the name of a key that does not count yet
 DAYS = {"root": 3650, "targets": 365, "snapshot": 30, "timestamp": 7}
 MAX_BYTES = 16 * 2**20
 
@@ -39,11 +40,20 @@ class Channel:
     """A channel's folder and the keys of its publisher; every change is signed and written metadata last."""
 
     def __init__(self, path: Path, keys: Path) -> None:
-        """Open a channel. Raises `UpdateError` where there is none."""
+        """Name the folders; `open` and `create` make sure that they are there."""
         self.path, self.keys = path, keys
         self.metadata, self.targets = path / "metadata", path / "targets"
-        if not (self.metadata / "timestamp.json").is_file():
-            raise UpdateError(f"{path} is no channel; 'duallora-edge channel init {path}' makes one.")
+
+    @classmethod
+    def open(cls, path: Path, keys: Path) -> Channel:
+        """Open a channel, and end a change of keys that was interrupted. Raises `UpdateError` where there is none."""
+        channel = cls(path, keys)
+        if not (channel.metadata / "timestamp.json").is_file():
+            raise UpdateError(f"{path} is not a channel; 'duallora-edge channel init {path}' makes one.")
+        with _locked(path):
+            for role in ROLES:
+                channel._take_new_key(role)
+        return channel
 
     @classmethod
     def create(cls, path: Path, keys: Path) -> Channel:
@@ -57,12 +67,10 @@ class Channel:
         (path / "targets").mkdir()
         root = Root(consistent_snapshot=True)
         for role in ROLES:
-            _new_key(keys, role)
-            root.add_key(_signer(keys, role).public_key, role)
+            root.add_key(_new_key(keys, role).public_key, role)
+            _key(keys, role, NEW).replace(_key(keys, role))
+        channel = cls(path, keys)
         with _locked(path):
-            channel = object.__new__(cls)
-            channel.path, channel.keys = path, keys
-            channel.metadata, channel.targets = path / "metadata", path / "targets"
             channel._put("root", Metadata(root))
             channel._publish(Metadata(Targets()), Metadata(Snapshot()), Metadata(Timestamp()), [], bump=False)
         shutil.copyfile(path / "metadata" / "1.root.json", path / "root.json")
@@ -129,29 +137,38 @@ class Channel:
             self._publish(None, self._signed("snapshot"), self._signed("timestamp"), None)
 
     def rotate(self, role: str) -> None:
-        """Replace the key of a role; devices learn of it from a new root, which the old and the new one sign."""
-        from tuf.api.metadata import Root
+        """Replace the key of a role; devices learn of it from a new root, which the old and the new one sign.
 
+        The new key is on the disk before the root names it, and the old one until then: a kill loses neither.
+        """
         with _locked(self.path):
             signed = self._signed("root")
-            root: Root = signed.signed
+            root = signed.signed
             signers = [_signer(self.keys, "root")]
-            old = signers[0].public_key.keyid if role == "root" else root.roles[role].keyids[0]
-            _new_key(self.keys, role)
-            root.revoke_key(old, role)
-            root.add_key(_signer(self.keys, role).public_key, role)
+            new = _new_key(self.keys, role)
+            for old in list(root.roles[role].keyids):
+                root.revoke_key(old, role)
+            root.add_key(new.public_key, role)
             if role == "root":
-                signers.append(_signer(self.keys, "root"))
+                signers.append(new)
             root.version += 1
             root.expires = _expiry("root")
             signed.signatures.clear()
             for signer in signers:
                 signed.sign(signer, append=True)
-            signed.to_file(str(self.metadata / f"{root.version}.root.json"))
+            write_atomic(self.metadata / f"{root.version}.root.json", signed.to_bytes())
+            self._take_new_key(role)
             self._publish(
                 self._signed("targets") if role == "targets" else None, self._signed("snapshot"),
                 self._signed("timestamp"), None,
             )  # fmt: skip
+
+    def _take_new_key(self, role: str) -> None:
+        """Put a new key in the place of the old one if the root names it; one that it does not name is not used."""
+        new = _key(self.keys, role, NEW)
+        named = self._signed("root").signed.roles[role].keyids
+        if new.is_file() and _signer(self.keys, role, NEW).public_key.keyid in named:
+            new.replace(_key(self.keys, role))
 
     def expiry(self) -> dict[str, datetime]:
         """When devices will refuse what each role signed."""
@@ -228,27 +245,31 @@ def _expiry(role: str) -> datetime:
     return datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=DAYS[role])
 
 
-def _new_key(keys: Path, role: str) -> None:
-    """Make a key that only its owner can read, in the place of an older one."""
+def _key(keys: Path, role: str, suffix: str = "") -> Path:
+    return keys / PLACE[role] / f"{role}.pem{suffix}"
+
+
+def _new_key(keys: Path, role: str) -> Any:
+    """Make a key that only its owner can read, beside an older one; returns its signer."""
     from securesystemslib.signer import CryptoSigner
 
-    folder = keys / PLACE[role]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{role}.pem"
-    new = folder / f".{role}.pem.new"
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(CryptoSigner.generate_ed25519().private_bytes)
+    signer, path = CryptoSigner.generate_ed25519(), _key(keys, role, NEW)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)  # of a change that was interrupted before it counted
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(signer.private_bytes)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(path)
+    sync_directory(path.parent)
+    return signer
 
 
-def _signer(keys: Path, role: str) -> Any:
+def _signer(keys: Path, role: str, suffix: str = "") -> Any:
     """The signer of a role. Raises `UpdateError` where its key is not there."""
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.signer import CryptoSigner
 
-    path = keys / PLACE[role] / f"{role}.pem"
+    path = _key(keys, role, suffix)
     try:
         return CryptoSigner(load_pem_private_key(read_limited(path, 10_000), None))
     except (OSError, ValueError, TypeError) as error:

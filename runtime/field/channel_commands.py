@@ -66,7 +66,7 @@ def publish(channel: Path, bundle: Path | None, deltas: tuple[Path, ...], share:
     Example:
       duallora-edge channel publish channel bundles/0008 --delta 0007-0008.delta --share 0.1 --keys keys
     """
-    offer = Channel(channel, keys).publish(bundle, deltas, share)
+    offer = Channel.open(channel, keys).publish(bundle, deltas, share)
     count = len(offer.deltas)
     click.echo(
         escaped(
@@ -88,7 +88,7 @@ def share(channel: Path, version: int, share: float, keys: Path) -> None:
     Example:
       duallora-edge channel share channel 8 1.0 --keys keys
     """
-    Channel(channel, keys).set_share(version, share)
+    Channel.open(channel, keys).set_share(version, share)
     click.echo(escaped(f"Channel: {channel}  version {version} for {100 * share:g} % of the devices"))
 
 
@@ -102,7 +102,7 @@ def refresh(channel: Path, keys: Path) -> None:
     Example:
       duallora-edge channel refresh channel --keys keys
     """
-    opened = Channel(channel, keys)
+    opened = Channel.open(channel, keys)
     opened.refresh()
     click.echo(escaped(f"Channel: {channel}  good until {min(opened.expiry().values()):%Y-%m-%d}"))
 
@@ -118,7 +118,7 @@ def rotate(channel: Path, role: str, keys: Path) -> None:
     Example:
       duallora-edge channel rotate channel timestamp --keys keys
     """
-    Channel(channel, keys).rotate(role)
+    Channel.open(channel, keys).rotate(role)
     click.echo(escaped(f"Channel: {channel}  the key of {role} is another one"))
 
 
@@ -131,7 +131,7 @@ def status(channel: Path) -> None:
     Example:
       duallora-edge channel status channel
     """
-    opened = Channel(channel, channel)
+    opened = Channel.open(channel, channel)
     for offer in opened.offers():
         click.echo(
             escaped(

@@ -186,7 +186,7 @@ def revert(store: Path) -> None:
 @click.command()
 @click.argument("keep", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write them there as images.")
-@click.option("--delete", is_flag=True, help="Delete them, after they were written.")
+@click.option("--delete", is_flag=True, help="Delete them; with -o once they are written.")
 def kept(keep: Path, output: Path | None, delete: bool) -> None:
     """Show or fetch the frames that 'run --keep KEEP' kept; the most novel ones come first by name.
 

@@ -208,7 +208,9 @@ class _Delta:
             )
 
     def damaged(self, reason: str) -> BundleError:
-        return BundleError(f"{self.file} is no delta of this project or damaged ({reason}); copy the delta again.")
+        return BundleError(
+            f"{self.file} is not a delta of this project, or is damaged ({reason}); copy the delta again."
+        )
 
     def read(self, name: str, limit: int) -> bytes:
         return b"".join(self.stream(name, limit))
@@ -255,13 +257,16 @@ class _Delta:
             new = TensorFile(self.read(name + TENSORS, self.manifest.files[name].bytes))
         except ValueError as error:
             raise self.damaged(f"{name}: {error}") from error
-        sums = self.sums.get(name) or {}
+        sums = self.sums.get(name, {})
+        if not isinstance(sums, dict):
+            raise self.damaged(f"no sums of {name}")
         with _Old(base.path / name) as old:
+            before = old.entries()
             for tensor, entry in entries.items():
                 if tensor in new.entries:
                     yield self._fitting(tensor, new[tensor], entry).tobytes()
                     continue
-                found = old.entries.get(tensor)
+                found = before.get(tensor)
                 if found is None or (found.dtype, found.shape) != (entry.dtype, entry.shape):
                     raise self.damaged(f"{name} has no {tensor}, neither has the older bundle")
                 if tensor not in sums:
@@ -315,8 +320,9 @@ class _Old:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    @property
     def entries(self) -> dict[str, Entry]:
+        """Where each tensor lies. Raises `BundleError` where it is not a tensor file."""
+        self.file.seek(0)
         length = int.from_bytes(self.file.read(8), "little")
         self.file.seek(0)
         try:

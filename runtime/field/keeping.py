@@ -9,6 +9,7 @@ alone decides, whatever the threshold of the bundle.
 from __future__ import annotations
 
 import io
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -81,6 +82,10 @@ class Keeper:
         self._made_by = [(row[2], row[3]) for row in rows]
         self._bytes = [int(row[4]) for row in rows]
         self._features = [np.frombuffer(row[5], np.float16) for row in rows]
+        over = self._leaving(0, math.inf)  # the limit may be a lower one than before
+        with _said(self.path):
+            self._delete(over)
+        self._forget(over)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -98,34 +103,27 @@ class Keeper:
 
     def close(self) -> None:
         """Write what is still considered, and close the file."""
-        if self._best is not None:
-            best, self._best = self._best, None
-            self._consider(*best)
-        self._file.close()
+        with closing(self._file):
+            if self._best is not None:
+                best, self._best = self._best, None
+                self._consider(*best)
 
     def _consider(self, pixels: Pixels, prediction: Prediction, moment: float) -> None:
-        full = sum(self._bytes) >= self._limit
-        if full and prediction.novelty <= min(self._novelty):
-            return
         assert prediction.features is not None
         features = (prediction.features / max(float(np.linalg.norm(prediction.features)), 1e-12)).astype(np.float16)
         twin = self._twin(features, (prediction.bundle, prediction.bundle_version))
-        if twin is not None:
-            if prediction.novelty <= self._novelty[twin]:
-                return
-            self._drop(twin)
+        if twin is not None and prediction.novelty <= self._novelty[twin]:
+            return
         buffer = io.BytesIO()
         Image.fromarray(reduced(pixels)).save(buffer, "JPEG", quality=_QUALITY)
         jpeg = buffer.getvalue()
         size = len(jpeg) + features.nbytes
-        while self._ids and sum(self._bytes) + size > self._limit:
-            least = min(range(len(self._ids)), key=self._novelty.__getitem__)
-            if self._novelty[least] >= prediction.novelty:
-                return
-            self._drop(least)
-        if size > self._limit:
+        leaving = self._leaving(size, prediction.novelty, twin)
+        if sum(self._bytes) - sum(self._bytes[index] for index in leaving) + size > self._limit:
             return
-        with _said(self.path):
+        with _said(self.path), self._file:  # all of it or nothing
+            self._file.execute("BEGIN")
+            self._delete(leaving)
             row = self._file.execute(
                 "INSERT INTO kept (time, bundle, version, label, confidence, novelty, features, jpeg) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -134,11 +132,32 @@ class Keeper:
                     prediction.novelty, features.tobytes(), jpeg,
                 ),
             )  # fmt: skip
+        self._forget(leaving)
         self._ids.append(int(row.lastrowid or 0))
         self._novelty.append(prediction.novelty)
         self._made_by.append((prediction.bundle, prediction.bundle_version))
         self._bytes.append(size)
         self._features.append(features)
+
+    def _leaving(self, size: int, novelty: float, twin: int | None = None) -> list[int]:
+        """The least novel frames, all below ``novelty``, that have to leave for ``size`` bytes; the ``twin`` first."""
+        leaving = [] if twin is None else [twin]
+        excess = sum(self._bytes) - sum(self._bytes[index] for index in leaving) + size - self._limit
+        for index in sorted(range(len(self._ids)), key=self._novelty.__getitem__):
+            if excess <= 0 or self._novelty[index] >= novelty:
+                break
+            if index != twin:
+                leaving.append(index)
+                excess -= self._bytes[index]
+        return leaving
+
+    def _delete(self, leaving: list[int]) -> None:
+        self._file.executemany("DELETE FROM kept WHERE id = ?", [(self._ids[index],) for index in leaving])
+
+    def _forget(self, leaving: list[int]) -> None:
+        for each in (self._ids, self._novelty, self._made_by, self._bytes, self._features):
+            for index in sorted(leaving, reverse=True):
+                del each[index]
 
     def _twin(self, features: Halves, made_by: tuple[str, int]) -> int | None:
         """The kept frame that shows the same, by the features of the same bundle."""
@@ -148,12 +167,6 @@ class Keeper:
         cosines = np.stack([self._features[index] for index in same]).astype(np.float32) @ features.astype(np.float32)
         nearest = int(cosines.argmax())
         return same[nearest] if cosines[nearest] > ALIKE else None
-
-    def _drop(self, index: int) -> None:
-        with _said(self.path):
-            self._file.execute("DELETE FROM kept WHERE id = ?", (self._ids[index],))
-        for each in (self._ids, self._novelty, self._made_by, self._bytes, self._features):
-            del each[index]
 
 
 def kept_frames(folder: Path) -> Iterator[Kept]:

@@ -31,7 +31,7 @@ class Lessons:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """Lessons that are kept in ``folder``, or nowhere; `read` takes over what is there."""
+        """Lessons that are kept in ``folder``, or nowhere; `apply` takes over what is there."""
         self.folder = folder
         self.error: str | None = None
         self._images: dict[str, list[Pixels]] = {}
@@ -52,11 +52,12 @@ class Lessons:
         Where that is impossible, the model answers without it, and ``error`` says why.
         """
         with self._lock:
-            self.error, model.taught = None, None
+            self.error = None
             try:
                 self._read(model)
                 self._teach(model, bundle)
             except (DualLoraEdgeError, OSError, MemoryError) as error:
+                model.taught = None
                 self.error = str(error) or type(error).__name__
 
     def add(self, model: Model, name: str, frames: Sequence[Pixels]) -> int:

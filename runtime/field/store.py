@@ -23,8 +23,9 @@ from typing import Any
 
 from duallora_edge.device_profiles.reader import Section
 from duallora_edge.errors import BundleError, StoreError
-from duallora_edge.files import open_lock, own_folder, read_json, sync_tree, write_json
-from duallora_edge.runtime.bundle import MANIFEST, Bundle, Manifest
+from duallora_edge.files import atomic_directory, open_lock, own_folder, read_json, write_json
+from duallora_edge.runtime.bundle import GOLDEN, GRAPHS, MANIFEST, TEACH, Bundle, Manifest
+from duallora_edge.runtime.graph_weights import WEIGHTS
 from duallora_edge.text import escaped
 
 SCHEMA = 1
@@ -120,7 +121,7 @@ class Store:
         """Open a store. Raises `StoreError` when there is none, or its records are damaged."""
         self.path = path
         if not (path / FILE).is_file():
-            raise StoreError(f"{path} is no store; 'duallora-edge update {path} CHANNEL' makes one.")
+            raise StoreError(f"{path} is not a store; 'duallora-edge update {path} CHANNEL' makes one.")
         self.read()
 
     @classmethod
@@ -131,7 +132,7 @@ class Store:
         """
         if not (path / FILE).is_file():
             if path.exists() and any(path.iterdir()):
-                raise StoreError(f"{path} exists and is no store; give another folder.")
+                raise StoreError(f"{path} exists and is not a store; give another folder.")
             own_folder(path)
             with cls._locked_path(path):
                 if not (path / FILE).is_file():
@@ -153,15 +154,14 @@ class Store:
             return Slots.from_json(read_json(self.path / FILE))
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"{self.path / FILE} is damaged ({escaped(str(error))[:200]}); delete it, and update the store again."
+                f"{self.path / FILE} is damaged ({escaped(str(error))[:200]}); restore it, or begin a new store."
             ) from error
 
     def put(self, bundle: Bundle) -> str:
         """Copy a bundle into the slot that does not answer; returns the slot. Raises as `receiving`."""
-        with self.receiving(bundle.digest, bundle.manifest) as (slot, folder):
-            folder.mkdir()
+        with self.receiving(bundle.digest, bundle.manifest) as (slot, folder), atomic_directory(folder) as staging:
             for name in (*bundle.manifest.files, MANIFEST):
-                shutil.copyfile(bundle.path / name, folder / name)
+                shutil.copyfile(bundle.path / name, staging / name)
         return slot
 
     @contextmanager
@@ -172,7 +172,7 @@ class Store:
 
         Raises:
             StoreError: The bundle was given up before or is not newer than the good one, another process is receiving
-                one, or the disk has no room for it. What answers stays untouched.
+                one, the slot holds files of others, or the disk has no room. What answers stays untouched.
             BundleError: The folder is not the bundle that was announced.
             OSError: Nothing can be written.
         """
@@ -187,9 +187,13 @@ class Store:
                 if reason := self.why_not(slots, digest, version):
                     raise StoreError(reason)
                 slot = slots.other
+                folder = self.bundle_path(slot)
+                ours = _files(folder)
                 self._write(slots.changed(slot, Slot()))
-            folder = self.bundle_path(slot)
-            self._clear(folder)
+            if folder.is_dir():
+                for path in ours:
+                    path.unlink(missing_ok=True)
+                folder.rmdir()
             needed = sum(record.bytes for record in manifest.files.values()) + SPARE_BYTES
             if (free := shutil.disk_usage(self.path).free) < needed:
                 raise StoreError(
@@ -197,20 +201,11 @@ class Store:
                     "make room, and update again."
                 )
             yield slot, folder
-            sync_tree(folder)
             bundle = Bundle.open(folder)
             if bundle.digest != digest:
                 raise BundleError(f"{folder} is not the bundle that was announced; update again.")
             with self._locked():
                 self._write(self.read().changed(slot, Slot("verified", digest, version)))
-
-    def _clear(self, folder: Path) -> None:
-        """Delete the bundle in a slot, whole or not."""
-        if folder.is_dir():
-            for path in folder.iterdir():
-                if path.is_file() and not path.is_symlink():
-                    path.unlink()
-            folder.rmdir()
 
     def why_not(self, slots: Slots, digest: str, version: int) -> str:
         """Why a bundle is not wanted, "" where it is."""
@@ -271,7 +266,7 @@ class Store:
     def revert(self) -> str:
         """Go back to the good bundle in the other slot; the one that answers now is given up. Returns the slot.
 
-        Raises `StoreError` when there is no way back.
+        Raises `StoreError` when the other slot holds no good bundle.
         """
         with self._locked():
             slots = self.read()
@@ -301,6 +296,20 @@ class Store:
         with open_lock(path / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of the bundle in a slot, whole or damaged. Raises `StoreError` where there is anything else."""
+    try:
+        names = {MANIFEST, *Bundle.peek(folder).manifest.files}
+    except BundleError:  # nothing, or damaged: what a bundle may hold by its own names
+        names = {MANIFEST, WEIGHTS, GOLDEN, TEACH, *GRAPHS, "README.md", "build-engine.sh"}
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise StoreError(f"{folder} is not the folder of a slot; move it away, and update again.")
+    found = list(folder.iterdir()) if folder.exists() else []
+    if foreign := sorted(path.name for path in found if path.name not in names or path.is_dir()):
+        raise StoreError(f"{folder} holds what no update brought ({', '.join(foreign[:5])}); move it away.")
+    return found
 
 
 def _with(refused: Mapping[str, str], digest: str, reason: str) -> dict[str, str]:

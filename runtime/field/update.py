@@ -4,7 +4,7 @@ A channel is a repository of The Update Framework (https://theupdateframework.io
 server can serve and a USB stick can hold. python-tuf checks what is read from it: signatures, versions, lengths, hashes
 and expiry. The target `INDEX` lists the bundles; each lies in one file, and deltas lead from older ones to it.
 
-STORE/trusted  the metadata that was trusted last; the clock of the last update; the number of this device
+STORE/trusted  the metadata that was trusted last; the time of the last update; the place of this device among all
 """
 
 from __future__ import annotations
@@ -162,11 +162,8 @@ class _Client:
         from tuf.ngclient.fetcher import FetcherInterface
 
         metadata, targets, fetcher = _addresses(channel, FetcherInterface)
-        self._channel, self._folder, self._errors = (
-            channel,
-            folder,
-            (DownloadError, RepositoryError, OSError, ValueError),
-        )
+        self._channel = channel
+        self._errors = (DownloadError, RepositoryError, OSError, ValueError)
         known = (trusted / "root.json").exists()
         if not known and root is None:
             raise UpdateError(
@@ -213,7 +210,7 @@ def _addresses(channel: str, interface: Any) -> tuple[str, str, Any]:
     folder = Path(unquote(parts.path) if parts.scheme == "file" else channel).resolve()
     if not (folder / "metadata").is_dir():
         raise UpdateError(
-            f"{channel} is no channel; give its folder, or an address that begins with http:// or https://."
+            f"{channel} is not a channel; give its folder, or an address that begins with http:// or https://."
         )
 
     class FolderFetcher(interface):  # type: ignore[misc]

@@ -1,9 +1,8 @@
-"""Folders in which new bundles and taught classes appear, and are taken over."""
+"""A folder in which new bundles appear, and are swapped in."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +10,8 @@ from pathlib import Path
 from duallora_edge.errors import BundleError, SwapError
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.classifier import Classifier
-from duallora_edge.runtime.closing import Closing
+from duallora_edge.runtime.service.watcher import INTERVAL_S, Watcher
 from duallora_edge.runtime.trial import engines_of
-
-INTERVAL_S = 2.0
-CLOSE_S = 5.0  # loading a model cannot be interrupted, a trial can
 
 
 def bundle_paths(folder: Path) -> list[Path]:
@@ -28,7 +24,7 @@ def bundle_paths(folder: Path) -> list[Path]:
     return [manifest.parent.resolve() for manifest in folder.glob(f"[!.]*/{MANIFEST}")]
 
 
-class BundleWatcher(Closing):
+class BundleWatcher(Watcher):
     """Swaps in the newest bundle of a folder, in a thread of its own.
 
     In a folder of bundles, the newest is the one with the highest version that is fit to answer. A lower version than
@@ -42,55 +38,26 @@ class BundleWatcher(Closing):
     def __init__(
         self,
         classifier: Classifier,
-        folder: Path | None,
+        folder: Path,
         say: Callable[[str], None],
         budget_ms: float | None = None,
         stop_first: bool = False,
         allow_slower: bool = False,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        """Begin to check ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`.
-
-        The folder of taught classes, if the classifier has one, is checked as well; without a ``folder`` it alone.
-        ``say`` gets one line about every change, in the thread of the watcher.
-        """
-        self._classifier = classifier
+        """Begin to check ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`."""
         self._folder = folder
         self._say = say
         self._budget_ms = budget_ms
         self._stop_first = stop_first
         self._allow_slower = allow_slower
-        self._interval_s = interval_s
         self._known: dict[Path, tuple[tuple[int, ...], Bundle]] = {}
         self._seen: dict[Path, str | None] = {}  # at the last check
         self._tried: dict[Path, str] = {}  # as it was when it was swapped in or refused
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="duallora-edge watch", daemon=True)
-        self._thread.start()
+        super().__init__(classifier, say, interval_s)
 
-    def cancel(self) -> None:
-        """Stop checking, and end a trial; a signal handler may call it."""
-        self._closing.set()
-
-    def close(self) -> None:
-        """Stop checking; a trial in progress is ended, and a model that is loading is waited for, within limits."""
-        self.cancel()
-        self._thread.join(CLOSE_S)
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether a swap goes on although the watcher was closed."""
-        return self._closing.is_set() and self._thread.is_alive()
-
-    def _watch(self) -> None:
-        while not self._closing.wait(self._interval_s):
-            if self._classifier.refresh_taught():
-                self._say(self._classifier.health().taught_line)
-            if self._folder is not None:
-                self._swap_newest(self._folder)
-
-    def _swap_newest(self, folder: Path) -> None:
-        wanted = [bundle for bundle in self._newest_first(folder) if self._is_wanted(bundle, folder)]
+    def _look(self) -> None:
+        wanted = [bundle for bundle in self._newest_first() if self._is_wanted(bundle)]
         seen, self._seen = self._seen, {bundle.path: _signature(bundle) for bundle in wanted}
         for bundle in wanted:
             signature = self._seen[bundle.path]
@@ -102,10 +69,10 @@ class BundleWatcher(Closing):
             if self._swap(bundle.path):
                 return
 
-    def _newest_first(self, folder: Path) -> list[Bundle]:
+    def _newest_first(self) -> list[Bundle]:
         """The bundles of the folder by their manifests, which are read again only if they changed."""
         known, self._known = self._known, {}
-        for path in bundle_paths(folder):
+        for path in bundle_paths(self._folder):
             with suppress(BundleError, OSError):
                 facts = (path / MANIFEST).stat()
                 stamp = (facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
@@ -114,12 +81,12 @@ class BundleWatcher(Closing):
         found = [bundle for _, bundle in self._known.values()]
         return sorted(found, key=lambda bundle: (bundle.manifest.bundle_version, bundle.path.name), reverse=True)
 
-    def _is_wanted(self, bundle: Bundle, folder: Path) -> bool:
+    def _is_wanted(self, bundle: Bundle) -> bool:
         """Whether a bundle is to take the place of the one that answers."""
         running = self._classifier.bundle
         if bundle.digest == running.digest:
             return False
-        followed = bundle.path in (running.path, folder.resolve())
+        followed = bundle.path in (running.path, self._folder.resolve())
         return followed or bundle.manifest.bundle_version > running.manifest.bundle_version
 
     def _swap(self, path: Path) -> bool:

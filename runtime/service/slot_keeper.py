@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +10,10 @@ from pathlib import Path
 
 from duallora_edge.errors import DualLoraEdgeError, StoreError, SwapError
 from duallora_edge.runtime.classifier import PROBATION, Classifier
-from duallora_edge.runtime.closing import Closing
 from duallora_edge.runtime.field.store import Slots, Store
+from duallora_edge.runtime.service.watcher import INTERVAL_S, Watcher
 
-INTERVAL_S = 2.0
 SETTLE_S = 60.0
-CLOSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def open_slot(store: Store, load: Callable[[Path], Classifier]) -> Classifier:
     raise StoreError(f"{store.path} has no bundle that can answer ({'; '.join(reasons) or 'it is empty'}); update it.")
 
 
-class SlotKeeper(Closing):
+class SlotKeeper(Watcher):
     """Tries what comes into a store, in a thread of its own, and writes down how it ended."""
 
     def __init__(
@@ -75,36 +72,18 @@ class SlotKeeper(Closing):
         interval_s: float = INTERVAL_S,
     ) -> None:
         """Begin to look into ``store`` every ``interval_s`` seconds; ``say`` gets one line about every change."""
-        self._classifier, self._store, self._say = classifier, store, say
-        self._terms, self._interval_s = terms, interval_s
+        self._store, self._terms = store, terms
         self._failures = classifier.health().failures
         self._since = time.monotonic()
         self._trial = ""  # the slot that is being tried
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="duallora-edge slots", daemon=True)
-        self._thread.start()
-
-    def cancel(self) -> None:
-        """Stop; a signal handler may call it."""
-        self._closing.set()
+        super().__init__(classifier, say, interval_s)
 
     def close(self) -> None:
-        """Stop, within limits; a trial that goes on is taken up again by the next process."""
-        self.cancel()
-        self._thread.join(CLOSE_S)
+        """As `Watcher.close`; a trial that goes on is taken up again by the next process."""
+        super().close()
         if self._trial:
             with self._said():
                 self._store.interrupted_trial(self._trial)
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether a swap goes on although the keeper was closed."""
-        return self._closing.is_set() and self._thread.is_alive()
-
-    def _watch(self) -> None:
-        while not self._closing.wait(self._interval_s):
-            with self._said():
-                self._look()
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -114,8 +93,10 @@ class SlotKeeper(Closing):
             self._say(f"the store cannot be kept: {error}")
 
     def _look(self) -> None:
-        if self._classifier.refresh_taught():
-            self._say(self._classifier.health().taught_line)
+        with self._said():
+            self._keep()
+
+    def _keep(self) -> None:
         slots = self._store.read()
         if self._trial:
             self._judge(slots)
@@ -152,7 +133,7 @@ class SlotKeeper(Closing):
         running = self._classifier.bundle.digest == slot.digest
         reason = ""
         if not running:
-            reason = health.last_swap.reason if health.last_swap is not None else "another bundle answers"
+            reason = (health.last_swap.reason if health.last_swap else "") or "another bundle answers"
         elif health.failures > self._failures:
             reason = f"it failed during its trial: {health.last_error}"
         elif health.status != "ok" or time.monotonic() - self._since < self._terms.seconds:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from duallora_edge.export.export import export_run
+from duallora_edge.files import read_json, write_json
 from duallora_edge.learner import Learner
+from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.preprocess import Pixels, read_image
 
 SETTINGS = {"size": 32, "rank_orthogonal": 2, "rank_residual": 2, "summaries": 1, "epochs": 2, "min_steps": 20}
@@ -41,3 +44,14 @@ def images(image_stream: Path) -> dict[str, list[Pixels]]:
             found.setdefault(path.parent.name, []).append(read_image(path))
     assert all(np.unique([image.shape for image in each]).size for each in found.values())
     return found
+
+
+@pytest.fixture
+def bundles(make_bundle: Callable[..., Path]) -> list[Bundle]:
+    """Bundles of the versions 1 to 4."""
+    made = []
+    for version in range(1, 5):
+        folder = make_bundle(f"v{version}")
+        write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"bundle_version": version})
+        made.append(Bundle.open(folder))
+    return made

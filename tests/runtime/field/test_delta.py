@@ -24,7 +24,8 @@ from duallora_edge.runtime.tensor_file import TensorFile, blocks, header
 
 RNG = np.random.default_rng(0)
 UP, DOWN = (RNG.normal(size=(2, columns)).astype(np.float32) for columns in (3, 4))
-BASE = {name: RNG.normal(size=(6, 4)).astype(np.float32) for name in ("kept", "sum", "changed")}
+BASE = {name: RNG.normal(size=(6, 4)).astype(np.float32) for name in ("kept", "zeros", "sum", "changed")}
+BASE["zeros"][:] = 0  # behind a tensor that is copied: no length of a header
 SUM = add_terms(BASE["sum"], [(3, UP, DOWN)])
 TENSORS = {"w.up": UP, "w.down": DOWN, "changed": BASE["changed"] + 1, "added": np.ones(5, np.float32)}
 AFTER = {"added": TENSORS["added"], **BASE, "sum": SUM, "changed": TENSORS["changed"]}
@@ -200,6 +201,7 @@ def bomb(members: dict[str, bytes]) -> None:
         (sums([[3, "w"], [3, "w"]]), "do not fit"),
         (sums([[3]]), "no terms"),
         (sums("nonsense"), "no terms"),
+        (facts(lambda document: document["sums"].update({WEIGHTS: 5})), "no sums"),
         (sums([[0, "w"]]), "did not become"),
         (bomb, "bytes"),
     ],

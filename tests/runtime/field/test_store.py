@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from duallora_edge.errors import BundleError, StoreError
-from duallora_edge.files import read_json, write_json
+from duallora_edge.files import write_json
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.field import store as module
 from duallora_edge.runtime.field.store import MAX_TRIES, Slot, Slots, Store
-
-
-@pytest.fixture
-def bundles(make_bundle: Callable[..., Path]) -> list[Bundle]:
-    """Bundles of the versions 1, 2 and 3."""
-    made = []
-    for version in (1, 2, 3):
-        folder = make_bundle(f"v{version}")
-        document = read_json(folder / MANIFEST)
-        document["bundle_version"] = version
-        write_json(folder / MANIFEST, document)
-        made.append(Bundle.open(folder))
-    return made
 
 
 @pytest.fixture
@@ -126,6 +112,26 @@ def test_what_is_not_what_was_announced(store: Store, bundles: list[Bundle]) -> 
     assert states(store) == ["good", "empty", "a"] and store.put(bundles[1]) == "b"
 
 
+def test_a_slot_with_files_of_others(store: Store, bundles: list[Bundle], tmp_path: Path) -> None:
+    make_good(store, bundles[0])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.onnx").write_text("mine")
+    store.bundle_path("b").symlink_to(mine)
+    with pytest.raises(StoreError, match="is not the folder of a slot"):
+        store.put(bundles[1])
+    store.bundle_path("b").unlink()
+    make_good(store, bundles[1])
+    (store.bundle_path("a") / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"holds what no update brought \(notes.txt\)"):
+        store.put(bundles[2])
+    assert (mine / "model.onnx").read_text() == (store.bundle_path("a") / "notes.txt").read_text() == "mine"
+    assert states(store) == ["good", "good", "b"]
+    (store.bundle_path("a") / "notes.txt").unlink()
+    (store.bundle_path("a") / MANIFEST).write_text("damaged")
+    assert store.put(bundles[2]) == "a"
+
+
 def test_a_full_disk_and_a_second_update(store: Store, bundles: list[Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     make_good(store, bundles[0])
     with store.receiving(bundles[1].digest, bundles[1].manifest) as (_, folder):
@@ -162,10 +168,10 @@ def test_damaged_records(store: Store, document: Any) -> None:
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="is not a store"):
         Store(tmp_path)
     (tmp_path / "mine").touch()
-    with pytest.raises(StoreError, match="exists and is no store"):
+    with pytest.raises(StoreError, match="exists and is not a store"):
         Store.create(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

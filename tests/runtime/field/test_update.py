@@ -19,27 +19,14 @@ tuf = pytest.importorskip("tuf")
 from tuf.api.metadata import Metadata  # noqa: E402
 
 from duallora_edge.errors import UpdateError  # noqa: E402
-from duallora_edge.files import read_json, write_json  # noqa: E402
-from duallora_edge.runtime.bundle import MANIFEST, Bundle  # noqa: E402
+from duallora_edge.files import read_json  # noqa: E402
+from duallora_edge.runtime.bundle import Bundle  # noqa: E402
 from duallora_edge.runtime.field import channel as publishing  # noqa: E402
 from duallora_edge.runtime.field import update as updating  # noqa: E402
 from duallora_edge.runtime.field.channel import DAYS, Channel  # noqa: E402
 from duallora_edge.runtime.field.delta import write_delta  # noqa: E402
 from duallora_edge.runtime.field.store import Store  # noqa: E402
 from duallora_edge.runtime.field.update import read_index, update  # noqa: E402
-
-
-@pytest.fixture
-def bundles(make_bundle: Callable[..., Path]) -> list[Bundle]:
-    """Bundles of the versions 1 to 4."""
-    made = []
-    for version in range(1, 5):
-        folder = make_bundle(f"v{version}")
-        document = read_json(folder / MANIFEST)
-        document["bundle_version"] = version
-        write_json(folder / MANIFEST, document)
-        made.append(Bundle.open(folder))
-    return made
 
 
 @pytest.fixture
@@ -135,6 +122,24 @@ def test_keys_are_rotated(store: Store, channel: Channel, bundles: list[Bundle],
     assert update(fresh, str(channel.path), channel.path / "root.json") == "a"  # by the first root
 
 
+@pytest.mark.parametrize("role", ["targets", "root"])
+def test_a_change_of_keys_that_is_killed(
+    store: Store, channel: Channel, bundles: list[Bundle], role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after the new root is written: no key is lost, and publishing and changing go on."""
+    for number, (place, name) in enumerate(((publishing, "write_atomic"), (Channel, "_take_new_key"))):
+        real = getattr(place, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                channel.rotate(role)
+        assert getattr(place, name) is real
+        opened = Channel.open(channel.path, channel.keys)
+        opened.rotate(role)
+        opened.publish(bundles[1 + number].path)
+        assert take(store, channel)[0].startswith(f"Version {2 + number}")
+
+
 # -- attacks --------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +198,8 @@ def test_stolen_online_keys(store: Store, channel: Channel, bundles: list[Bundle
     shutil.copytree(channel.keys, thief)
     for role in ("root", "targets"):
         publishing._new_key(thief, role)
-    Channel(channel.path, thief).publish(bundles[1].path)
+        publishing._key(thief, role, ".new").replace(publishing._key(thief, role))
+    Channel.open(channel.path, thief).publish(bundles[1].path)
     refused(store, channel, "targets was signed by 0/1 keys")
 
 
@@ -223,7 +229,7 @@ def test_another_channel(store: Store, bundles: list[Bundle], tmp_path: Path) ->
     other = Channel.create(tmp_path / "other", tmp_path / "other-keys")
     other.publish(bundles[1].path)
     refused(store, other, "signed by 0/1 keys")
-    refused(store, str(tmp_path / "nowhere"), "is no channel")
+    refused(store, str(tmp_path / "nowhere"), "is not a channel")
     refused(store, "http://127.0.0.1:9/channel", "is not used")
 
 
@@ -276,12 +282,12 @@ def test_what_cannot_be_published(channel: Channel, bundles: list[Bundle], tmp_p
             channel.publish(bundle.path)
     with pytest.raises(UpdateError, match="is not empty"):
         Channel.create(channel.path, tmp_path / "more")
-    with pytest.raises(UpdateError, match="is no channel"):
-        Channel(tmp_path, channel.keys)
+    with pytest.raises(UpdateError, match="is not a channel"):
+        Channel.open(tmp_path, channel.keys)
     with pytest.raises(UpdateError, match="publish a bundle first"):
         Channel.create(tmp_path / "empty", tmp_path / "empty-keys").publish(None)
     with pytest.raises(UpdateError, match="The key of targets cannot be read"):
-        Channel(channel.path, tmp_path).publish(bundles[1].path)
+        Channel.open(channel.path, tmp_path).publish(bundles[1].path)
 
 
 def test_no_key_is_in_the_channel_and_only_the_owner_reads_them(channel: Channel, tmp_path: Path) -> None:
