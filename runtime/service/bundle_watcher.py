@@ -47,7 +47,6 @@ class BundleWatcher(Watcher):
     ) -> None:
         """Begin to check ``folder`` every ``interval_s`` seconds; the other options are those of `Classifier.swap`."""
         self._folder = folder
-        self._say = say
         self._budget_ms = budget_ms
         self._stop_first = stop_first
         self._allow_slower = allow_slower

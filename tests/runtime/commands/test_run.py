@@ -183,7 +183,7 @@ import sys, time
 from duallora_edge.cli import main
 from duallora_edge.runtime import trial
 from duallora_edge.runtime.commands import run as run_command
-from duallora_edge.runtime.service import bundle_watcher as watch
+from duallora_edge.runtime.service import watcher as watch
 
 where, arguments = sys.argv[1], sys.argv[2:]
 run_command.STOP_S, watch.CLOSE_S = 3.0, 0.3
