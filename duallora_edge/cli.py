@@ -46,6 +46,7 @@ COMMANDS = {
     "teach": ("duallora_edge.runtime.field.commands:teach", "cpu", "Teach a class on the device, from a few frames."),
     "unteach": ("duallora_edge.runtime.field.commands:unteach", "cpu", "Forget a class that was taught."),
     "kept": ("duallora_edge.runtime.field.commands:kept", "cpu", "Fetch the frames that 'run --keep' kept."),
+    "label": ("duallora_edge.runtime.field.commands:label", "label", "Name the kept frames, on a page in the browser."),
     "update": (
         "duallora_edge.runtime.field.commands:update",
         "update",

@@ -46,3 +46,13 @@ def frame_size(context: click.Context, parameter: click.Parameter, value: str | 
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise click.BadParameter(f"'{value}' is not a size such as 1280x720 with sides up to {MAX_SIDE}.")
     return width, height
+
+
+def address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    """An address such as 127.0.0.1:8080 or [::1]:8080."""
+    if value is None:
+        return None
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter(f"'{value}' is not an address such as 127.0.0.1:8080.")
+    return host.removeprefix("[").removesuffix("]"), int(port)

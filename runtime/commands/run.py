@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import click
 from duallora_edge.cli_groups import GroupedCommand, option_group
 from duallora_edge.errors import StoreError
 from duallora_edge.runtime.classifier import Classifier
-from duallora_edge.runtime.commands.options import backend_group, backend_options, frame_size, trial_option
+from duallora_edge.runtime.commands.options import address, backend_group, backend_options, frame_size, trial_option
 from duallora_edge.runtime.field.store import FILE as SLOTS_FILE
 from duallora_edge.runtime.field.store import Store
 from duallora_edge.runtime.service.bundle_watcher import BundleWatcher
@@ -48,16 +47,6 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
         return Region(left, top, width, height)
     except ValueError as error:
         raise click.BadParameter(f"'{value}' is not a region such as 0.25,0,0.5,1: {error}.") from error
-
-
-def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
-    """An address such as 127.0.0.1:8080 or [::1]:8080."""
-    if value is None:
-        return None
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise click.BadParameter(f"'{value}' is not an address such as 127.0.0.1:8080.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -90,7 +79,7 @@ _updates = option_group("New bundles and classes")
 @_answers("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
 @_answers("--frames", type=click.IntRange(min=1), help="Stop after this many answers.")
 @_live("--show", is_flag=True, help="Serve a page with the live picture and the answers.")
-@_live("--listen", callback=_address, metavar="HOST:PORT", help="Serve health and metrics (and --show) there.")
+@_live("--listen", callback=address, metavar="HOST:PORT", help="Serve health and metrics (and --show) there.")
 @_updates("--watch", type=click.Path(path_type=Path), help="Always swap in the newest bundle of this folder.")
 @_updates("--budget-ms", type=click.FloatRange(min=0), help="Give up a new bundle that is slower than this (p90).")
 @_updates("--stop-first", is_flag=True, help="Drop the old bundle before loading the new one: needs less memory.")
@@ -178,10 +167,12 @@ def run(
         monitor = Monitor(pipeline)
         if show or listen:
             from duallora_edge.runtime.service.live_server import LiveServer
+            from duallora_edge.runtime.service.recorder import Recorder
 
-            server = stack.enter_context(LiveServer(monitor, *(listen or LISTEN), pictures=show))
-            _say(f"{'page' if show else 'health and metrics'}: {server.url}")
-            if not _is_loopback((listen or LISTEN)[0]):
+            recorder = Recorder(monitor, taught, roi) if taught else None
+            server = stack.enter_context(LiveServer(monitor, *(listen or LISTEN), pictures=show, recorder=recorder))
+            _say(f"{'page' if show else 'health and metrics'}: {server.teach_url if show and taught else server.url}")
+            if not server.is_local:
                 _say(_OPEN.format(what="the camera and its answers" if show else "health and metrics"))
         if store is not None:
             terms = Terms(budget_ms=budget_ms, stop_first=stop_first, allow_slower=allow_slower)
@@ -204,13 +195,6 @@ def run(
         _summary(monitor)
     if watcher is not None and watcher.is_stuck:
         _end_at_once(0)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def answer_json(answer: Answer, top: int) -> dict[str, Any]:

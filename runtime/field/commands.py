@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from duallora_edge.errors import DataError, DualLoraEdgeError
+from duallora_edge.runtime.commands.options import address
 from duallora_edge.runtime.field.delta import apply_delta
-from duallora_edge.runtime.field.keeping import FILE, copy_kept, kept_frames
+from duallora_edge.runtime.field.keeping import copy_kept, kept_frames, remove_kept
 from duallora_edge.runtime.field.store import SLOTS, Store
 from duallora_edge.runtime.field.taught_folder import MAX_FRAMES, add_frames, reduced, remove_class
 from duallora_edge.runtime.preprocess import Pixels
@@ -197,11 +200,45 @@ def kept(keep: Path, output: Path | None, delete: bool) -> None:
       duallora-edge kept keep -o frames --delete
     """
     if output is None:
-        frames = list(kept_frames(keep))
-        size = sum(len(frame.jpeg) for frame in frames) / 1e6
-        click.echo(escaped(f"{len(frames)} frames, {size:.1f} MB.  Folder: {keep}"))
+        sizes = {frame.id: len(frame.jpeg) for frame in kept_frames(keep)}
+        ids = list(sizes)
+        click.echo(escaped(f"{len(ids)} frames, {sum(sizes.values()) / 1e6:.1f} MB.  Folder: {keep}"))
     else:
-        click.echo(escaped(f"{copy_kept(keep, output)} frames.  Folder: {output}"))
+        ids = copy_kept(keep, output)
+        click.echo(escaped(f"{len(ids)} frames.  Folder: {output}"))
     if delete:
-        (keep / FILE).unlink()
-        click.echo(escaped(f"Deleted {keep / FILE}"))
+        remove_kept(keep, ids)
+        click.echo(f"Deleted {len(ids)} frames.")
+
+
+@click.command()
+@click.argument("keep", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+    help="Write a folder of images for each class there.  [default: KEEP/labelled]",
+)  # fmt: skip
+@click.option(
+    "--listen", callback=address, default="127.0.0.1:8081", show_default=True, metavar="HOST:PORT",
+    help="Serve the page there.",
+)  # fmt: skip
+def label(keep: Path, output: Path | None, listen: tuple[str, int]) -> None:
+    """Name the frames that 'run --keep KEEP' kept, on a page in the browser.
+
+    The page shows groups of frames that look alike, names whole groups or single frames, and needs no mouse. Whoever
+    has its address can use it. A camera may go on keeping frames meanwhile. 'train --data KEEP/labelled' learns them.
+
+    \b
+    Example:
+      duallora-edge label keep
+      duallora-edge label keep --listen 0.0.0.0:8081
+    """
+    from duallora_edge.runtime.service.label_server import LabelServer
+
+    output = output or keep / "labelled"
+    with LabelServer(keep, output, *listen) as server:
+        click.echo(f"Open {server.url} in a browser; Ctrl-C ends.")
+        if not server.is_local:
+            click.echo("There is no encryption: anyone who sees the address or the traffic can use it.", err=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    click.echo(escaped(f"Folder: {output}"))

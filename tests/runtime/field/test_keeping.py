@@ -20,7 +20,7 @@ from PIL import Image
 
 from duallora_edge.errors import StoreError
 from duallora_edge.runtime.field import keeping
-from duallora_edge.runtime.field.keeping import FILE, Keeper, copy_kept, kept_frames
+from duallora_edge.runtime.field.keeping import FILE, Keeper, copy_kept, kept_frames, put_back, remove_kept
 from duallora_edge.runtime.prediction import Prediction, Timings
 from duallora_edge.runtime.preprocess import Pixels
 
@@ -110,13 +110,39 @@ def test_limits_hold_for_any_stream(stream: list[tuple[float, int]], megabytes: 
             assert frames[0].novelty == max(novelty for novelty, _ in stream)
 
 
-def test_one_process_at_a_time_and_damaged_files(tmp_path: Path) -> None:
+def test_others_read_and_remove_meanwhile(tmp_path: Path) -> None:
+    with (
+        closing(Keeper(tmp_path, 0.03, interval_s=0)) as keeper,
+        closing(Keeper(tmp_path, 0.03, interval_s=0)) as other,
+    ):
+        for value in np.linspace(0.1, 0.9, 9):
+            keeper.add(PICTURE, answer(float(value)))
+        ids = {frame.novelty: frame.id for frame in kept_frames(tmp_path)}
+        remove_kept(tmp_path, [ids[max(ids)], 999])
+        keeper.add(PICTURE, answer(0.05))  # there is room again
+        other.add(PICTURE, answer(0.95))
+        assert len(keeper) >= len(ids) and max(novelties(tmp_path)) == 0.95
+    frames = list(kept_frames(tmp_path))
+    assert sum(len(frame.jpeg) + frame.features.nbytes for frame in frames) <= 30_000
+    assert max(ids) not in [frame.novelty for frame in frames]
+    assert frames[0].id == len(ids) + 2  # no number is used twice
+
+
+def test_what_is_removed_leaves_no_picture_in_the_file(tmp_path: Path) -> None:
     with closing(Keeper(tmp_path, 1, interval_s=0)) as keeper:
-        keeper.add(PICTURE, answer(0.5))
-        with pytest.raises(StoreError, match="end the process that keeps frames there"):
-            Keeper(tmp_path, 1)
-        with pytest.raises(StoreError, match="end the process"):
-            list(kept_frames(tmp_path))
+        for value in (0.2, 0.4):
+            keeper.add(PICTURE, answer(value))
+    first, second = list(kept_frames(tmp_path))
+    remove_kept(tmp_path, [first.id])
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert first.jpeg[1000:1400] not in content or first.jpeg[1000:1400] in second.jpeg
+    put_back(tmp_path, [first])
+    assert [(frame.id, frame.jpeg, frame.time) for frame in kept_frames(tmp_path)] == [
+        (frame.id, frame.jpeg, frame.time) for frame in (first, second)
+    ]
+
+
+def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"junk" * 1000)
     with pytest.raises(StoreError, match="move it away"):
         Keeper(tmp_path, 1)
@@ -165,12 +191,14 @@ def test_fetching_and_deleting(tmp_path: Path, call: Callable[..., tuple[int, st
         for novelty in (0.2, 0.9, 0.5):
             keeper.add(PICTURE, answer(novelty))
     assert call("kept", tmp_path / "keep")[1].startswith("3 frames, 0.0 MB.")
-    assert copy_kept(tmp_path / "keep", tmp_path / "out") == 3
+    assert len(copy_kept(tmp_path / "keep", tmp_path / "out")) == 3
     names = sorted(path.name[:4] for path in (tmp_path / "out").iterdir())
     assert names == ["0100", "0500", "0800"]
     code, out, _ = call("kept", tmp_path / "keep", "-o", tmp_path / "more", "--delete")
-    assert code == 0 and "3 frames." in out and not (tmp_path / "keep" / FILE).exists()
-    code, _, err = call("kept", tmp_path / "keep")
+    assert code == 0 and out.startswith("3 frames.") and out.endswith("Deleted 3 frames.\n")
+    assert call("kept", tmp_path / "keep")[1].startswith("0 frames, 0.0 MB.")
+    assert (tmp_path / "keep" / FILE).stat().st_size < 20_000
+    code, _, err = call("kept", tmp_path)
     assert code == 1 and "holds no kept frames" in err
 
 

@@ -6,9 +6,7 @@ import http.client
 import io
 import json
 import re
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,20 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.errors import DataError, DualLoraEdgeError
 from duallora_edge.files import read_json, write_json
 from duallora_edge.runtime import Classifier, Prediction
 from duallora_edge.runtime.bundle import MANIFEST
 from duallora_edge.runtime.prediction import Timings
-from duallora_edge.runtime.service import live_server
-from duallora_edge.runtime.service.live_server import LiveServer, ServerError
+from duallora_edge.runtime.service import live_server, web_server
+from duallora_edge.runtime.service.live_server import LiveServer
 from duallora_edge.runtime.service.monitor import Monitor
 from duallora_edge.runtime.service.pipeline import Answer, Pipeline
+from duallora_edge.runtime.service.web_server import ServerError
 from duallora_edge.runtime.sources import Frame, open_source
 
 WAIT_S = 10.0
 SCRIPT = "<script>document.title = 'taken'</script>"
-CHROMIUM = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
 
 
 class Known:
@@ -314,7 +312,7 @@ def test_so_many_viewers_and_no_more(known: Known, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_viewer_who_does_not_read_is_dropped(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_server._Handler, "timeout", 0.3)
+    monkeypatch.setattr(web_server._Handler, "timeout", 0.3)
     monkeypatch.setattr(live_server, "STREAM_RATE", 200)
     with LiveServer(known, port=0) as server:
         _, client = watch(server, buffer=4096)
@@ -348,7 +346,7 @@ def test_a_viewer_who_does_not_read_is_dropped(known: Known, monkeypatch: pytest
 def test_requests_that_never_end_or_make_no_sense(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch, request_: str, status: int | None
 ) -> None:
-    monkeypatch.setattr(live_server._Handler, "timeout", 0.2)
+    monkeypatch.setattr(web_server._Handler, "timeout", 0.2)
     with closing(connect(server, request_)) as client:
         received = b""
         with suppress(ConnectionResetError):  # the rest of the request was not read
@@ -367,7 +365,7 @@ def test_requests_one_after_the_other(server: LiveServer) -> None:
 
 
 def test_slow_clients_make_room_for_others(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_server, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(web_server, "MAX_CONNECTIONS", 4)
     slow = [connect(server, "GET /health HTTP/1.1\nX: ") for _ in range(12)]
     assert [ask(server, "/health")[0] for _ in range(3)] == [200] * 3
     assert slow[0].recv(1) == b""  # it had waited for longest
@@ -377,7 +375,7 @@ def test_slow_clients_make_room_for_others(server: LiveServer, monkeypatch: pyte
 
 
 def test_so_many_connections_and_no_more(known: Known, server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_server, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(web_server, "MAX_CONNECTIONS", 2)
     clients = [watch(server)[1] for _ in range(2)]  # these do not wait for anything
     with closing(connect(server, "")) as refused:
         assert refused.recv(1) == b""
@@ -409,7 +407,7 @@ def test_where_nothing_can_be_served(
 
 
 def test_the_end_with_clients_connected(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_server._Handler, "timeout", 100.0)
+    monkeypatch.setattr(web_server._Handler, "timeout", 100.0)
     server = LiveServer(known, port=0)
     port = port_of(server)
     (_, watching), silent = watch(server), connect(server, "GET")
@@ -445,26 +443,108 @@ def test_the_page_runs_nothing_but_its_own(server: LiveServer) -> None:
     assert len(nonces) == 2
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_the_page_in_a_browser(bundle: Path, tmp_path: Path) -> None:
+class Hand:
+    """A recorder that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.taught: list[str] = []
+
+    def record(self, name: str, seconds: float) -> int:
+        if name == "bad":
+            raise DataError("There is no such thing.")
+        self.taught.append(f"{name} {seconds:g}")
+        return 20
+
+    def forget(self, name: str) -> None:
+        self.taught.remove(f"{name} 5")
+
+
+def post(server: LiveServer, path: str, content: Any, token: str) -> tuple[int, bytes]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=WAIT_S)) as connection:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+        connection.request("POST", path, json.dumps(content), headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def token_of(server: LiveServer) -> str:
+    """What the page of this machine holds."""
+    return re.findall(r'TOKEN = "([\w-]*)"', ask(server, "/")[2].decode())[0]
+
+
+def test_the_page_of_this_machine_may_teach(known: Known) -> None:
+    hand = Hand()
+    with LiveServer(known, port=0, recorder=hand) as server:
+        token = token_of(server)
+        assert server.teach_url == server.url and len(token) > 20
+        assert post(server, "/teach", {"name": "mug"}, token) == (200, b'{"frames": 20}')
+        assert post(server, "/teach", {"name": "hat", "seconds": 2.5}, token)[0] == 200
+        assert post(server, "/unteach", {"name": "mug"}, token)[0] == 200
+        assert post(server, "/teach", {"name": "bad"}, token) == (409, b"There is no such thing.\n")
+        for wrong in ({}, {"name": 1}, {"name": "x", "seconds": "5"}, {"name": "x", "seconds": True}):
+            assert post(server, "/teach", wrong, token)[0] == 400
+        for guess in ("", "x" * len(token), token[:-1], token + "x", "\N{LATIN SMALL LETTER U WITH DIAERESIS}"):
+            assert post(server, "/teach", {"name": "mug"}, guess)[0] == 403
+        assert post(server, "/state.json", {"name": "mug"}, token)[0] == 405
+    assert hand.taught == ["hat 2.5"]
+
+
+def test_a_page_of_all_addresses_has_to_bring_its_token(known: Known) -> None:
+    hand = Hand()
+    with LiveServer(known, "0.0.0.0", 0, recorder=hand) as server:
+        assert token_of(server) == ""
+        url, _, token = server.teach_url.partition("#")
+        assert url == server.url and len(token) > 20
+        assert post(server, "/teach", {"name": "mug"}, "")[0] == 403 and hand.taught == []
+        assert post(server, "/teach", {"name": "mug"}, token)[0] == 200 and hand.taught == ["mug 5"]
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_without_a_page_or_a_folder_nothing_is_taught(known: Known, pictures: bool) -> None:
+    with LiveServer(known, port=0, pictures=pictures, recorder=None if pictures else Hand()) as server:
+        assert post(server, "/teach", {"name": "mug"}, "x")[0] == 405
+
+
+def test_the_page_in_a_browser(browser: Any, bundle: Path) -> None:
     document = read_json(bundle / MANIFEST)
     document["classes"][0], document["tasks"][0]["name"] = SCRIPT, "<i>warm</i>"
     write_json(bundle / MANIFEST, document)
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=2000",
-    ]
-    with watched(bundle) as monitor, LiveServer(monitor, port=0) as server:
-        dumped = subprocess.run(
-            [str(CHROMIUM), *options, "--dump-dom", server.url], capture_output=True, text=True, timeout=60, check=True
-        ).stdout
-    escaped = SCRIPT.replace("<", "&lt;").replace(">", "&gt;")
-    assert re.search(rf'id="label"[^>]*>{re.escape(escaped)}</p>', dumped)
-    assert re.search(r'id="task">Task \W?&lt;i&gt;warm&lt;/i&gt;\W?, \S+%</p>', dumped)
-    rows = re.findall(r'<li><span dir="auto">(.*?)</span><b>(.*?)</b><div><i style="width: [\d.e-]+%;">', dumped)
-    assert len(rows) == 4 and rows[0][0] == escaped and all(share.endswith("%") for _, share in rows)
-    assert re.search(r'id="picture"[^>]*src="blob:', dumped) and not re.search(r'id="picture"[^>]*hidden', dumped)
-    assert re.search(r'id="state">running</dd>', dumped) and "<title>duallora-edge live</title>" in dumped
+    hand = Hand()
+    with watched(bundle) as monitor, LiveServer(monitor, port=0, recorder=hand) as server:
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(server.url)
+        page.wait_for_function("document.querySelector('#state').textContent === 'running'")
+        page.wait_for_function("document.querySelector('#picture').naturalWidth > 0")
+        assert page.inner_text("#label") == SCRIPT and page.title() == "duallora-edge live"
+        assert "<i>warm</i>" in page.inner_text("#task")
+        rows = page.locator("#top li").all_inner_texts()
+        assert len(rows) == 4 and rows[0].startswith(SCRIPT) and all(row.endswith("%") for row in rows)
+        page.fill("#name", " mug ")
+        page.keyboard.press("Enter")
+        page.get_by_text("mug\u2069 has 20 frames").wait_for()
+        assert hand.taught == ["mug 5"]
+        page.click("text=Forget it")
+        page.get_by_text("mug\u2069 is forgotten").wait_for()
+        page.fill("#name", "bad")
+        page.click("text=Teach 5 seconds")
+        page.get_by_text("There is no such thing.").wait_for()
+        assert hand.taught == [] and [text for text in problems if "409" not in text] == []
+        page.close()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_the_form_shows_where_it_can_be_used(browser: Any, known: Known, here: bool) -> None:
+    with LiveServer(known, "127.0.0.1" if here else "0.0.0.0", 0, recorder=Hand()) as server:
+        local = f"http://127.0.0.1:{port_of(server)}/"
+        page = browser.new_page()
+        page.goto(local)
+        page.wait_for_selector("#top li")
+        assert page.locator("#teach").is_visible() == here
+        if not here:
+            page.goto(local + "#" + server.teach_url.partition("#")[2])
+            page.reload()
+            page.locator("#teach").wait_for(state="visible")
+        page.close()
