@@ -1,6 +1,7 @@
 """Kill changes of a run, exports, builds and swaps at random moments inside of them, and show that nothing is lost.
 
     OMP_NUM_THREADS=1 python benchmarks/kill.py --kills 300
+    OMP_NUM_THREADS=1 python benchmarks/kill.py --kills 300 --field
 
 Every process is forked from this one, which has everything imported, and says in shared memory what it is doing:
 inside a training step (forward, backward, optimiser, checkpoint), a commit, a rollback, the writing of a bundle, the
@@ -15,6 +16,7 @@ or not there, and what a swap was trying is given up after two deaths; nothing i
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import random
@@ -22,10 +24,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +41,7 @@ import torch._dynamo
 from PIL import Image
 
 from duallora_edge.cli import main as duallora_edge
-from duallora_edge.errors import SwapError
+from duallora_edge.errors import StoreError, SwapError
 from duallora_edge.export import bundle as exporting
 from duallora_edge.export import commands as export_commands
 from duallora_edge.files import read_json, write_json
@@ -50,6 +54,14 @@ from duallora_edge.runtime.backends.engine_cache import find_engine
 from duallora_edge.runtime.backends.tensorrt_api import load_tensorrt
 from duallora_edge.runtime.bundle import MANIFEST, Bundle
 from duallora_edge.runtime.classifier import Classifier
+from duallora_edge.runtime.field.channel import Channel
+from duallora_edge.runtime.field.delta import apply_delta
+from duallora_edge.runtime.field.keeping import Keeper, kept_frames
+from duallora_edge.runtime.field.store import Store
+from duallora_edge.runtime.field.update import update
+from duallora_edge.runtime.service.pipeline import Pipeline
+from duallora_edge.runtime.service.slot_keeper import SlotKeeper, Terms, open_slot
+from duallora_edge.runtime.sources import open_source
 from duallora_edge.runtime.trial import Opening, Trial
 
 TASKS = {"one": "ab", "two": "cd", "three": "ef"}
@@ -66,12 +78,18 @@ device: cpu
 """
 STEP = "training step"
 COMMIT, ROLLBACK, EXPORT, BUILD, SWAP, OTHER = "commit", "rollback", "export", "build", "swap", "elsewhere"
+UPDATE, TRIAL, REVERT, APPLY, TEACH, KEEP = "update", "trial", "revert", "apply", "teach", "keep"
+FIELD = (UPDATE, TRIAL, REVERT, APPLY, TEACH, KEEP)
 PLACES = (OTHER, STEP, f"{STEP}: suffix forward", f"{STEP}: suffix backward", f"{STEP}: optimiser",
-          f"{STEP}: checkpoint", COMMIT, ROLLBACK, EXPORT, BUILD, SWAP)  # fmt: skip
+          f"{STEP}: checkpoint", COMMIT, ROLLBACK, EXPORT, BUILD, SWAP, *FIELD)  # fmt: skip
 # The longest time from entering a place to the kill: about as long as it takes.
-LONGEST_S = {OTHER: 1.0, EXPORT: 0.3, BUILD: 4.0, SWAP: 1.5}
+LONGEST_S = {
+    OTHER: 1.0, EXPORT: 0.3, BUILD: 4.0, SWAP: 1.5,
+    UPDATE: 0.5, TRIAL: 1.0, REVERT: 0.01, APPLY: 0.2, TEACH: 0.2, KEEP: 0.1,
+}  # fmt: skip
 SHORT_S = 0.02
 PATIENCE_S = 120
+FRAMES, VERSIONS, KEEP_MB = 10, 12, 0.02
 
 
 class Whereabouts:
@@ -311,6 +329,172 @@ class Swapping:
             raise SystemExit(f"{folder}: remembered {states}")
 
 
+class Field:
+    """The life of a device: updates, trials, reverts, deltas applied, classes taught and frames kept; killed anywhere.
+
+    Whenever it is killed, a good bundle answers whose version is below the one before only where somebody reverted, a
+    class is taught from all its frames or not at all, and what was applied and kept is whole.
+    """
+
+    name, targets = "field", FIELD
+
+    def __init__(self, folder: Path, whole: Path, whereabouts: Whereabouts) -> None:
+        """Publishes the states of a run after two and three tasks, and more versions of the latter."""
+        self.whereabouts = whereabouts
+        self.frames = [np.full((64, 64, 3), 5 * index, np.uint8) for index in range(FRAMES)]
+        older, self.older, self.delta = folder / "older", folder / "field-1", folder / "field.delta"
+        shutil.copytree(whole, older)
+        call("rollback", older)
+        call("export", older, "-o", self.older, "--bundle-version", "1")
+        call("export", whole, "--delta-from", self.older, "-o", self.delta)
+        newer = apply_delta(self.older, self.delta, folder / "field-2").path
+        channel = Channel.create(folder / "channel-0", folder / "keys")
+        self.channels: list[Path] = []
+        self.digests: list[str] = []
+        for version in range(1, VERSIONS + 1):
+            bundle = self.older if version == 1 else newer
+            if version > 2:
+                bundle = folder / f"field-{version}"
+                shutil.copytree(newer, bundle)
+                write_json(bundle / MANIFEST, read_json(bundle / MANIFEST) | {"bundle_version": version})
+            channel.publish(bundle, [self.delta] if version == 2 else [])
+            self.digests.append(Bundle.open(bundle).digest)
+            self.channels.append(folder / f"channel-{version}")
+            shutil.copytree(channel.path, self.channels[-1])
+
+    def begin(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def work(self, folder: Path) -> None:
+        os.environ["DUALLORA_EDGE_CACHE"] = str(folder / "cache")
+        store, inside = Store.create(folder / "store"), self.whereabouts.inside
+        for version, (channel, digest) in enumerate(zip(self.channels, self.digests, strict=True), start=1):
+            slots = store.read()
+            if digest in slots.refused or version <= slots.lowest:
+                continue
+            with inside(UPDATE), suppress(StoreError):  # it is there already, or is being tried
+                update(store, str(channel), channel / "metadata" / "1.root.json")
+            with inside(TRIAL):
+                self.answer(store, folder)
+            with inside(APPLY):
+                if not (folder / "applied").exists():
+                    apply_delta(self.older, self.delta, folder / "applied")
+            with inside(KEEP), closing(Keeper(folder / "keep", KEEP_MB, interval_s=0)) as keeper:
+                rng = np.random.default_rng()
+                for frame in self.frames:
+                    keeper.add(frame, replace(self.last, novelty=rng.random(), features=rng.normal(size=64)))
+            if version % 3 == 0:
+                with inside(REVERT), suppress(StoreError):  # the version before was given up
+                    store.revert()
+
+    def answer(self, store: Store, folder: Path) -> None:
+        """Answer until nothing is left to try, and teach a class of its own to each version."""
+        with ExitStack() as stack:
+            classifier = open_slot(store, lambda path: Classifier.load(path, "cpu", 1, taught=store.taught))
+            keeper = stack.enter_context(SlotKeeper(classifier, store, print, Terms(10, 0.0), interval_s=0.01))
+            while any(slot.state in ("verified", "trial") for slot in store.read().slots.values()):
+                self.last = classifier(self.frames[0])
+                assert not keeper.is_stuck
+            self.last = classifier(self.frames[0])
+            with self.whereabouts.inside(TEACH):
+                classifier.teach(f"class {self.last.bundle_version}", self.frames)
+
+    def check(self, folder: Path, returned: int) -> None:
+        if (folder / "store" / "slots.json").exists():
+            self.check_store(folder)
+        for name in (folder / "store" / "taught").glob("[!.]*"):
+            if (count := len(list(name.glob("[!.]*")))) != FRAMES:
+                raise SystemExit(f"{name} is taught from {count} frames")
+        if (folder / "applied").exists() and Bundle.open(folder / "applied").digest != self.digests[1]:
+            raise SystemExit(f"{folder}: another bundle was applied")
+        if (folder / "keep" / "kept.db").exists():
+            kept = list(kept_frames(folder / "keep"))
+            for frame in kept:
+                Image.open(io.BytesIO(frame.jpeg)).load()
+            if sum(len(frame.jpeg) + frame.features.nbytes for frame in kept) > KEEP_MB * 1e6:
+                raise SystemExit(f"{folder}: more is kept than allowed")
+
+    def check_store(self, folder: Path) -> None:
+        slots, before = Store(folder / "store").read(), folder / "answered"
+        if not slots.active:
+            if before.exists():
+                raise SystemExit(f"{folder}: no bundle answers any more")
+            return
+        good = slots.slots[slots.active]
+        if good.state != "good" or Bundle.open(folder / "store" / slots.active).digest != good.digest:
+            raise SystemExit(f"{folder}: what answers is {good}")
+        highest = int(before.read_text()) if before.exists() else 0
+        if good.bundle_version < highest and self.digests[highest - 1] not in slots.refused:
+            raise SystemExit(f"{folder}: version {good.bundle_version} answers after {highest}")
+        before.write_text(str(good.bundle_version))
+
+    def check_end(self, folder: Path) -> None:
+        self.check(folder, 1)
+        if not (folder / "answered").exists():
+            raise SystemExit(f"{folder}: no version became good")
+        wanted = {"slots.json", "slots.lock", "receiving.lock", "a", "b", "trusted", "taught"}
+        if names := {path.name for path in (folder / "store").glob("[!.]*")} - wanted:
+            raise SystemExit(f"{folder}: left behind {names}")
+        if names := {path.name for path in (folder / "store").rglob(".*.tmp")}:
+            click.echo(f"  {len(names)} unfinished small files are left")
+        if names := {path.name for path in (folder / "store" / ".download").iterdir()} - {".lock"}:
+            raise SystemExit(f"{folder}: left behind {names}")
+
+
+def swaps_under_load(folder: Path, whole: Path, count: int) -> None:
+    """So many bundles come into a store whose classifier answers a pipeline and two more threads all the time."""
+    bundle = folder / "bundle"
+    call("export", whole, "-o", bundle, "--bundle-version", "1")
+    store = Store.create(folder / "store")
+    store.put(Bundle.open(bundle))
+    frame = np.full((64, 64, 3), 90, np.uint8)
+    ends, answers, problems = threading.Event(), Counter[str](), list[str]()
+
+    def ask(name: str) -> None:
+        version = 0
+        while not ends.is_set():
+            found = classifier(frame).bundle_version
+            if found < version:
+                problems.append(f"version {found} after {version}")
+            answers[name], version = answers[name] + 1, found
+
+    def watch(pipeline: Pipeline) -> None:
+        for number, answer in enumerate(pipeline):
+            if answer.frame.sequence != number:
+                problems.append(f"frame {answer.frame.sequence} in the place of {number}")
+            answers["pipeline"] += 1
+            if ends.is_set():
+                return
+
+    with ExitStack() as stack:
+        classifier = open_slot(store, lambda path: Classifier.load(path, "cpu", 1))
+        stack.enter_context(SlotKeeper(classifier, store, lambda text: None, Terms(10, 0.0), interval_s=0.01))
+        pipeline = stack.enter_context(Pipeline(open_source([frame], live=False, loop=True), classifier))
+        threads = [threading.Thread(target=ask, args=(f"thread {i}",)) for i in range(2)]
+        threads.append(threading.Thread(target=watch, args=(pipeline,)))
+        for thread in threads:
+            thread.start()
+        for version in range(1, count + 2):
+            if version > 1:
+                write_json(bundle / MANIFEST, read_json(bundle / MANIFEST) | {"bundle_version": version})
+                store.put(Bundle.open(bundle))
+            deadline = time.monotonic() + PATIENCE_S
+            while (slots := store.read()).lowest < version:
+                if time.monotonic() > deadline or slots.refused:
+                    problems.append(f"version {version} did not become good: {slots}")
+                    break
+                time.sleep(0.005)
+        ends.set()
+        for thread in threads:
+            thread.join()
+        health = classifier.health()
+    click.echo(
+        f"{health.swaps} swaps under load: {dict(answers)}, {health.failures} failures, {len(problems)} problems"
+    )
+    if problems or health.failures:
+        raise SystemExit("\n".join(problems[:10]))
+
+
 def call(*words: str | Path) -> None:
     """The command line in this process. Raises `SystemExit` when it fails."""
     try:
@@ -399,8 +583,10 @@ def kill(pid: int, whereabouts: Whereabouts, target: str, number: int, delay: fl
 @click.command()
 @click.option("--kills", default=300, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--field", is_flag=True, help="Kill the life of a device instead, then swap bundles under load.")
+@click.option("--swaps", default=50, show_default=True, type=click.IntRange(1), help="So many swaps, with --field.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the counts to this file.")
-def main(kills: int, seed: int, json_path: Path | None) -> None:
+def main(kills: int, seed: int, field: bool, swaps: int, json_path: Path | None) -> None:
     torch.set_num_threads(1)
     rng, whereabouts = random.Random(seed), Whereabouts()
     started = time.monotonic()
@@ -409,7 +595,7 @@ def main(kills: int, seed: int, json_path: Path | None) -> None:
         os.environ["DUALLORA_EDGE_CACHE"] = str(folder / "cache")
         counts = Counter[tuple[str, str]]()
         ends = Counter[str]()
-        waiting = scenarios(folder, whereabouts)
+        waiting = scenarios(folder, whereabouts, field)
         current: dict[str, tuple[Path, int]] = {}  # the folder of each scenario, and what had returned there
         while counts.total() < kills:
             scenario = waiting[rng.choices(range(len(waiting)), [10, *(1 for _ in waiting[1:])])[0]]
@@ -440,6 +626,10 @@ def main(kills: int, seed: int, json_path: Path | None) -> None:
                 finish(forked(whereabouts, partial(scenario.work, place), folder / "log"), folder / "log")
                 scenario.check_end(place)
                 ends[scenario.name] += 1
+        if field:
+            load, log = partial(swaps_under_load, folder / "load", folder / "whole" / "run", swaps), folder / "log"
+            finish(forked(whereabouts, load, log), log)
+            click.echo(log.read_text().splitlines()[-1])
     seconds = time.monotonic() - started
     click.echo(f"\n{kills} kills in {seconds:.0f} s; nothing committed was lost after any of them")
     for (scenario_name, where), count in sorted(counts.items()):
@@ -453,7 +643,7 @@ def main(kills: int, seed: int, json_path: Path | None) -> None:
         write_json(json_path, {"kills": kills, "seconds": seconds, "places": rows, "ends": dict(ends)})
 
 
-def scenarios(folder: Path, whereabouts: Whereabouts) -> list[Scenario]:
+def scenarios(folder: Path, whereabouts: Whereabouts, field: bool) -> list[Scenario]:
     """What is killed, training first; the runs that are never killed are made here."""
     write_images(folder / "images")
     (folder / "train.yaml").write_text(f"task_order: [{', '.join(TASKS)}]\n{SETTINGS}")
@@ -461,6 +651,8 @@ def scenarios(folder: Path, whereabouts: Whereabouts) -> list[Scenario]:
     training = Training(folder, whole)
     training.begin(folder / "whole")
     finish(forked(whereabouts, partial(training.work, folder / "whole"), log), log)
+    if field:
+        return [Field(folder, whole, whereabouts)]
     made: list[Scenario] = [training]
     for words in (["rollback"], ["remove", "one"]):
         undone = folder / f"whole-{words[0]}"

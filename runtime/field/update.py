@@ -4,30 +4,36 @@ A channel is a repository of The Update Framework (https://theupdateframework.io
 server can serve and a USB stick can hold. python-tuf checks what is read from it: signatures, versions, lengths, hashes
 and expiry. The target `INDEX` lists the bundles; each lies in one file, and deltas lead from older ones to it.
 
-STORE/trusted  the metadata that was trusted last; the time of the last update; the place of this device among all
+STORE/trusted    the metadata that was trusted last; the time of the last update; the place of this device among all
+STORE/.download  what is being fetched; a large file goes on after an interruption
 """
 
 from __future__ import annotations
 
+import fcntl
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from duallora_edge.device_profiles.reader import Section
-from duallora_edge.errors import BundleError, UpdateError
-from duallora_edge.files import parse_json, read_json, read_limited, write_json
+from duallora_edge.errors import BundleError, StoreError, UpdateError
+from duallora_edge.files import open_lock, parse_json, read_json, read_limited, write_json
 from duallora_edge.runtime.field.delta import apply_delta, delta_facts
 from duallora_edge.runtime.field.store import Slots, Store
 
+if TYPE_CHECKING:
+    from tuf.ngclient.fetcher import FetcherInterface
+
 INDEX = "bundles.json"
 SCHEMA = 1
-TRUSTED, DEVICE = "trusted", "device.json"
+TRUSTED, DEVICE, DOWNLOADS = "trusted", "device.json", ".download"
+PART = ".part"  # of a file that is still being fetched
 MAX_BUNDLES, MAX_DELTAS = 1000, 20
 MAX_ROOT_BYTES = 2**20
 
@@ -101,8 +107,8 @@ def update(store: Store, channel: str, root: Path | None = None, say: Say = lamb
     trusted = store.path / TRUSTED
     trusted.mkdir(exist_ok=True)
     device = _device(trusted)
-    with tempfile.TemporaryDirectory(dir=store.path, prefix=".download-") as folder:
-        client = _Client(channel, trusted, root, device["time"], Path(folder))
+    with _downloads(store.path / DOWNLOADS) as folder:
+        client = _Client(channel, trusted, root, device["time"], folder)
         offers = client.offers()
         write_json(trusted / DEVICE, {**device, "time": max(device["time"], time.time())})
         slots = store.read()
@@ -159,9 +165,8 @@ class _Client:
     def __init__(self, channel: str, trusted: Path, root: Path | None, last: float, folder: Path) -> None:
         from tuf.api.exceptions import DownloadError, RepositoryError
         from tuf.ngclient import Updater
-        from tuf.ngclient.fetcher import FetcherInterface
 
-        metadata, targets, fetcher = _addresses(channel, FetcherInterface)
+        metadata, targets, fetcher = _addresses(channel, folder)
         self._channel = channel
         self._errors = (DownloadError, RepositoryError, OSError, ValueError)
         known = (trusted / "root.json").exists()
@@ -201,34 +206,41 @@ class _Client:
         return UpdateError(f"{self._channel} is not used ({reason}); what answers stays as it is.")
 
 
-def _addresses(channel: str, interface: Any) -> tuple[str, str, Any]:
-    """The addresses of metadata and targets, and what fetches them: None for python-tuf's own client of HTTP."""
-    parts = urlsplit(channel)
-    if parts.scheme in ("http", "https"):
+def _addresses(channel: str, parts: Path) -> tuple[str, str, FetcherInterface]:
+    """The addresses of metadata and targets, and what fetches them; ``parts`` holds what has come of a large file."""
+    from duallora_edge.runtime.field.fetching import FolderFetcher, HttpFetcher
+
+    address = urlsplit(channel)
+    if address.scheme in ("http", "https"):
         base = channel.rstrip("/")
-        return f"{base}/metadata/", f"{base}/targets/", None
-    folder = Path(unquote(parts.path) if parts.scheme == "file" else channel).resolve()
+        return f"{base}/metadata/", f"{base}/targets/", HttpFetcher(parts)
+    folder = Path(unquote(address.path) if address.scheme == "file" else channel).resolve()
     if not (folder / "metadata").is_dir():
         raise UpdateError(
             f"{channel} is not a channel; give its folder, or an address that begins with http:// or https://."
         )
-
-    class FolderFetcher(interface):  # type: ignore[misc]
-        """Reads files of the channel's folder and of no other."""
-
-        def _fetch(self, url: str) -> Iterator[bytes]:
-            from tuf.api.exceptions import DownloadHTTPError
-
-            path = Path(unquote(urlsplit(url).path)).resolve()
-            if folder not in path.parents or not path.is_file():
-                raise DownloadHTTPError(f"{path} is not there", 404)
-
-            def blocks() -> Iterator[bytes]:
-                with path.open("rb") as file:
-                    while block := file.read(2**20):
-                        yield block
-
-            return blocks()
-
     base = folder.as_uri()
-    return f"{base}/metadata/", f"{base}/targets/", FolderFetcher()
+    return f"{base}/metadata/", f"{base}/targets/", FolderFetcher(folder)
+
+
+@contextmanager
+def _downloads(path: Path) -> Iterator[Path]:
+    """The folder for what is downloaded.
+
+    What a killed update left there is deleted, but for a part of a file, with which the next one goes on.
+    """
+    path.mkdir(exist_ok=True)
+    with open_lock(path / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(f"Another process is updating {path.parent}; wait for it.") from error
+        _clear(path)
+        yield path
+        _clear(path)
+
+
+def _clear(path: Path) -> None:
+    for file in path.iterdir():
+        if file.name != ".lock" and not file.name.endswith(PART):
+            file.unlink()
