@@ -342,19 +342,19 @@ class Field:
         """Publishes the states of a run after two and three tasks, and more versions of the latter."""
         self.whereabouts = whereabouts
         self.frames = [np.full((64, 64, 3), 5 * index, np.uint8) for index in range(FRAMES)]
-        older, self.older, self.delta = folder / "older", folder / "field-1", folder / "field.delta"
+        older, self.older, self.delta = folder / "older", folder / "version-1", folder / "1-2.delta"
         shutil.copytree(whole, older)
         call("rollback", older)
         call("export", older, "-o", self.older, "--bundle-version", "1")
         call("export", whole, "--delta-from", self.older, "-o", self.delta)
-        newer = apply_delta(self.older, self.delta, folder / "field-2").path
+        newer = apply_delta(self.older, self.delta, folder / "version-2").path
         channel = Channel.create(folder / "channel-0", folder / "keys")
         self.channels: list[Path] = []
         self.digests: list[str] = []
         for version in range(1, VERSIONS + 1):
             bundle = self.older if version == 1 else newer
             if version > 2:
-                bundle = folder / f"field-{version}"
+                bundle = folder / f"version-{version}"
                 shutil.copytree(newer, bundle)
                 write_json(bundle / MANIFEST, read_json(bundle / MANIFEST) | {"bundle_version": version})
             channel.publish(bundle, [self.delta] if version == 2 else [])

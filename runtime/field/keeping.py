@@ -258,6 +258,7 @@ def _opened(folder: Path) -> Iterator[sqlite3.Connection]:
         raise StoreError(f"{folder} holds no kept frames; 'run --keep {folder}' keeps some.")
     uri = f"{path.resolve().as_uri()}?mode=rw"
     with _said(path), closing(sqlite3.connect(uri, uri=True, timeout=5.0, isolation_level=None)) as file:
+        file.execute(_TABLE)  # the camera was killed before it was there
         yield file
 
 

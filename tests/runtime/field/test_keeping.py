@@ -142,6 +142,11 @@ def test_what_is_removed_leaves_no_picture_in_the_file(tmp_path: Path) -> None:
     ]
 
 
+def test_a_kill_before_the_table_is_there(tmp_path: Path) -> None:
+    (tmp_path / FILE).touch()
+    assert list(kept_frames(tmp_path)) == []
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"junk" * 1000)
     with pytest.raises(StoreError, match="move it away"):
