@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import BackendError, BundleError, DualLoraEdgeError, SwapError
+from duallora_edge.runtime.backends.contract import ENGINE_BATCH
 from duallora_edge.runtime.backends.ladder import Backend, Rung, open_backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
 from duallora_edge.runtime.field.lessons import Lessons
@@ -258,6 +259,17 @@ class Classifier:
     def backend(self) -> Backend:
         """What runs the model, and why nothing better is used."""
         return self._model.backend
+
+    @property
+    def max_batch(self) -> int:
+        """How many frames are worth waiting for each other: what the model takes in one run, 1 on a CPU.
+
+        On a CPU a batch takes as long as its frames one after the other (benchmarks/RUNTIME.md), and the first of them
+        would wait for the last.
+        """
+        model = self._model
+        on_cpu = model.backend.name == "cpu"
+        return 1 if on_cpu else model.bundle.manifest.batch or ENGINE_BATCH
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 LISTEN = ("127.0.0.1", 8080)
 STOP_S = 10.0
+# A name of a camera; no address or path begins so, as "gst://" and "/dev/video0" do not.
+_NAMED = re.compile(r"([\w-]{1,40})=")
 _OPEN = "There is no password and no encryption: anyone who can reach this address sees {what}."
 
 
@@ -47,6 +50,20 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
         return Region(left, top, width, height)
     except ValueError as error:
         raise click.BadParameter(f"'{value}' is not a region such as 0.25,0,0.5,1: {error}.") from error
+
+
+def _named(sources: Sequence[str]) -> dict[str, str]:
+    """Sources by the names of their cameras, numbers where none is given. Raises ``click.UsageError`` for twins."""
+    named: dict[str, str] = {}
+    for number, text in enumerate(sources, start=1):
+        match = _NAMED.match(text)
+        name, source = (match[1], text[match.end() :]) if match else (str(number), text)
+        if name in named:
+            raise click.UsageError(
+                f"Two cameras are called '{name}'; give each a name of its own: --source NAME=SOURCE."
+            )
+        named[name] = source
+    return named
 
 
 def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -63,7 +80,10 @@ _updates = option_group("New bundles and classes")
 
 @click.command(cls=GroupedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@_source("--source", required=True, metavar="SOURCE", help="Where frames come from; see above.")
+@_source(
+    "--source", "sources", required=True, multiple=True, metavar="[NAME=]SOURCE",
+    help="Where frames come from; see above. Several times for several cameras.",
+)  # fmt: skip
 @_source("--size", callback=frame_size, metavar="WxH", help="Size of raw frames and pipelines, or of a camera.")
 @_source("--color", type=click.Choice(["rgb", "bgr", "gray"]), default="rgb", help="Channel order of raw frames.")
 @_source("--rate", type=float, callback=_positive, help="Read files and folders at this many frames per second.")
@@ -99,7 +119,7 @@ _updates = option_group("New bundles and classes")
 @trial_option
 def run(
     bundle: Path,
-    source: str,
+    sources: tuple[str, ...],
     size: tuple[int, int] | None,
     color: str,
     rate: float | None,
@@ -131,6 +151,8 @@ def run(
 
     BUNDLE is the folder of a bundle, or a store that 'update' fills: its good bundle answers, and a new one is tried.
 
+    Several cameras share one model: --source door=csi://0 --source yard=rtsp://HOST/PATH. Each answer names its camera.
+
     SOURCE is /dev/video0 or v4l2://0, csi://0 (a Jetson's camera), gst://PIPELINE, rtsp://HOST/PATH or another video
     address, a video file, an image, a folder of images, or - for raw frames on standard input. Cameras and streams:
     the newest frame is classified, older ones are dropped and counted, and a lost source is opened again. Files: every
@@ -145,6 +167,7 @@ def run(
       duallora-edge run bundle --source photos/ --every 2
       ffmpeg -i clip.mp4 -f rawvideo -pix_fmt rgb24 - | duallora-edge run bundle --source - --size 640x480
     """
+    named = _named(sources)
     store = Store(bundle) if (bundle / SLOTS_FILE).is_file() else None
     if store is not None and watch:
         raise click.UsageError(f"{bundle} is a store, which 'update' fills; leave out --watch.")
@@ -159,9 +182,12 @@ def run(
         _say(f"backend: {classifier.backend}")
         if taught:
             _say(classifier.health().taught_line)
-        opened = stack.enter_context(
-            open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
-        )
+        opened = {
+            name: stack.enter_context(
+                open_source(source, size=size, color=color, rate=rate, loop=loop, wait=wait, live=live)
+            )
+            for name, source in named.items()
+        }
         smoothing = ExponentialSmoothing(smooth) if smooth else None
         pipeline = stack.enter_context(Pipeline(opened, classifier, every, roi, smoothing))
         monitor = Monitor(pipeline)
@@ -201,6 +227,7 @@ def answer_json(answer: Answer, top: int) -> dict[str, Any]:
     """The line of an answer, as docs/camera.md describes it."""
     line = {
         "schema": SCHEMA,
+        "camera": answer.camera,
         "sequence": answer.frame.sequence,
         "timestamp": round(answer.frame.timestamp, 6),
         "name": answer.frame.name,
@@ -282,11 +309,13 @@ def _say(text: str) -> None:
 
 def _summary(monitor: Monitor) -> None:
     health = monitor.health()
-    source, seconds = health["source"], health["uptime_s"]
-    _say(
-        f"{health['answers']} answers in {seconds:.1f} s ({health['answers'] / seconds:.1f} per second), "
-        f"{health['dropped']} frames dropped, {source['refused']} refused, {source['reconnects']} reconnects"
-    )
-    for line in (*source["refusals"], source["note"], source["last_error"]):
-        if line:
-            _say(f"  {line}")
+    seconds = health["uptime_s"]
+    for name, camera in health["cameras"].items():
+        _say(
+            f"{f'camera {name}: ' if len(health['cameras']) > 1 else ''}{camera['answers']} answers in {seconds:.1f} s "
+            f"({camera['answers'] / seconds:.1f} per second), {camera['dropped']} frames dropped, "
+            f"{camera['refused']} refused, {camera['reconnects']} reconnects"
+        )
+        for line in (*camera["refusals"], camera["note"], camera["last_error"]):
+            if line:
+                _say(f"  {line}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -56,7 +56,7 @@ class _LabelSite(Site):
         self._frames: dict[int, Kept] = {}
         self._steps: list[tuple[list[Kept], list[Path]]] = []
 
-    def get(self, path: str) -> Reply | None:
+    def get(self, path: str, query: Mapping[str, str]) -> Reply | None:
         head, rest = path[: len(self.path)], path[len(self.path) :]
         if not hmac.compare_digest(head.encode(errors="replace"), self.path.encode()):
             return None

@@ -1,6 +1,6 @@
-"""Frames of a source, classified one after the other, while the next ones are captured and prepared.
+"""Frames of one or several cameras, classified one after the other, while the next ones are captured and prepared.
 
-Three threads work at once: the source captures, one thread prepares, and the caller's thread runs the model. Each hands
+For each camera a source captures and a thread prepares; the caller's thread runs the model for all of them. Each hands
 over one frame at a time. With a live source, a newer frame replaces a waiting one, so an answer is never older than
 these three steps take. With files, every frame is answered.
 """
@@ -8,11 +8,10 @@ these three steps take. With files, every frame is answered.
 from __future__ import annotations
 
 import math
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from duallora_edge.errors import BackendError
@@ -23,9 +22,11 @@ from duallora_edge.runtime.prediction import Prediction
 from duallora_edge.runtime.sources.frame import Frame
 from duallora_edge.runtime.sources.source import EndOfStream, Source
 
-# After this many failures of the device in a row, the next frame is not tried.
+# After this many failures of the device in a row, no more frames are tried.
 MAX_FAILURES = 10
 _POLL_S = 0.2
+
+Smoothing = Callable[[Prediction, float], Prediction]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class Answer:
         prediction: The prediction after smoothing; without smoothing the same object as ``instant``.
         instant: The prediction for this frame alone.
         age_ms: Milliseconds from the capture of the frame to the answer.
+        camera: The name of the camera.
     """
 
     frame: Frame
     prediction: Prediction
     instant: Prediction
     age_ms: float
+    camera: str = "1"
 
 
 class ExponentialSmoothing:
@@ -135,103 +138,151 @@ class ExponentialSmoothing:
         )
 
 
+class Camera:
+    """A source of a pipeline.
+
+    Attributes:
+        name: Its name in answers, health and metrics.
+        source: Where its frames come from.
+        dropped: Frames that were prepared, but replaced by a newer one before the model was free.
+    """
+
+    def __init__(self, name: str, source: Source, smoothing: Smoothing | None) -> None:
+        self.name = name
+        self.source = source
+        self.dropped = 0
+        self.smoothing = smoothing
+        self.waiting: tuple[Frame, Prepared] | Exception | None = None
+        self.ended = False
+
+
 class Pipeline(Closing):
-    """``for answer in Pipeline(source, classifier)`` gives answers until the source ends or `close` is called."""
+    """``for answer in Pipeline(source, classifier)`` gives answers until the sources end or `close` is called."""
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Mapping[str, Source],
         classifier: Classifier,
         every: int = 1,
         region: Region | None = None,
-        smoothing: Callable[[Prediction, float], Prediction] | None = None,
+        smoothing: Smoothing | None = None,
     ) -> None:
         """Start to capture and prepare frames.
 
         Args:
-            source: Where frames come from; `close` closes it.
+            source: Where frames come from, or several sources by the names of their cameras (one alone is called "1").
+                Frames of several cameras that wait at the same time go through the model together, as many as
+                `Classifier.max_batch`; cameras take turns. `close` closes them.
             classifier: What answers.
-            every: Answer only every n-th frame.
+            every: Answer only every n-th frame of each camera.
             region: The part of each frame to classify; None for the whole.
             smoothing: Called with a prediction and the time of its capture, returns the prediction to use; see
-                `ExponentialSmoothing`.
+                `ExponentialSmoothing`. Each camera gets a copy of it.
 
         Raises:
-            ValueError: ``every`` is below 1.
+            ValueError: ``every`` is below 1, or there is no source.
         """
+        sources = {"1": source} if isinstance(source, Source) else dict(source)
         if every < 1:
             raise ValueError(f"every must be at least 1, not {every}")
-        self.source = source
+        if not sources:
+            raise ValueError("a pipeline needs a source")
+        self.cameras = [Camera(name, each, deepcopy(smoothing)) for name, each in sources.items()]
+        self._turns = list(self.cameras)  # whose turn is next comes first
         self.classifier = classifier
-        self.dropped = 0  # prepared, but replaced by a newer frame before the model was free
         self._every = every
         self._region = region
-        self._smoothing = smoothing
-        self._prepared: queue.Queue[tuple[Frame, Prepared] | Exception] = queue.Queue(1)
+        self._changed = threading.Condition()  # guards what waits
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._prepare, name="duallora-edge prepare", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._prepare, args=(camera,), name=f"duallora-edge {camera.name}", daemon=True)
+            for camera in self.cameras
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __iter__(self) -> Iterator[Answer]:
-        """Iterate over the answers, in the order of the frames.
+        """Iterate over the answers; those of a camera come in the order of its frames.
 
         Returns:
-            An iterator of `Answer`. A single frame on which the device fails has no answer.
+            An iterator of `Answer`, which ends when all sources have. Frames on which the device fails have no answer.
 
         Raises:
-            SourceError: The source broke.
-            BackendError: The device failed on `MAX_FAILURES` frames in a row.
+            SourceError: A source broke.
+            BackendError: The device failed `MAX_FAILURES` times in a row.
         """
         failures = 0
         while not self._stop.is_set():
-            try:
-                item = self._prepared.get(timeout=_POLL_S)
-            except queue.Empty:
-                continue
-            if isinstance(item, EndOfStream):
+            taken = self._take()
+            if taken is None:
                 return
-            if isinstance(item, Exception):
-                raise item
-            frame, prepared = item
+            if not taken:
+                continue
             try:
-                (instant,) = self.classifier.answer([prepared])
+                instants = self.classifier.answer([prepared for _, _, prepared in taken])
             except BackendError:
                 failures += 1
                 if failures == MAX_FAILURES:
                     raise
                 continue
-            failures = 0
-            prediction = self._smoothing(instant, frame.captured) if self._smoothing else instant
-            yield Answer(frame, prediction, instant, 1000 * (time.monotonic() - frame.captured))
+            failures, now = 0, time.monotonic()
+            for (camera, frame, _), instant in zip(taken, instants, strict=True):
+                prediction = camera.smoothing(instant, frame.captured) if camera.smoothing else instant
+                yield Answer(frame, prediction, instant, 1000 * (now - frame.captured), camera.name)
 
     def stop(self) -> None:
-        """End the answers after the one in progress; a signal handler may call it."""
+        """End the answers after those in progress; a signal handler may call it."""
         self._stop.set()
 
     def close(self) -> None:
-        """End the answers and close the source. Does nothing the second time."""
+        """End the answers and close the sources. Does nothing the second time."""
         self.stop()
-        self.source.close()
-        self._thread.join()
+        for camera in self.cameras:
+            camera.source.close()
+        for thread in self._threads:
+            thread.join()
 
-    def _prepare(self) -> None:
+    def _take(self) -> list[tuple[Camera, Frame, Prepared]] | None:
+        """The frames that wait, at most a batch; cameras whose turn is over go to the end. None at the end of all."""
+        taken: list[tuple[Camera, Frame, Prepared]] = []
+        with self._changed:
+            self._changed.wait_for(lambda: any(camera.waiting for camera in self.cameras), _POLL_S)
+            for camera in list(self._turns):
+                item = camera.waiting
+                if item is None or len(taken) == self.classifier.max_batch:
+                    continue
+                camera.waiting = None
+                if isinstance(item, EndOfStream):
+                    camera.ended = True
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    taken.append((camera, *item))
+                    self._turns.remove(camera)
+                    self._turns.append(camera)
+            self._changed.notify_all()
+            return None if not taken and all(camera.ended for camera in self.cameras) else taken
+
+    def _prepare(self, camera: Camera) -> None:
         due = 0
         try:
             while not self._stop.is_set():
-                frame = self.source.read()
+                frame = camera.source.read()
                 if frame is None or frame.sequence < due:
                     continue
                 due = frame.sequence + self._every
                 part = self._region(frame) if self._region else frame
-                self._hand_over((frame, self.classifier.prepare(part)), self.source.live)
+                self._hand_over(camera, (frame, self.classifier.prepare(part)), camera.source.live)
         except Exception as error:  # the end of the stream too; the iteration raises it
-            self._hand_over(error, False)
+            self._hand_over(camera, error, False)
 
-    def _hand_over(self, item: tuple[Frame, Prepared] | Exception, replaces: bool) -> None:
-        if replaces:
-            with suppress(queue.Empty):
-                self._prepared.get_nowait()
-                self.dropped += 1
-        while not self._stop.is_set():
-            with suppress(queue.Full):
-                return self._prepared.put(item, timeout=_POLL_S)
+    def _hand_over(self, camera: Camera, item: tuple[Frame, Prepared] | Exception, replaces: bool) -> None:
+        with self._changed:
+            if replaces and camera.waiting is not None:
+                camera.waiting = None
+                camera.dropped += 1
+            while not self._stop.is_set():
+                if self._changed.wait_for(lambda: camera.waiting is None, _POLL_S):
+                    camera.waiting = item
+                    self._changed.notify_all()
+                    return

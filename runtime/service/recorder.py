@@ -24,8 +24,10 @@ class Recorder:
         self._monitor, self._folder, self._region = monitor, folder, region
         self._recording = threading.Lock()
 
-    def record(self, name: str, seconds: float) -> int:
-        """Teach class ``name`` from up to `FRAMES` frames, evenly spread over the next seconds; returns how many.
+    def record(self, name: str, seconds: float, camera: str) -> int:
+        """Teach class ``name`` from up to `FRAMES` frames of a camera, evenly spread over the next seconds.
+
+        Returns how many frames the class has now.
 
         Raises `DataError` for a name that cannot be used, while another class is recorded, and when no frame comes,
         ``OSError`` when nothing can be written.
@@ -36,7 +38,7 @@ class Recorder:
         if not self._recording.acquire(blocking=False):
             raise DataError("Another class is being recorded; try again when it is done.")
         try:
-            frames = self._collect(seconds)
+            frames = self._collect(seconds, camera)
             if not frames:
                 raise DataError(f"No frame came within {seconds:g} seconds.")
             return add_frames(self._folder, name, frames)
@@ -47,12 +49,12 @@ class Recorder:
         """Forget what was recorded for class ``name``. Raises as `remove_class`."""
         remove_class(self._folder, name)
 
-    def _collect(self, seconds: float) -> list[Pixels]:
+    def _collect(self, seconds: float, camera: str) -> list[Pixels]:
         frames: list[Pixels] = []
-        last = self._monitor.last
+        last = self._monitor.last(camera)
         start = time.monotonic()
         while (passed := time.monotonic() - start) < seconds:
-            answer = self._monitor.last
+            answer = self._monitor.last(camera)
             if answer is not None and answer is not last and passed >= len(frames) * seconds / FRAMES:
                 frame = self._region(answer.frame) if self._region else answer.frame
                 frames.append(reduced(frame.pixels))

@@ -23,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from socketserver import TCPServer
 from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 from duallora_edge.errors import DualLoraEdgeError
 from duallora_edge.runtime.closing import Closing
@@ -73,8 +74,8 @@ class Reply:
 class Site:
     """What a server serves; called from several threads at once."""
 
-    def get(self, path: str) -> Reply | Stream | None:
-        """The reply for a path, None where there is nothing."""
+    def get(self, path: str, query: Mapping[str, str]) -> Reply | Stream | None:
+        """The reply for a path and what follows its question mark, None where there is nothing."""
         raise NotImplementedError
 
     def post(self, path: str, token: str, body: dict[str, Any]) -> Reply | None:
@@ -287,7 +288,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection |= "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         if not self._is_named():
             return
-        reply = self.server.site.get(self.path.partition("?")[0])
+        path, _, query = self.path.partition("?")
+        reply = self.server.site.get(path, dict(parse_qsl(query, keep_blank_values=True, errors="replace")))
         if reply is None:
             self._send(refusal(HTTPStatus.NOT_FOUND, "There is nothing here."))
         elif isinstance(reply, Reply):

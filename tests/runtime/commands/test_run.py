@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,29 @@ def test_a_folder(
     assert err.startswith("backend: cpu") and re.search(r"\d+ answers in [\d.]+ s .* 0 frames dropped", err)
 
 
+def test_several_cameras(capsys: pytest.CaptureFixture[str], shared_bundle: Path, photos: Path) -> None:
+    options = ("--source", f"left={photos}", "--source", photos / "0.png", "--backend", "cpu")
+    code, lines, err = run(capsys, shared_bundle, *options)
+    assert code == 0 and Counter(line["camera"] for line in lines) == {"left": 8, "2": 1}
+    assert [line["sequence"] for line in lines if line["camera"] == "left"] == list(range(8))
+    assert "camera left: 8 answers in" in err and "camera 2: 1 answers in" in err
+    code, _, err = run(capsys, shared_bundle, "--source", f"a={photos}", "--source", f"a={photos}")
+    assert code == 2 and "Two cameras are called 'a'" in err
+
+
 def test_a_line_is_complete(capsys: pytest.CaptureFixture[str], shared_bundle: Path, photos: Path) -> None:
     before = time.time()
     _, (line,), _ = run(capsys, shared_bundle, "--source", photos / "0.png", "--top", 2)
     assert list(line) == [
-        "schema", "sequence", "timestamp", "name", "age_ms", "label", "confidence", "task", "task_confidence",
+        "schema", "camera", "sequence", "timestamp", "name", "age_ms", "label", "confidence", "task", "task_confidence",
         "novelty", "is_novel", "top", "timings", "bundle", "bundle_version",
     ]  # fmt: skip
-    assert line["schema"] == 1 and line["name"] == str(photos / "0.png") and len(line["top"]) == 2
+    assert (
+        line["schema"] == 1
+        and line["camera"] == "1"
+        and line["name"] == str(photos / "0.png")
+        and len(line["top"]) == 2
+    )
     assert before <= line["timestamp"] <= time.time() and line["age_ms"] > 0
     assert (line["bundle"], line["bundle_version"]) == ("colours", 3)
 

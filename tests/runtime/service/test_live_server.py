@@ -35,15 +35,19 @@ SCRIPT = "<script>document.title = 'taken'</script>"
 
 
 class Known:
-    """A monitor that knows what it is told."""
+    """A monitor that knows what it is told, of as many cameras as are named."""
 
-    def __init__(self, last: Answer | None = None, **classifier: Any) -> None:
-        self.last = last
-        self.ok, self.source = True, {"connected": True, "last_error": None}
+    def __init__(self, last: Answer | None = None, *cameras: str, **classifier: Any) -> None:
+        self.cameras = cameras or ("1",)
+        self.answer = last
+        self.ok, self.source = True, {"connected": True, "last_error": None, "silent": False}
         self.classifier = {"status": "ok", **classifier}
 
+    def last(self, camera: str) -> Answer | None:
+        return self.answer
+
     def health(self) -> dict[str, Any]:
-        return {"ok": self.ok, "source": self.source, "classifier": self.classifier}
+        return {"ok": self.ok, "cameras": dict.fromkeys(self.cameras, self.source), "classifier": self.classifier}
 
     def metrics(self) -> str:
         return 'bundle{name="\ud800"} 1\n'
@@ -88,7 +92,7 @@ def watched(bundle: Path) -> Iterator[Monitor]:
         monitor = Monitor(pipeline)
         thread = threading.Thread(target=lambda: [monitor.add(answer) for answer in pipeline], daemon=True)
         thread.start()
-        wait_for(lambda: monitor.last is not None)
+        wait_for(lambda: monitor.last("1") is not None)
         yield monitor
     thread.join()
 
@@ -142,7 +146,7 @@ def watch(server: LiveServer, buffer: int | None = None) -> tuple[int, socket.so
     ],
 )
 def test_what_there_is(known: Known, path: str, kind: str, started: bool, pictures: bool) -> None:
-    known.last = known.last if started else None
+    known.answer = known.answer if started else None
     with LiveServer(known, port=0, pictures=pictures) as server:
         status, headers, body = ask(server, path)
         assert ask(server, path, "HEAD")[::2] == (status, b"")
@@ -197,8 +201,8 @@ def test_only_its_own_names(servers: list[LiveServer], host: str, at_home: bool,
 def test_what_a_bundle_says(shared_bundle: Path) -> None:
     with watched(shared_bundle) as monitor, LiveServer(monitor, port=0) as server:
         state = json.loads(ask(server, "/state.json")[2])
-        assert state["state"] == "ok" and state["health"]["ok"] and state["health"]["answers"] > 0
-        answer = state["answer"]
+        assert state["cameras"]["1"]["state"] == "ok" and state["health"]["ok"] and state["health"]["answers"] > 0
+        answer = state["cameras"]["1"]["answer"]
         assert (answer["label"], answer["task"], answer["bundle"], answer["bundle_version"]) == (
             "red",
             "warm",
@@ -218,20 +222,20 @@ def test_what_a_bundle_says(shared_bundle: Path) -> None:
     [
         ("ok", {}),
         ("probation", {"classifier": {"status": "probation"}}),
-        ("loading", {"classifier": {"status": "loading"}, "last": None}),
+        ("loading", {"classifier": {"status": "loading"}, "answer": None}),
         ("failed", {"classifier": {"status": "failed"}, "ok": False}),
-        ("waiting", {"last": None}),
-        ("waiting", {"last": None, "source": {"connected": False, "last_error": None}}),
-        ("lost", {"last": None, "source": {"connected": False, "last_error": "unplugged"}}),
-        ("lost", {"source": {"connected": False, "last_error": "unplugged"}, "ok": False}),
-        ("ok", {"source": {"connected": True, "last_error": "unplugged"}}),
-        ("ended", {"source": {"connected": False, "last_error": None}}),
-        ("silent", {"ok": False}),
+        ("waiting", {"answer": None}),
+        ("waiting", {"answer": None, "source": {"connected": False, "last_error": None, "silent": False}}),
+        ("lost", {"answer": None, "source": {"connected": False, "last_error": "unplugged", "silent": True}}),
+        ("lost", {"source": {"connected": False, "last_error": "unplugged", "silent": True}, "ok": False}),
+        ("ok", {"source": {"connected": True, "last_error": "unplugged", "silent": False}}),
+        ("ended", {"source": {"connected": False, "last_error": None, "silent": False}}),
+        ("silent", {"source": {"connected": True, "last_error": None, "silent": True}, "ok": False}),
     ],
 )
 def test_states(known: Known, server: LiveServer, word: str, change: dict[str, Any]) -> None:
     vars(known).update(change)
-    assert json.loads(ask(server, "/state.json")[2])["state"] == word
+    assert json.loads(ask(server, "/state.json")[2])["cameras"]["1"]["state"] == word
     assert ask(server, "/health")[0] == (200 if known.ok else 503)
     assert f'{word}: "' in ask(server, "/")[2].decode()  # there are words for it
 
@@ -243,7 +247,7 @@ def test_states(known: Known, server: LiveServer, word: str, change: dict[str, A
 def test_pictures_are_scaled(
     known: Known, server: LiveServer, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    known.last = answer_to(np.zeros((size[1], size[0], 3), np.uint8))
+    known.answer = answer_to(np.zeros((size[1], size[0], 3), np.uint8))
     assert Image.open(io.BytesIO(ask(server, "/frame.jpg")[2])).size == expected
 
 
@@ -253,9 +257,9 @@ def test_a_picture_is_encoded_once_and_only_when_asked_for(
     encoded: list[int] = []
     encode = live_server._encode
     monkeypatch.setattr(live_server, "_encode", lambda frame: encoded.append(frame.sequence) or encode(frame))
-    known.last = noise(1)
+    known.answer = noise(1)
     ask(server, "/state.json")
-    known.last = noise(2)
+    known.answer = noise(2)
     clients = [threading.Thread(target=ask, args=(server, "/frame.jpg")) for _ in range(8)]
     for client in clients:
         client.start()
@@ -265,7 +269,7 @@ def test_a_picture_is_encoded_once_and_only_when_asked_for(
     _, headers, _ = ask(server, "/frame.jpg")
     status, _, body = ask(server, "/frame.jpg", If_None_Match=headers["ETag"])
     assert (status, body) == (304, b"")
-    known.last = noise(3)
+    known.answer = noise(3)
     assert ask(server, "/frame.jpg", If_None_Match=headers["ETag"])[0] == 200 and encoded == [2, 3]
 
 
@@ -276,7 +280,7 @@ def test_the_stream(known: Known, server: LiveServer) -> None:
         assert response.headers["Content-Type"] == "multipart/x-mixed-replace; boundary=picture"
         assert response.readline() == b"--picture\r\n"
         for sequence in range(1, 4):
-            known.last = answer_to(np.full((10, 10 * sequence, 3), 9, np.uint8), sequence)
+            known.answer = answer_to(np.full((10, 10 * sequence, 3), 9, np.uint8), sequence)
             while True:
                 assert response.readline() == b"Content-Type: image/jpeg\r\n"
                 length = int(response.readline().split()[1])
@@ -286,7 +290,7 @@ def test_the_stream(known: Known, server: LiveServer) -> None:
                 if image.size == (10 * sequence, 10):
                     break
     assert ask(server, "/stream.mjpg", "HEAD")[0] == 200
-    known.last = None
+    known.answer = None
     assert ask(server, "/stream.mjpg")[0] == 503
 
 
@@ -321,7 +325,7 @@ def test_a_viewer_who_does_not_read_is_dropped(known: Known, monkeypatch: pytest
         def gone() -> bool:
             nonlocal sequence
             sequence += 1
-            known.last = noise(sequence)
+            known.answer = noise(sequence)
             return not server._server._connections
 
         wait_for(gone)
@@ -381,7 +385,7 @@ def test_so_many_connections_and_no_more(known: Known, server: LiveServer, monke
         assert refused.recv(1) == b""
     for client in clients:
         client.close()
-    known.last = noise(1)  # sending it, the server finds out
+    known.answer = noise(1)  # sending it, the server finds out
     wait_for(lambda: not server._server._connections)
     assert ask(server, "/health")[0] == 200
 
@@ -449,10 +453,10 @@ class Hand:
     def __init__(self) -> None:
         self.taught: list[str] = []
 
-    def record(self, name: str, seconds: float) -> int:
+    def record(self, name: str, seconds: float, camera: str) -> int:
         if name == "bad":
             raise DataError("There is no such thing.")
-        self.taught.append(f"{name} {seconds:g}")
+        self.taught.append(f"{name} {seconds:g}" + (f" {camera}" if camera != "1" else ""))
         return 20
 
     def forget(self, name: str) -> None:
@@ -481,7 +485,13 @@ def test_the_page_of_this_machine_may_teach(known: Known) -> None:
         assert post(server, "/teach", {"name": "hat", "seconds": 2.5}, token)[0] == 200
         assert post(server, "/unteach", {"name": "mug"}, token)[0] == 200
         assert post(server, "/teach", {"name": "bad"}, token) == (409, b"There is no such thing.\n")
-        for wrong in ({}, {"name": 1}, {"name": "x", "seconds": "5"}, {"name": "x", "seconds": True}):
+        for wrong in (
+            {},
+            {"name": 1},
+            {"name": "x", "seconds": "5"},
+            {"name": "x", "seconds": True},
+            {"name": "x", "camera": "2"},
+        ):
             assert post(server, "/teach", wrong, token)[0] == 400
         for guess in ("", "x" * len(token), token[:-1], token + "x", "\N{LATIN SMALL LETTER U WITH DIAERESIS}"):
             assert post(server, "/teach", {"name": "mug"}, guess)[0] == 403
@@ -517,7 +527,7 @@ def test_the_page_in_a_browser(browser: Any, bundle: Path) -> None:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(server.url)
         page.wait_for_function("document.querySelector('#state').textContent === 'running'")
-        page.wait_for_function("document.querySelector('#picture').naturalWidth > 0")
+        page.wait_for_function("document.querySelector('#pictures img').naturalWidth > 0")
         assert page.inner_text("#label") == SCRIPT and page.title() == "duallora-edge live"
         assert "<i>warm</i>" in page.inner_text("#task")
         rows = page.locator("#top li").all_inner_texts()
@@ -547,4 +557,28 @@ def test_the_form_shows_where_it_can_be_used(browser: Any, known: Known, here: b
             page.goto(local + "#" + server.teach_url.partition("#")[2])
             page.reload()
             page.locator("#teach").wait_for(state="visible")
+        page.close()
+
+
+def test_several_cameras(browser: Any) -> None:
+    known, hand = Known(noise(1), "door", "yard & <gate>", "hall"), Hand()
+    with LiveServer(known, port=0, recorder=hand) as server:
+        assert ask(server, "/frame.jpg?camera=yard%20%26%20%3Cgate%3E")[0] == ask(server, "/frame.jpg")[0] == 200
+        assert ask(server, "/frame.jpg?camera=nowhere")[0] == ask(server, "/stream.mjpg?camera=")[0] == 404
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(server.url)
+        page.wait_for_function(
+            "[...document.querySelectorAll('#pictures img')].filter((i) => i.naturalWidth).length === 3"
+        )
+        assert page.locator("figcaption b").all_inner_texts() == ["door", "yard & <gate>", "hall"]
+        page.locator("figure").nth(1).focus()
+        page.keyboard.press("Enter")
+        assert page.locator("figure").nth(1).get_attribute("aria-pressed") == "true"
+        page.fill("#name", "cat")
+        page.click("text=Teach 5 seconds")
+        page.get_by_text("has 20 frames").wait_for()
+        assert hand.taught == ["cat 5 yard & <gate>"] and problems == []
         page.close()

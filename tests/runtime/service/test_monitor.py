@@ -39,26 +39,30 @@ def test_counts(make_bundle: Callable[..., Path]) -> None:
     frames = [FRAME, FRAME.astype(np.float32), FRAME, FRAME]
     with Pipeline(open_source(frames), classifier) as pipeline:
         watching = Monitor(pipeline)
-        assert watching.last is None and watching.health()["age_ms"] == {"p50": None, "p90": None}
+        assert watching.cameras == ("1",) and watching.last("1") is None and watching.last("2") is None
+        assert watching.health()["cameras"]["1"]["age_ms"] == {"p50": None, "p90": None}
         for answer in pipeline:
             watching.add(answer)
     health = json.loads(json.dumps(watching.health(), allow_nan=False))
-    assert health["ok"] and health["answers"] == 3 and health["dropped"] == 0 and health["rate"] > 0
-    assert health["source"]["refused"] == 1 and health["classifier"]["swaps"] == {"refused": 1}
-    assert 0 <= health["age_ms"]["p50"] <= health["age_ms"]["p90"]
-    assert watching.last is answer
+    camera = health["cameras"]["1"]
+    assert (
+        health["ok"] and health["answers"] == camera["answers"] == 3 and camera["dropped"] == 0 and camera["rate"] > 0
+    )
+    assert camera["refused"] == 1 and health["classifier"]["swaps"] == {"refused": 1}
+    assert 0 <= camera["age_ms"]["p50"] <= camera["age_ms"]["p90"]
+    assert watching.last("1") is answer
 
     found = samples(watching.metrics())
     expected = {
-        "frames_captured_total": 3,
-        "frames_refused_total": 1,
-        "frames_dropped_total": 0,
-        "answers_total": 3,
+        "frames_captured_total|camera=1": 3,
+        "frames_refused_total|camera=1": 1,
+        "frames_dropped_total|camera=1": 0,
+        "answers_total|camera=1": 3,
         "failures_total": 0,
-        "source_connected": 0,
+        "source_connected|camera=1": 0,
         "swaps_refused_total": 1,
         "swaps_confirmed_total": 0,
-        "answer_age_seconds_count": 3,
+        "answer_age_seconds_count|camera=1": 3,
         "inference_seconds_bucket|le=+Inf": 3,
         "confidence_count": 3,
         "novelty_bucket|le=1.0": 3,
@@ -69,6 +73,23 @@ def test_counts(make_bundle: Callable[..., Path]) -> None:
     }
     assert {name: found[f"duallora_edge_{name}"] for name in expected} == expected
     assert found["duallora_edge_memory_pss_bytes"] > 1e6
+
+
+def test_counts_by_camera(shared_bundle: Path) -> None:
+    sources = {'a"b': open_source([FRAME] * 3), "yard": open_source([FRAME])}
+    with Pipeline(sources, Classifier.load(shared_bundle, "cpu", 1)) as pipeline:
+        watching = Monitor(pipeline)
+        for answer in pipeline:
+            watching.add(answer)
+    health, found = watching.health(), samples(watching.metrics())
+    assert health["answers"] == 4 and {name: each["answers"] for name, each in health["cameras"].items()} == {
+        'a"b': 3,
+        "yard": 1,
+    }
+    assert found['duallora_edge_answers_total|camera=a"b'] == 3
+    assert found["duallora_edge_answers_total|camera=yard"] == 1
+    assert found["duallora_edge_answer_age_seconds_bucket|camera=yard|le=+Inf"] == 1
+    assert found["duallora_edge_answer_age_seconds_count|camera=yard"] == 1
 
 
 def test_the_example_rules_and_panel_name_metrics_that_exist(shared_bundle: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_every_frame_of_a_file_in_order(classifier: Classifier, every: int, expe
     assert [answer.frame.sequence for answer in answers] == list(expected)
     assert [answer.prediction.label for answer in answers] == [names[index] for index in expected]
     assert all(answer.age_ms >= 0 and answer.instant is answer.prediction for answer in answers)
-    assert pipeline.dropped == 0
+    assert pipeline.cameras[0].dropped == 0
 
 
 def test_a_slow_reader_of_a_camera_gets_the_newest(classifier: Classifier) -> None:
@@ -64,8 +65,8 @@ def test_a_slow_reader_of_a_camera_gets_the_newest(classifier: Classifier) -> No
                 break
         stats = source.stats
     assert seen == sorted(seen) and seen[-1] > len(seen)
-    assert pipeline.dropped + stats.dropped > 0
-    assert stats.captured <= len(seen) + stats.dropped + pipeline.dropped + 4  # what is on its way
+    assert pipeline.cameras[0].dropped + stats.dropped > 0
+    assert stats.captured <= len(seen) + stats.dropped + pipeline.cameras[0].dropped + 4  # what is on its way
 
 
 def test_the_same_answers_as_one_call(classifier: Classifier) -> None:
@@ -83,7 +84,7 @@ def test_closing_ends_the_answers(classifier: Classifier) -> None:
     assert sum(1 for _ in pipeline) > 0
     closing.join()
     pipeline.close()
-    assert not pipeline._thread.is_alive()
+    assert not any(thread.is_alive() for thread in pipeline._threads)
 
 
 def test_a_source_that_breaks(classifier: Classifier) -> None:
@@ -148,6 +149,69 @@ def test_a_region_is_what_is_classified(classifier: Classifier) -> None:
 def test_every_must_be_positive(classifier: Classifier) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Pipeline(open_source([picture("red")]), classifier, every=0)
+
+
+# -- several cameras ------------------------------------------------------------------------------------------
+
+
+class Batching(Classifier):
+    """Takes up to ``limit`` frames in one run, and notes how many it got."""
+
+    limit = 8
+
+    @property
+    def max_batch(self) -> int:
+        return self.limit
+
+    def answer(self, prepared: Sequence[Prepared]) -> list[Prediction]:
+        vars(self).setdefault("batches", []).append(len(prepared))
+        time.sleep(0.005)
+        return super().answer(prepared)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8])
+def test_every_frame_of_several_files_in_batches(shared_bundle: Path, limit: int) -> None:
+    classifier = Batching.load(shared_bundle, "cpu", 1)
+    classifier.limit = limit  # type: ignore[attr-defined]
+    counts = {"red": 30, "green": 5, "blue": 20, "dark": 1}
+    sources = {name: open_source([picture(name)] * count) for name, count in counts.items()}
+    with Pipeline(sources, classifier) as pipeline:
+        answers = list(pipeline)
+    for name, count in counts.items():
+        mine = [answer for answer in answers if answer.camera == name]
+        assert [answer.frame.sequence for answer in mine] == list(range(count))
+        assert {answer.prediction.label for answer in mine} == {name}
+    batches = classifier.batches  # type: ignore[attr-defined]
+    assert sum(batches) == sum(counts.values()) and max(batches) <= limit
+    assert limit == 1 or max(batches) > 1
+
+
+def test_cameras_take_turns(shared_bundle: Path) -> None:
+    """A model that is slower than all cameras together answers each as often."""
+    classifier = Batching.load(shared_bundle, "cpu", 1)
+    classifier.limit = 1  # type: ignore[attr-defined]
+    rates = {"red": 500, "green": 150, "blue": 150, "dark": 150}
+    sources = {name: open_source([picture(name)], live=True, rate=rate, loop=True) for name, rate in rates.items()}
+    seen: list[str] = []
+    with Pipeline(sources, classifier) as pipeline:
+        for answer in pipeline:
+            seen.append(answer.camera)
+            if len(seen) == 80:
+                break
+    counts = Counter(seen[8:])
+    assert len(counts) == 4 and max(counts.values()) - min(counts.values()) <= 4
+    assert sum(camera.dropped + camera.source.stats.dropped for camera in pipeline.cameras) > 0
+
+
+def test_cameras_are_smoothed_apart(classifier: Classifier) -> None:
+    sources = {name: open_source([picture(name)] * 5) for name in ("red", "blue")}
+    with Pipeline(sources, classifier, smoothing=ExponentialSmoothing(100.0)) as pipeline:
+        assert all(answer.prediction.label == answer.camera for answer in pipeline)
+
+
+def test_a_pipeline_needs_a_source(classifier: Classifier) -> None:
+    with pytest.raises(ValueError, match="needs a source"):
+        Pipeline({}, classifier)
 
 
 # -- smoothing ------------------------------------------------------------------------------------------------

@@ -24,13 +24,16 @@ class Camera:
     """A monitor that sees another shade of grey every few milliseconds."""
 
     def __init__(self, side: int = 16) -> None:
-        self.last: Any = None
+        self.answer: Any = None
         self._side = side
+
+    def last(self, camera: str) -> Any:
+        return self.answer if camera == "door" else None
 
     def see(self, number: int) -> None:
         pixels = np.full((self._side, 2 * self._side, 3), number % 256, np.uint8)
         prediction = Prediction("a", 1.0, "t", 1.0, 0.0, None, Timings(0, 0, 0), "b", 1, np.ones(1, np.float32), ("a",))
-        self.last = Answer(Frame(pixels, number, float(number), float(number)), prediction, prediction, None)
+        self.answer = Answer(Frame(pixels, number, float(number), float(number)), prediction, prediction, None)
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def test_frames_are_spread_over_the_time(tmp_path: Path) -> None:
     camera = Camera()
     camera.see(0)
     with running(camera):
-        count = Recorder(camera, tmp_path).record("mug", 0.6)
+        count = Recorder(camera, tmp_path).record("mug", 0.6, "door")
     found = shades(tmp_path, "mug")
     assert len(found) == count <= FRAMES and count > FRAMES // 2
     assert 0 not in found and found[-1] - found[0] > 40  # what was seen before is not of the class
@@ -67,7 +70,7 @@ def test_frames_are_spread_over_the_time(tmp_path: Path) -> None:
 def test_only_what_is_classified_and_no_larger_than_needed(tmp_path: Path) -> None:
     camera = Camera(1000)
     with running(camera, 0.05):
-        Recorder(camera, tmp_path, Region(0, 0, 0.5, 1)).record("mug", 0.3)
+        Recorder(camera, tmp_path, Region(0, 0, 0.5, 1)).record("mug", 0.3, "door")
     (frames,) = read_taught(tmp_path, lambda frame: frame).values()
     assert {frame.shape for frame in frames} == {(MAX_SIDE, MAX_SIDE, 3)}
 
@@ -82,7 +85,7 @@ def test_what_cannot_be_recorded(tmp_path: Path, name: str, seconds: float, word
     camera.see(0)
     recorder = Recorder(camera, tmp_path)
     with pytest.raises(DataError, match=words):
-        recorder.record(name, seconds)
+        recorder.record(name, seconds, "door")
     assert not list(tmp_path.iterdir())
 
 
@@ -90,14 +93,18 @@ def test_one_class_at_a_time_and_forgotten_again(tmp_path: Path) -> None:
     camera = Camera()
     recorder = Recorder(camera, tmp_path)
     with running(camera):
-        first = threading.Thread(target=recorder.record, args=("mug", 0.5))
+        first = threading.Thread(target=recorder.record, args=("mug", 0.5, "door"))
         first.start()
         time.sleep(0.1)
         with pytest.raises(DataError, match="Another class"):
-            recorder.record("hat", 0.1)
+            recorder.record("hat", 0.1, "door")
         first.join()
-        recorder.record("hat", 0.1)
+        recorder.record("hat", 0.1, "door")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hat", "mug"]
+    with pytest.raises(DataError, match="No frame came"):
+        recorder.record("hat", 0.1, "yard")
+    with pytest.raises(DataError, match="No frame came"):
+        recorder.record("hat", 0.1, "yard")
     recorder.forget("mug")
     assert [path.name for path in tmp_path.iterdir()] == ["hat"]
     with pytest.raises(DataError, match="no taught class"):

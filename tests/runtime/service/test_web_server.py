@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ class Notes(Site):
     def __init__(self) -> None:
         self.taken: list[tuple[str, str, dict[str, Any]]] = []
 
-    def get(self, path: str) -> Reply | None:
+    def get(self, path: str, query: Mapping[str, str]) -> Reply | None:
         return Reply(b"hello") if path == "/" else None
 
     def post(self, path: str, token: str, body: dict[str, Any]) -> Reply | None:
