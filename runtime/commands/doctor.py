@@ -243,7 +243,13 @@ def _package_advice(name: str, answer: Answer) -> str | None:
         return f"This {name} was built for NumPy 1: pip install 'numpy<2'."
     if name == "onnxruntime":
         return None  # has advice of its own
-    return f"{name} is installed, but {answer.state} ({answer.reason}): reinstall the build for this machine."
+    return f"{name} is installed, but {_problem(answer)}: reinstall the build for this machine."
+
+
+def _problem(answer: Answer) -> str:
+    if answer.reason == NOT_INSTALLED:
+        return "its files are missing"
+    return f"{'cannot be imported' if answer.state == 'no' else answer.state} ({answer.reason})"
 
 
 def _onnxruntime_advice(detected: Detected, packages: Mapping[str, Answer], cuda: Answer) -> list[str]:
@@ -265,8 +271,7 @@ def _onnxruntime_advice(detected: Detected, packages: Mapping[str, Answer], cuda
         return [] if has_tensorrt else [f"ONNX Runtime is not installed: {remedy}."]
     if _package_advice("onnxruntime", answer):  # another NumPy will do
         return []
-    problem = "its files are missing" if answer.reason == NOT_INSTALLED else f"{answer.state} ({answer.reason})"
-    return [f"{''.join(there) or 'onnxruntime'} is installed, but {problem}: {remedy}."]
+    return [f"{''.join(there) or 'onnxruntime'} is installed, but {_problem(answer)}: {remedy}."]
 
 
 def _uninstall(distributions: Sequence[str]) -> str:

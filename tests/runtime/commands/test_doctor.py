@@ -74,6 +74,11 @@ def on_ladder(write: Write, rung: str) -> str:
         ("raise ValueError('first line\\nsecond')", "no", "ValueError: first line"),
         ("raise NoAnswerError('there is none')", "no", "there is none"),
         ("raise KeyError", "no", "KeyError"),
+        (
+            "import sys; sys.stderr.write('A module that was compiled using NumPy 1.x cannot run'); raise ImportError",
+            "no",
+            "ImportError (compiled using NumPy 1)",
+        ),
         ("ctypes.string_at(0)", "crashed", "the process was killed by SIGSEGV"),
         ("os.abort()", "crashed", "the process was killed by SIGABRT"),
         (
@@ -406,9 +411,14 @@ def test_a_tensorrt_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pyt
             "This onnxruntime was built for NumPy 1: pip install 'numpy<2'",
         ),
         (
-            {"cv2": Answer("no", reason="ImportError: A module that was compiled using NumPy 1.x cannot be run in")},
+            {"cv2": Answer("no", reason="ImportError (compiled using NumPy 1)")},
             None,
             "This opencv was built for NumPy 1: pip install 'numpy<2'",
+        ),
+        (
+            {"onnxruntime": Answer("no", reason="ImportError")},
+            None,
+            "onnxruntime is installed, but cannot be imported (ImportError): pip uninstall onnxruntime, then pip",
         ),
         (
             {"onnxruntime": Answer("crashed", reason="SIGILL")},
