@@ -12,9 +12,10 @@ import click
 
 from duallora_edge import __version__, interrupts
 from duallora_edge.errors import DualLoraEdgeError
+from duallora_edge.extras import install_hint
 from duallora_edge.text import escaped
 
-# name -> ("module:attribute", extra that brings what the module imports, one-line help)
+# name -> ("module:attribute", extra that brings what the module imports ("": none), one-line help)
 COMMANDS = {
     "demo": ("duallora_edge.demo:demo", "demo", "Learn, export, verify and measure on embedded data."),
     "train": (
@@ -39,13 +40,13 @@ COMMANDS = {
     "export": ("duallora_edge.export.commands:export", "train", "Write a verified bundle for a device."),
     "build": (
         "duallora_edge.runtime.commands.build:build",
-        "tensorrt",
+        "",
         "Build and check a TensorRT engine for this device.",
     ),
-    "apply": ("duallora_edge.runtime.field.commands:apply", "cpu", "Make a new bundle of an older one and a delta."),
-    "teach": ("duallora_edge.runtime.field.commands:teach", "cpu", "Teach a class on the device, from a few frames."),
-    "unteach": ("duallora_edge.runtime.field.commands:unteach", "cpu", "Forget a class that was taught."),
-    "kept": ("duallora_edge.runtime.field.commands:kept", "cpu", "Fetch the frames that 'run --keep' kept."),
+    "apply": ("duallora_edge.runtime.field.commands:apply", "", "Make a new bundle of an older one and a delta."),
+    "teach": ("duallora_edge.runtime.field.commands:teach", "", "Teach a class on the device, from a few frames."),
+    "unteach": ("duallora_edge.runtime.field.commands:unteach", "", "Forget a class that was taught."),
+    "kept": ("duallora_edge.runtime.field.commands:kept", "", "Fetch the frames that 'run --keep' kept."),
     "label": ("duallora_edge.runtime.field.commands:label", "label", "Name the kept frames, on a page in the browser."),
     "update": (
         "duallora_edge.runtime.field.commands:update",
@@ -53,20 +54,20 @@ COMMANDS = {
         "Bring the newest bundle into a store.",
     ),
     "learn": ("duallora_edge.learn:learn", "train", "Learn a task on the device, into its store."),
-    "slots": ("duallora_edge.runtime.field.commands:slots", "cpu", "Show what a device's store holds."),
-    "revert": ("duallora_edge.runtime.field.commands:revert", "cpu", "Go back to the other bundle of a store."),
+    "slots": ("duallora_edge.runtime.field.commands:slots", "", "Show what a device's store holds."),
+    "revert": ("duallora_edge.runtime.field.commands:revert", "", "Go back to the other bundle of a store."),
     "channel": ("duallora_edge.runtime.field.channel_commands:channel", "publish", "Publish bundles for devices."),
-    "predict": ("duallora_edge.runtime.commands.predict:predict", "cpu", "Classify images with a bundle."),
-    "run": ("duallora_edge.runtime.commands.run:run", "cpu", "Classify a camera, stream or file; prints JSON lines."),
+    "predict": ("duallora_edge.runtime.commands.predict:predict", "", "Classify images with a bundle."),
+    "run": ("duallora_edge.runtime.commands.run:run", "", "Classify a camera, stream or file; prints JSON lines."),
     "benchmark": (
         "duallora_edge.runtime.commands.benchmark:benchmark",
-        "cpu",
+        "",
         "Measure latency and memory of a bundle on this machine.",
     ),
-    "devices": ("duallora_edge.device_profiles.commands:devices", "cpu", "List the known devices and this machine."),
+    "devices": ("duallora_edge.device_profiles.commands:devices", "", "List the known devices and this machine."),
     "doctor": (
         "duallora_edge.runtime.commands.doctor:doctor",
-        "cpu",
+        "",
         "Find out what this machine can run, and what is wrong.",
     ),
 }
@@ -117,10 +118,9 @@ class LazyGroup(click.Group):
 
 
 def _not_installed(command: str, error: ModuleNotFoundError) -> click.ClickException:
-    """The error that names the extra which brings a missing package."""
+    """The error that says what to install."""
     return click.ClickException(
-        f"'{command}' needs the package {error.name}, which is not installed: "
-        f"pip install 'duallora-edge[{COMMANDS[command][1]}]'."
+        f"'{command}' needs the package {error.name}, which is not installed: {install_hint(COMMANDS[command][1])}."
     )
 
 

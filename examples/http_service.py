@@ -1,4 +1,4 @@
-"""An HTTP service that classifies the images it is sent. Needs ``pip install 'duallora-edge[serve]'``.
+"""An HTTP service that classifies the images it is sent. Needs the extra ``[serve]``.
 
     python http_service.py BUNDLE --port 8000
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg http://127.0.0.1:8000/classify

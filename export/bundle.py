@@ -337,6 +337,12 @@ cd "$(dirname "$0")"
 """
 
 
+def _constraints(target: Target) -> str:
+    """The option of pip for a JetPack whose newest packages do not fit it."""
+    major = (target.jetpack or "").split(".")[0]
+    return f"-c jetson/constraints-jp{major}.txt " if major in ("6", "7") else ""
+
+
 def _readme(
     run: RunDirectory,
     model: ComposedModel,
@@ -360,9 +366,10 @@ def _readme(
         f"An image classifier of {len(model.catalogue.classes)} classes from {len(model.catalogue.tasks)} tasks, "
         f"for {target.profile.title}" + (f" with JetPack {target.jetpack}." if target.jetpack else "."),
         "",
-        "The runtime, from the wheel that `pip wheel --no-deps .` makes in a checkout of duallora-edge:",
+        "The runtime, from the wheel that `pip wheel --no-deps .` makes in a checkout of duallora-edge"
+        + (" (on a Jetson: its page docs/jetson.md):" if target.jetpack else ":"),
         "",
-        f"    pip install './duallora_edge-{__version__}-py3-none-any.whl[cpu]'",
+        f"    pip install {_constraints(target)}'./duallora_edge-{__version__}-py3-none-any.whl[cpu]'",
         "    duallora-edge predict THIS_FOLDER photo.jpg",
         "    duallora-edge benchmark THIS_FOLDER",
         "    duallora-edge doctor THIS_FOLDER      # what this machine can really run",

@@ -8,6 +8,7 @@ code 0 when everything works, else 1. Python 3.6 can run this file, to be told t
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Children start here: in a checkout they would import its folder instead of what is installed.
@@ -22,9 +23,14 @@ IMPORTS = {
     "sys.modules else sys.exit('it imports torch'))",
     "numpy": "import numpy; print(numpy.__version__)",
     "pillow": "import PIL.Image; print(PIL.__version__)",
-    "onnxruntime": "import onnxruntime; print(onnxruntime.__version__)",
 }
-REMEDY = "pip install 'duallora-edge[cpu]', or as docs/jetson.md says"
+# One of these is enough. None may be broken.
+BACKENDS = {
+    "onnxruntime": "import onnxruntime; print(onnxruntime.__version__)",
+    "tensorrt": "import tensorrt; from duallora_edge.runtime.backends import tensorrt as backend; "
+    "backend.load_cudart(); print(tensorrt.__version__)",
+}
+REMEDY = "see docs/jetson.md"
 
 
 def say(passed: bool, text: str) -> bool:
@@ -40,11 +46,11 @@ def check_python() -> bool:
     return say(not remedy, f"Python {version}{remedy}")
 
 
-def check_import(name: str) -> bool:
+def check_import(name: str, code: str) -> bool:
     """The package imports, in a process of its own: a broken one may kill it, or hang."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", IMPORTS[name]],
+            [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             cwd=FOLDER,
@@ -56,6 +62,13 @@ def check_import(name: str) -> bool:
     answer = done.stdout if done.returncode == 0 else done.stderr
     last = (answer.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return say(done.returncode == 0, f"import {name}: {last}" + (f"; {REMEDY}" if done.returncode else ""))
+
+
+def check_backends() -> bool:
+    """A backend is installed, and none that is installed is broken."""
+    installed = [name for name in BACKENDS if find_spec(name)]
+    passed = [check_import(name, BACKENDS[name]) for name in installed]
+    return all(passed) if installed else say(False, f"neither {' nor '.join(BACKENDS)} is installed; {REMEDY}")
 
 
 def check_doctor(bundle: list) -> bool:
@@ -93,8 +106,9 @@ def main(arguments: list) -> int:
     bundle = [str(Path(path).resolve()) for path in arguments]
     passed = check_python()
     if passed:
-        imports = [check_import(name) for name in IMPORTS]
-        passed = all(imports) and check_doctor(bundle) and all(check_golden(path) for path in bundle)
+        imports = [check_import(name, code) for name, code in IMPORTS.items()]
+        passed = all(imports) and all([check_backends(), check_doctor(bundle)])  # the doctor says what to do
+        passed = passed and all(check_golden(path) for path in bundle)
     print("The installation works." if passed else "The installation does not work yet.")
     return 0 if passed else 1
 

@@ -76,13 +76,12 @@ def test_wrong_usage_exits_with_2(call: Call, arguments: tuple[str, ...], messag
     assert (code, out) == (2, "") and message in err and "Traceback" not in err
 
 
-def test_a_missing_package_names_the_extra(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_says_what_to_install(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.COMMANDS, "train", ("package_that_is_not_there.commands:train", "train", "Learn."))
     code, out, err = call("train", "--data", "photos")
     assert (code, out) == (1, "")
-    assert err == (
-        "Error: 'train' needs the package package_that_is_not_there, which is not installed: "
-        "pip install 'duallora-edge[train]'.\n"
+    assert err.startswith(
+        "Error: 'train' needs the package package_that_is_not_there, which is not installed: pip install 'torch>="
     )
     assert call("--help")[0] == 0  # the others still work
 

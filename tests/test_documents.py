@@ -19,6 +19,7 @@ from safetensors import safe_open
 from duallora_edge.cli import main
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.runtime.device.cuda import CUDA_PYTHON
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -34,8 +35,8 @@ DOCUMENTS = sorted(
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 
 FENCE = re.compile(r"^(?P<indent> *)```.*?^(?P=indent)```", re.M | re.S)
-FOLDERS = "benchmarks|device_profiles|docs|duallora_edge|examples|export|learner|runtime|scripts|tests"
-FILE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|sh|sbatch|service|png))(?:: ([\w.]+))?`")
+FOLDERS = "benchmarks|device_profiles|docs|duallora_edge|examples|export|jetson|learner|runtime|scripts|tests"
+FILE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|sh|sbatch|service|png|txt|Dockerfile))(?:: ([\w.]+))?`")
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -84,6 +85,50 @@ def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     slugs = [re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading)).strip().lower() for heading in headings]
     return {re.sub(r"\s", "-", slug) for slug in slugs}
+
+
+# -- what to install -----------------------------------------------------------------------------------------------
+
+COMMAND = re.compile(r"pip (?:install|download)\b[^\n`]*")
+_, _, PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]\n")
+EXTRAS = set(re.findall(r"^(\w+) = ", PROJECT.partition("\n\n")[0], re.M))
+PARTS = ("device_profiles", "duallora_edge", "examples", "export", "learner", "runtime", "scripts")
+CONTAINERS = [Path("jetson/jetpack6.Dockerfile"), Path("jetson/jetpack7.Dockerfile")]
+
+
+def pip_commands(file: Path) -> list[str]:
+    """The commands of pip in a file, each in one line."""
+    return COMMAND.findall(re.sub(r" *\\\n *", " ", (ROOT / file).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("file", [*DOCUMENTS, *CONTAINERS, Path("examples/duallora-edge.service")], ids=str)
+def test_commands_of_pip(file: Path) -> None:
+    """None asks an index for duallora-edge, a name that anybody could register there, and all extras exist."""
+    for command in pip_commands(file):
+        assert not re.search(r"duallora-edge(?!/)", command), command
+        assert set(re.findall(r"\w+", " ".join(re.findall(r"\[([\w,-]+)\]", command)))) <= EXTRAS, command
+
+
+def test_no_message_installs_the_package_by_its_name() -> None:
+    sources = [file for part in PARTS for file in (ROOT / part).rglob("*.py")]
+    assert len(sources) > 100
+    assert not [file for file in sources if re.search(r"pip install ['\"]?duallora", file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    ("file", "constraints"), [(Path("docs/jetson.md"), "66767"), (CONTAINERS[0], "6"), (CONTAINERS[1], "7")], ids=str
+)
+def test_what_a_jetpack_needs_is_constrained(file: Path, constraints: str) -> None:
+    """Every command for a JetPack with a GPU names its constraints, here in the order of the page."""
+    commands = [command for command in pip_commands(file) if "cuda-python" in command]
+    named = [re.findall(r" -c (?:/tmp/)?constraints-jp(\d)\.txt ", command) for command in commands]
+    assert named == [[digit] for digit in constraints]
+
+
+@pytest.mark.parametrize(("jetpack", "cuda"), [(6, 12), (7, 13)])
+def test_constraints_and_messages_name_the_same_cuda_python(jetpack: int, cuda: int) -> None:
+    text = (ROOT / "jetson" / f"constraints-jp{jetpack}.txt").read_text(encoding="utf-8")
+    assert re.findall(r"^cuda-python\S*", text, re.M) == [CUDA_PYTHON[cuda].strip("'")]
 
 
 # -- formats ------------------------------------------------------------------------------------------------------

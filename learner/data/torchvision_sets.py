@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duallora_edge.errors import DataError
+from duallora_edge.extras import install_hint
 from duallora_edge.learner.data.images import DatasetImage, ImageSet
 from duallora_edge.learner.data.split import Found, FoundTask
 
@@ -26,7 +27,7 @@ def find_in_torchvision(name: str, root: Path, task_name: str) -> Found:
     try:
         from torchvision import datasets
     except ModuleNotFoundError as error:
-        raise DataError("torchvision: sources need torchvision: pip install 'duallora-edge[train]'.") from error
+        raise DataError(f"torchvision: sources need torchvision: {install_hint('train')}.") from error
     if name not in datasets.__all__:
         near = difflib.get_close_matches(name, datasets.__all__, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "for example CIFAR100, MNIST or GTSRB."

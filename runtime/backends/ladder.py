@@ -171,7 +171,9 @@ def open_backend(
         return opened if backend == "auto" else replace(opened, irrelevant=frozenset())
     reasons = "; ".join(f"{label}: {reason}" for label, reason in not_used.items())
     fallback_left = strict and names[-1] not in not_used
-    remedy = "leave out 'strict' to fall back" if fallback_left else "reinstall ONNX Runtime or export the run again"
+    remedy = "see 'duallora-edge doctor' or export the run again"
+    if fallback_left:
+        remedy = "leave out 'strict' to fall back"
     raise BackendError(f"No backend can run {bundle.path} as asked ({reasons}); {remedy}.")
 
 
@@ -242,9 +244,7 @@ def _import_onnxruntime(provider: str) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise UnavailableError(
-            f"ONNX Runtime cannot be imported ({_first_line(error)}): pip install 'duallora-edge[cpu]'"
-        ) from error
+        raise UnavailableError(f"ONNX Runtime cannot be imported ({_first_line(error)})") from error
     if provider not in ort.get_available_providers():
         raise UnavailableError(f"this ONNX Runtime ({ort.__version__}) is built without {provider}")
     return ort

@@ -29,6 +29,7 @@ from duallora_edge.runtime.backends.engine_build import build_engines, engine_ke
 from duallora_edge.runtime.backends.engine_cache import read_engine
 from duallora_edge.runtime.backends.tensorrt_api import TensorRT, make_logger, make_runtime
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS, Bundle, Outputs
+from duallora_edge.runtime.device.cuda import CUDA_PYTHON
 from duallora_edge.runtime.preprocess import Pixels
 
 CUDART = ("cuda.bindings.runtime", "cuda.cudart")  # the newer and the older name of NVIDIA's bindings
@@ -63,7 +64,7 @@ def load_cudart() -> Any:
         with suppress(ImportError):
             return importlib.import_module(name)
     raise UnavailableError(
-        "cuda-python is not installed: pip install cuda-python, of the major version of this machine's CUDA"
+        f"cuda-python is not installed: pip install {CUDA_PYTHON[12]} for CUDA 12, {CUDA_PYTHON[13]} for CUDA 13"
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from duallora_edge.extras import install_hint
 from duallora_edge.runtime.backends.contract import UnavailableError
 from duallora_edge.runtime.device.cuda import Driver, Gpu, NoGpuError
 
@@ -23,11 +24,10 @@ TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
 OLDEST = (8, 5)
 
-_REMEDIES = {
-    TENSORRT: "on a Jetson use JetPack's python3-libnvinfer, with a virtual environment of JetPack's own Python made "
-    "with --system-site-packages; elsewhere pip install 'duallora-edge[tensorrt]'",
-    TENSORRT_RTX: "pip install 'duallora-edge[rtx]'",
-}
+_ON_A_JETSON = (
+    "on a Jetson use JetPack's python3-libnvinfer, with a virtual environment of JetPack's own Python made with "
+    "--system-site-packages; elsewhere "
+)
 # Of TensorRT 8: these pass values on, so that a precision of their own would only add conversions.
 _WITHOUT_PRECISION = ("CONSTANT", "SHAPE", "IDENTITY", "CAST")
 
@@ -79,7 +79,8 @@ def load_tensorrt(packages: Sequence[str] = (TENSORRT, TENSORRT_RTX)) -> TensorR
             trt: Any = importlib.import_module(package)
         except Exception as error:  # besides ImportError: whatever a damaged installation raises
             line = (str(error).splitlines() or [type(error).__name__])[0]
-            reasons.append(f"{package} cannot be imported ({line[:200]}): {_REMEDIES[package]}")
+            remedy = install_hint("rtx") if package == TENSORRT_RTX else _ON_A_JETSON + install_hint("tensorrt")
+            reasons.append(f"{package} cannot be imported ({line[:200]}): {remedy}")
             continue
         found = TensorRT(package, str(trt.__version__), trt)
         if found.is_rtx or _numbers(found.version) >= OLDEST:

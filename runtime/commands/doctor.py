@@ -8,9 +8,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from duallora_edge import __version__
 from duallora_edge.device_profiles.commands import describe
 from duallora_edge.device_profiles.detection import Detected, detect
 from duallora_edge.device_profiles.profile import GIB, jetpacks
+from duallora_edge.extras import install_hint, onnxruntimes
 from duallora_edge.files import cache_folder
 from duallora_edge.runtime.device import probes
+from duallora_edge.runtime.device.cuda import CUDA_PYTHON
 from duallora_edge.runtime.device.probes import NOT_INSTALLED, Answer, ask
 from duallora_edge.runtime.device.state import run_tool
 from duallora_edge.runtime.process_memory import read_memory
@@ -32,6 +33,8 @@ RUNG_TIMEOUT_S = 180.0  # the first session of a GPU provider can take more than
 TOOL_TIMEOUT_S = 10.0
 FATAL = ("crashed", "hung")
 LOW_BYTES = GIB  # of free memory or disk; building an engine takes several hundred megabytes of each
+HOLDS_NO_GIL = [12, 9, 1]  # cuda-python, from this version on
+BUILT_FOR_NUMPY_1 = re.compile(r"numpy\.core\.multiarray|_ARRAY_API|compiled using NumPy 1")
 
 # Name -> modules of which the first that exists is imported, and distributions that know the version.
 PACKAGES = {
@@ -204,10 +207,10 @@ def _advise(detected: Detected, packages: Mapping[str, Answer], cuda: Answer) ->
     """One line for each problem of the machine and its packages."""
     advice = []
     line = jetpacks().get(detected.jetpack or "")
-    python = ".".join(platform.python_version_tuple()[:2])
     if line and line.refused:
         advice.append(f"{line.refused}: update JetPack, or use another device.")
-    elif line and line.python != python:
+    elif line and _is_foreign_python(detected):
+        python = _python()
         advice.append(
             f"JetPack {line.version} has Python {line.python}, and Python {python} cannot import its TensorRT: here "
             f"only what is installed for {python} can run, such as the CPU build of ONNX Runtime."
@@ -217,37 +220,84 @@ def _advise(detected: Detected, packages: Mapping[str, Answer], cuda: Answer) ->
             "JetPack's TensorRT is not visible: sudo apt install python3-libnvinfer, and create the virtual "
             "environment with --system-site-packages."
         )
-    if {"onnxruntime", "onnxruntime-gpu"} <= _distributions():
-        advice.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall both, then "
-            "install one."
-        )
     advice += [text for name, answer in packages.items() if (text := _package_advice(name, answer))]
-    return advice + _gpu_advice(detected, packages["onnxruntime"], cuda)
+    return [*advice, *_onnxruntime_advice(detected, packages, cuda), *_gpu_advice(detected, packages, cuda)]
+
+
+def _python() -> str:
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def _is_foreign_python(detected: Detected) -> bool:
+    """Not the Python of this JetPack, for which the builds for its GPU are made."""
+    line = jetpacks().get(detected.jetpack or "")
+    return line is not None and line.python != _python()
 
 
 def _package_advice(name: str, answer: Answer) -> str | None:
     if answer.ok or answer.reason == NOT_INSTALLED:
-        missing = {"onnxruntime": "ONNX Runtime is not installed: pip install 'duallora-edge[cpu]'."}
-        return None if answer.ok else missing.get(name)
+        return None
     if "has no attribute 'bool'" in answer.reason:
         return f"This {name} is too old for the installed NumPy: pip install 'numpy<1.24'."
-    if "numpy.core.multiarray" in answer.reason or "_ARRAY_API" in answer.reason:
+    if BUILT_FOR_NUMPY_1.search(answer.reason):
         return f"This {name} was built for NumPy 1: pip install 'numpy<2'."
-    return f"{name} is installed, but {answer.state} ({answer.reason}): reinstall the build for this machine."
+    if name == "onnxruntime":
+        return None  # has advice of its own
+    return f"{name} is installed, but {_problem(answer)}: reinstall the build for this machine."
 
 
-def _gpu_advice(detected: Detected, onnxruntime: Answer, cuda: Answer) -> list[str]:
-    has_cuda = "CUDAExecutionProvider" in onnxruntime.values.get("providers", ())
-    if cuda.ok and onnxruntime.ok and not has_cuda:
-        remedy = "pip uninstall onnxruntime, then pip install 'duallora-edge[gpu]'"
-        if platform.machine() == "aarch64":
-            remedy = "uninstall it and install the build for this JetPack (docs/jetson.md)"
-        return [f"The GPU answers, but this ONNX Runtime is built for the CPU only: {remedy}."]
-    if not cuda.ok and (has_cuda or detected.is_jetson or detected.gpu):
+def _problem(answer: Answer) -> str:
+    if answer.reason == NOT_INSTALLED:
+        return "its files are missing"
+    return f"{'cannot be imported' if answer.state == 'no' else answer.state} ({answer.reason})"
+
+
+def _onnxruntime_advice(detected: Detected, packages: Mapping[str, Answer], cuda: Answer) -> list[str]:
+    """What to do about ONNX Runtime. Never leads to a second one beside the first: they overwrite each other."""
+    answer, there = packages["onnxruntime"], onnxruntimes()
+    has_tensorrt = packages["tensorrt"].ok or packages["tensorrt_rtx"].ok
+    on_gpu = cuda.ok and not _is_foreign_python(detected)
+    if (detected.is_jetson and not _is_foreign_python(detected)) or (on_gpu and platform.machine() == "aarch64"):
+        remedy = _uninstall(there) + "install the build for this JetPack (docs/jetson.md)"
+    else:
+        remedy = _uninstall(there) + install_hint("gpu" if on_gpu else "cpu", with_onnxruntime=True)
+    if len(there) > 1:
+        return [f"{' and '.join(there)} are both installed and overwrite each other: {remedy}."]
+    if answer.ok:
+        if on_gpu and not has_tensorrt and "CUDAExecutionProvider" not in answer.values.get("providers", ()):
+            return [f"The GPU answers, but this ONNX Runtime is built for the CPU only: {remedy}."]
+        return []
+    if answer.reason == NOT_INSTALLED and not there:
+        return [] if has_tensorrt else [f"ONNX Runtime is not installed: {remedy}."]
+    if _package_advice("onnxruntime", answer):  # another NumPy will do
+        return []
+    return [f"{''.join(there) or 'onnxruntime'} is installed, but {_problem(answer)}: {remedy}."]
+
+
+def _uninstall(distributions: Sequence[str]) -> str:
+    return f"pip uninstall {' '.join(distributions)}, then " if distributions else ""
+
+
+def _gpu_advice(detected: Detected, packages: Mapping[str, Answer], cuda: Answer) -> list[str]:
+    if not cuda.ok:
+        expected = "CUDAExecutionProvider" in packages["onnxruntime"].values.get("providers", ())
+        if not (expected or detected.is_jetson or detected.gpu):
+            return []
         return [
             f"The GPU does not answer ({cuda.reason}): check the driver; a container needs NVIDIA's runtime, and on a "
             "Jetson the user must be in the groups video and render."
+        ]
+    bindings = packages["cuda-python"]
+    wanted = CUDA_PYTHON.get(int(cuda.values["version"].split(".")[0]))
+    if wanted is None or not (packages["tensorrt"].ok or packages["tensorrt_rtx"].ok):
+        return []
+    if bindings.reason == NOT_INSTALLED:
+        return [f"TensorRT needs cuda-python: pip install {wanted}."]
+    version = str(bindings.values.get("version"))
+    if bindings.ok and [int(number) for number in re.findall(r"\d+", version)[:3]] < HOLDS_NO_GIL:
+        return [
+            f"cuda-python {version} stops the other threads while the GPU works: pip uninstall cuda-python "
+            f"cuda-bindings, then pip install {wanted}."
         ]
     return []
 
@@ -258,18 +308,15 @@ def _backend_advice(backends: Mapping[str, Answer], cuda: Answer) -> list[str]:
         if re.search(r"no ?kernel ?image", answer.reason, re.IGNORECASE):
             devices = cuda.values.get("devices") or [{"compute_capability": "unknown"}]
             capability = devices[0]["compute_capability"]
+            first = "" if name == "tensorrt" else _uninstall(onnxruntimes())
             advice.append(
-                f"{name}: this build has no kernels for compute capability {capability}: install another one."
+                f"{name}: this build has no kernels for compute capability {capability}: {first}install another one."
             )
         elif answer.state in FATAL:
             advice.append(f"{name} {answer.state} ({answer.reason}): choose another backend with --backend.")
         elif "wrong results" in answer.reason:
             advice.append(f"{name} computes wrong results on this machine, so the runtime does not use it.")
     return advice
-
-
-def _distributions() -> set[str]:
-    return {str(found.metadata["Name"]).lower() for found in metadata.distributions()}
 
 
 def table(found: Diagnosis) -> str:

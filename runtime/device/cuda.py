@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LIBCUDA = "libcuda.so.1"
+# NVIDIA's Python bindings by the major version of CUDA. Before 12.9.1 they hold the GIL while CUDA works.
+CUDA_PYTHON = {12: "'cuda-python>=12.9.1,<13'", 13: "'cuda-python>=13,<14'"}
 # CUdevice_attribute of cuda.h
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
 

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ def _read(code: int, output: str, errors: str) -> Answer:
     if code or not marked:
         said = next((f" ({line.strip()[:200]})" for line in reversed(errors.splitlines()) if line.strip()), "")
         return Answer("crashed", reason=f"the process ended with code {code} and no answer{said}")
-    return Answer(**json.loads(marked[-1].removeprefix(_MARK)))
+    result = Answer(**json.loads(marked[-1].removeprefix(_MARK)))
+    # NumPy says it there only: what imports a module built for NumPy 1 gets an ImportError without words.
+    numpy = None if result.ok else re.search("compiled using NumPy 1", errors)
+    return replace(result, reason=f"{result.reason} ({numpy[0]})") if numpy else result
 
 
 def answer(parent: int, arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from duallora_edge.errors import StoreError
+from duallora_edge.extras import install_hint
 from duallora_edge.runtime.field.keeping import Kept
 
 Pair = tuple[int, int]
@@ -22,7 +23,7 @@ def grouped(frames: Sequence[Kept]) -> tuple[list[Pair], list[list[int]]]:
     try:
         from scipy.cluster.hierarchy import cut_tree, linkage
     except ImportError as error:
-        raise StoreError(f"Groups need SciPy ({error}): pip install 'duallora-edge[label]'") from error
+        raise StoreError(f"Groups need SciPy ({error}): {install_hint('label')}") from error
 
     made_by: dict[tuple[str, int], list[int]] = {}
     for index, frame in enumerate(frames):

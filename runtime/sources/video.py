@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from duallora_edge.errors import SourceError
+from duallora_edge.extras import install_hint
 from duallora_edge.runtime.preprocess import to_rgb
 from duallora_edge.runtime.sources.capture import Capture, Picture, mask
 
@@ -20,9 +21,7 @@ def import_cv2() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise SourceError(
-            f"Cameras, streams and videos need OpenCV ({error}): pip install 'duallora-edge[camera]'"
-        ) from error
+        raise SourceError(f"Cameras, streams and videos need OpenCV ({error}): {install_hint('camera')}") from error
     return cv2
 
 

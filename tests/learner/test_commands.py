@@ -240,10 +240,10 @@ def test_help_and_status_need_no_torch(run: Path) -> None:
         assert (code, err) == (0, "") and shown in out
 
 
-def test_a_missing_torch_is_said_with_its_extra(tmp_path: Path) -> None:
-    assert without_torch("train", "--data", tmp_path, "--run", tmp_path / "run") == (
-        1, "", "Error: 'train' needs the package torch, which is not installed: pip install 'duallora-edge[train]'.\n"
-    )  # fmt: skip
+def test_a_missing_torch_is_said_with_what_to_install(tmp_path: Path) -> None:
+    code, out, err = without_torch("train", "--data", tmp_path, "--run", tmp_path / "run")
+    assert (code, out) == (1, "")
+    assert err.startswith("Error: 'train' needs the package torch, which is not installed: pip install 'torch>=")
 
 
 @pytest.mark.parametrize("command", [("status",), ("evaluate",), ("rollback",), ("remove", "t"), ("export", "-o", "b")])

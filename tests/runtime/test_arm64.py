@@ -117,7 +117,7 @@ def test_install_and_classify(root: Path, home: Path, vit_bundle: Path, shared_b
     options += [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, newest + 1)]
     run(*pip, "download", *options, "--dest", home / "wheels", f"{wheel}[cpu]")
     offline = ["--no-index", "--find-links", str(inside / "wheels")]
-    python("-m", "pip", "install", *offline, "--target", str(inside / "site"), "duallora-edge[cpu]")
+    python("-m", "pip", "install", *offline, "--target", str(inside / "site"), f"{inside}/wheels/{wheel.name}[cpu]")
 
     shutil.copy2(PROJECT / "scripts" / "check-install.py", home)
     for source, name in ((vit_bundle, "vit"), (shared_bundle, "colours")):

@@ -225,7 +225,7 @@ def test_without_a_gpu(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_tensorrt_rtx(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(EngineError, match=r"ahead of time needs .*pip install 'duallora-edge\[rtx\]'"):
+    with pytest.raises(EngineError, match=r"ahead of time needs .*pip install 'tensorrt-rtx>="):
         build_engine(Bundle.open(shared_bundle), "sm86")
 
 

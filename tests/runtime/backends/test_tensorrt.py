@@ -385,7 +385,7 @@ def test_without_cuda_python(
 ) -> None:
     for name in tensorrt_backend.CUDART:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UnavailableError, match="cuda-python is not installed: pip install cuda-python"):
+    with pytest.raises(UnavailableError, match=r"not installed: pip install 'cuda-python>=12.9.1,<13' for CUDA 12"):
         tensorrt_backend.load_cudart()
     assert "cuda-python" in open_backend(built, threads=1).not_used["tensorrt"]
     assert call("build", built.path)[2].startswith("Error: An engine could be built, but not checked or run")

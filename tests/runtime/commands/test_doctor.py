@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -30,7 +32,9 @@ GPU = Answer(
     "ok", {"version": "12.6", "devices": [{"name": "Orin", "compute_capability": "8.7", "memory_bytes": 8 * 2**30}]}
 )
 NO_GPU = Answer("no", reason="no NVIDIA driver")
+CUDA_13 = Answer("ok", {**GPU.values, "version": "13.0"})
 PASSED = Answer("ok", {"check": "largest difference 0"})
+STARTS = {"tensorrt_start": PASSED, "cuda": GPU}
 
 
 @pytest.fixture
@@ -70,6 +74,11 @@ def on_ladder(write: Write, rung: str) -> str:
         ("raise ValueError('first line\\nsecond')", "no", "ValueError: first line"),
         ("raise NoAnswerError('there is none')", "no", "there is none"),
         ("raise KeyError", "no", "KeyError"),
+        (
+            "import sys; sys.stderr.write('A module that was compiled using NumPy 1.x cannot run'); raise ImportError",
+            "no",
+            "ImportError (compiled using NumPy 1)",
+        ),
         ("ctypes.string_at(0)", "crashed", "the process was killed by SIGSEGV"),
         ("os.abort()", "crashed", "the process was killed by SIGABRT"),
         (
@@ -316,7 +325,7 @@ def fake_jetson(root: Path, l4t: str = "R36 (release), REVISION: 4.3") -> Path:
 def pretend(monkeypatch: pytest.MonkeyPatch, really: str = "", **answers: Answer) -> list[str]:
     """Questions are answered from ``answers``, by function or package name, else "not installed"; what was asked.
 
-    Those named in ``really`` are asked, each in a child.
+    Those named in ``really`` are asked, each in a child. ONNX Runtime is installed where there is an answer for it.
     """
     asked = []
 
@@ -324,11 +333,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, really: str = "", **answers: Answer
         function = question.split(":")[1]
         asked.append(" ".join([function, *arguments]))
         key = arguments[0].split(".")[0].split(",")[0] if function == "package" else function
+        key = "cuda_python" if key == "cuda" and function == "package" else key
         if key in really.split():
             return ask(question, *arguments, timeout_s=timeout_s)
         return answers.get(key, ABSENT)
 
     monkeypatch.setattr(doctor, "ask", instead)
+    monkeypatch.setattr(doctor, "onnxruntimes", lambda: ["onnxruntime"] if "onnxruntime" in answers else [])
     return asked
 
 
@@ -342,7 +353,7 @@ def test_a_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "orin-nano-8gb" in found.machine["device"] and "JetPack 6.2" in found.machine["device"]
     assert "tensorrt_start tensorrt" in asked
     text = "\n".join(found.advice)
-    assert "Only 0.5 GiB of memory" in text and "the build for this JetPack (docs/jetson.md)" in text
+    assert "Only 0.5 GiB of memory" in text and "built for the CPU only" not in text  # TensorRT is better than either
 
 
 def test_clocks_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +396,10 @@ def test_a_tensorrt_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("answers", "l4t", "expected"),
     [
-        ({}, None, "ONNX Runtime is not installed: pip install 'duallora-edge[cpu]'"),
+        ({}, None, "ONNX Runtime is not installed: pip install 'onnxruntime>=1.17'."),
+        ({"cuda": GPU}, None, "ONNX Runtime is not installed: pip install 'onnxruntime-gpu>=1.18'."),
+        ({"cuda": GPU}, "R36 (release)", "ONNX Runtime is not installed: install the build for this JetPack (docs/"),
+        ({}, "R35 (release), REVISION: 4.1", "ONNX Runtime is not installed: pip install 'onnxruntime>=1.17'."),
         (
             {"tensorrt": Answer("no", reason="AttributeError: module 'numpy' has no attribute 'bool'.")},
             None,
@@ -397,12 +411,48 @@ def test_a_tensorrt_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pyt
             "This onnxruntime was built for NumPy 1: pip install 'numpy<2'",
         ),
         (
+            {"cv2": Answer("no", reason="ImportError (compiled using NumPy 1)")},
+            None,
+            "This opencv was built for NumPy 1: pip install 'numpy<2'",
+        ),
+        (
+            {"onnxruntime": Answer("no", reason="ImportError")},
+            None,
+            "onnxruntime is installed, but cannot be imported (ImportError): pip uninstall onnxruntime, then pip",
+        ),
+        (
+            {"onnxruntime": Answer("crashed", reason="SIGILL")},
+            None,
+            "onnxruntime is installed, but crashed (SIGILL): pip uninstall onnxruntime, then pip install 'onnxruntime>",
+        ),
+        (
             {"cv2": Answer("hung", reason="no answer within 60 s")},
             None,
             "opencv is installed, but hung (no answer within 60 s): reinstall",
         ),
         ({"onnxruntime": CUDA_BUILD}, None, "The GPU does not answer (not installed): check the driver"),
-        ({"onnxruntime": CPU_BUILD, "cuda": GPU}, None, "pip install 'duallora-edge[gpu]'"),
+        (
+            {"onnxruntime": CPU_BUILD, "cuda": GPU},
+            None,
+            "built for the CPU only: pip uninstall onnxruntime, then pip install 'onnxruntime-gpu>=1.18'.",
+        ),
+        (
+            {"onnxruntime": CPU_BUILD, "cuda": GPU},
+            "R36 (release), REVISION: 4.3",
+            "built for the CPU only: pip uninstall onnxruntime, then install the build for this JetPack (docs/",
+        ),
+        ({"tensorrt": PASSED, **STARTS}, None, "TensorRT needs cuda-python: pip install 'cuda-python>=12.9.1,<13'."),
+        (
+            {"tensorrt": PASSED, **STARTS, "cuda": CUDA_13},
+            None,
+            "TensorRT needs cuda-python: pip install 'cuda-python>=13,<14'.",
+        ),
+        (
+            {"tensorrt": PASSED, **STARTS, "cuda_python": Answer("ok", {"version": "12.6.2.post1"})},
+            None,
+            "cuda-python 12.6.2.post1 stops the other threads while the GPU works: pip uninstall cuda-python "
+            "cuda-bindings, then pip install 'cuda-python>=12.9.1,<13'.",
+        ),
         ({}, "R32 (release), REVISION: 7.1", "JetPack 4 ships TensorRT 8.2"),
         ({}, "R35 (release), REVISION: 4.1", "JetPack 5.1 has Python 3.8, and Python 3.10 cannot import its TensorRT"),
         ({}, "R36 (release), REVISION: 4.3", "sudo apt install python3-libnvinfer"),
@@ -418,20 +468,47 @@ def test_advice(
     assert any(expected in line for line in found.advice), found.advice
 
 
-def test_two_onnxruntimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("onnxruntime", "onnxruntime_gpu"):
-        folder = tmp_path / "site" / f"{name}-1.20.0.dist-info"
-        folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.20.0\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    pretend(monkeypatch)
-    found = doctor.diagnose(None, tmp_path)
-    assert any("onnxruntime and onnxruntime-gpu are both installed" in line for line in found.advice)
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"tensorrt": PASSED, **STARTS, "cuda_python": Answer("ok", {"version": "12.9.1"})},
+        {"tensorrt": PASSED, **STARTS, "cuda_python": Answer("ok", {"version": "12.9.10"}), "onnxruntime": CPU_BUILD},
+        {"onnxruntime": CPU_BUILD},
+        {"onnxruntime": CUDA_BUILD, "cuda": GPU},
+    ],
+)
+def test_nothing_to_advise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, Answer]) -> None:
+    pretend(monkeypatch, **answers)
+    assert doctor.diagnose(None, tmp_path).advice == ()
+
+
+NO_KERNELS = Answer("no", reason="CUDA failure 209: no kernel image is available for execution on the device")
+ONE_ONNXRUNTIME = (["onnxruntime"], ["onnxruntime-gpu"])
+
+
+@pytest.mark.parametrize("l4t", [None, "R35 (release), REVISION: 4.1", "R36 (release), REVISION: 4.3"])
+@pytest.mark.parametrize("driver", [GPU, NO_GPU])
+@pytest.mark.parametrize("answer", [ABSENT, CPU_BUILD, CUDA_BUILD, Answer("hung"), Answer("no", reason="ImportError")])
+@pytest.mark.parametrize("there", [[], *ONE_ONNXRUNTIME, ["onnxruntime", "onnxruntime-gpu"]])
+def test_no_advice_leads_to_a_second_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], answer: Answer, driver: Answer, l4t: str | None
+) -> None:
+    """Whatever is installed is uninstalled first, working or not, in the same sentence."""
+    rungs = Answer("ok", {"rungs": ["cuda"], "auto": ["cuda"]})
+    pretend(monkeypatch, onnxruntime=answer, cuda=driver, rungs=rungs, rung=NO_KERNELS)
+    monkeypatch.setattr(doctor, "onnxruntimes", lambda: there)
+    monkeypatch.setattr(doctor.platform, "python_version_tuple", lambda: ("3", "10", "12"))
+    advice = doctor.diagnose(tmp_path, fake_jetson(tmp_path, l4t) if l4t else tmp_path).advice
+    about = [line for line in advice if re.search(r"onnxruntime|ONNX Runtime|no kernels", line)]
+    for line in about:
+        if re.search(r"install ('onnxruntime|the build|another one)", line):
+            assert not there or f"pip uninstall {' '.join(there)}, then " in line
+    assert about or (len(there) == 1 and answer.ok)
+    assert len([line for line in about if "no kernels" not in line and "JetPack 5" not in line]) <= 1
 
 
 def test_a_kernel_image_that_is_missing_names_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Answer("no", reason="CUDA failure 209: no kernel image is available for execution on the device")
-    pretend(monkeypatch, rungs=Answer("ok", {"rungs": ["cuda"], "auto": ["cuda"]}), rung=broken, cuda=GPU)
+    pretend(monkeypatch, rungs=Answer("ok", {"rungs": ["cuda"], "auto": ["cuda"]}), rung=NO_KERNELS, cuda=GPU)
     found = doctor.diagnose(tmp_path, tmp_path)
     assert not found.ok and "cuda: this build has no kernels for compute capability 8.7" in "\n".join(found.advice)
 
@@ -512,7 +589,7 @@ def test_check_install_where_the_doctor_finds_a_problem(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = runpy.run_path(str(CHECK_INSTALL))
-    script["main"].__globals__["check_import"] = lambda name: True
+    script["main"].__globals__["check_import"] = lambda name, code: True
     asked: list[tuple[list[str], str]] = []
     monkeypatch.setattr(subprocess, "call", lambda command, cwd: asked.append((command, cwd)) or 1)
     assert script["main"]([str(bundle)]) == 1
@@ -523,6 +600,40 @@ def test_check_install_where_the_doctor_finds_a_problem(
     ]
     command = [sys.executable, "-m", "duallora_edge", "doctor", str(bundle)]
     assert asked == [(command, str(CHECK_INSTALL.parent))]
+
+
+CUDA_PYTHON = {"cuda/__init__": "", "cuda/bindings/__init__": "", "cuda/bindings/runtime": ""}
+TENSORRT = {"tensorrt": "__version__ = '10.3.0'"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "passed", "line"),
+    [
+        ({**TENSORRT, **CUDA_PYTHON}, True, "ok      import tensorrt: 10.3.0"),
+        ({**TENSORRT, "cuda/__init__": "raise ImportError"}, False, "cuda-python is not installed: pip install 'cuda-"),
+        ({**TENSORRT, "onnxruntime": "raise ImportError('NumPy 1')"}, False, "FAILED  import onnxruntime: ImportError"),
+        ({"onnxruntime": "__version__ = '1.23.2'"}, True, "ok      import onnxruntime: 1.23.2"),
+        ({}, False, "FAILED  neither onnxruntime nor tensorrt is installed; see docs/jetson.md"),
+    ],
+    ids=["tensorrt", "without cuda-python", "broken onnxruntime", "onnxruntime", "none"],
+)
+def test_check_install_needs_one_backend(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    modules: dict[str, str],
+    passed: bool,
+    line: str,
+) -> None:
+    for name, code in modules.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    script = runpy.run_path(str(CHECK_INSTALL))
+    script["main"].__globals__["find_spec"] = lambda name: name in modules
+    script["main"].__globals__["check_doctor"] = lambda bundle: True
+    assert script["main"]([]) == (not passed)
+    assert line in capsys.readouterr().out
 
 
 def test_check_install_tells_an_old_python(capsys: pytest.CaptureFixture[str]) -> None:
