@@ -183,7 +183,8 @@ class Source(Closing):
             return session, session.error
         thread = threading.Thread(target=self._work, args=(session,), name="duallora-edge capture", daemon=True)
         thread.start()
-        while not session.over.wait(max(0.0, session.deadline - time.monotonic())):
+        # At most `stall` at a time, because the first frame brings the deadline forward.
+        while not session.over.wait(max(0.0, min(self._policy.stall, session.deadline - time.monotonic()))):
             if time.monotonic() >= session.deadline:
                 seconds = self._policy.stall if session.frames else max(START_S, self._policy.stall)
                 session.error = SourceError(f"{self.description} gave no frame for {seconds:g} s; check the camera.")

@@ -144,6 +144,18 @@ def test_a_camera_that_is_lost_comes_back(end: list[Any], failures: int, until: 
     until(lambda: all(capture.closed.is_set() for capture in scripts.opened))
 
 
+def test_a_camera_whose_first_frame_takes_time_is_lost_as_soon_as_any(
+    monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setattr(source_module, "START_S", 1e6)
+    first, hang = threading.Event(), threading.Event()
+    with Source(Scripts([first, 1, hang]), "camera", Policy(live=True, reopens=True, stall=0.05, wait=True)) as source:
+        assert source.read(timeout=0.1) is None
+        first.set()
+        until(lambda: "gave no frame for 0.05 s" in (source.stats.last_error or ""))
+    hang.set()
+
+
 def test_late_frames_of_a_capture_that_was_given_up_are_ignored(until: Until) -> None:
     hang, forever = threading.Event(), threading.Event()
     scripts = Scripts([1, hang, 99, 98], [2, forever])
