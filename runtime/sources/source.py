@@ -260,7 +260,9 @@ class Source(Closing):
                 self._buffer.popleft()
                 self._count(dropped=1)
             now = time.monotonic()
-            self._buffer.append(Frame(picture.pixels, self._statistics.captured, now, time.time(), picture.name))
+            captured = now if picture.captured is None else min(picture.captured, now)
+            timestamp = time.time() - (now - captured)
+            self._buffer.append(Frame(picture.pixels, self._statistics.captured, captured, timestamp, picture.name))
             self._count(captured=1)
             session.frames += 1
             session.deadline = now + self._policy.stall if self._policy.reopens else math.inf

@@ -40,7 +40,7 @@ def threads() -> int:
 
 
 class Script(Capture):
-    """Gives what its script says: a number is a frame of that grey; an error is raised; an event is waited for."""
+    """Does what its script says: a picture, a number for a frame of that grey, an error to raise, an event to await."""
 
     def __init__(self, script: Iterator[Any]) -> None:
         self.script = script
@@ -50,6 +50,8 @@ class Script(Capture):
         for step in self.script:
             if isinstance(step, Exception):
                 raise step
+            if isinstance(step, Picture):
+                return step
             if not isinstance(step, threading.Event):
                 return Picture(np.full((2, 3, 3), step, np.uint8))
             step.wait()
@@ -108,6 +110,16 @@ def test_times_of_a_frame() -> None:
         first, second = source
     assert before <= first.captured <= second.captured <= time.monotonic()
     assert wall <= first.timestamp <= second.timestamp <= time.time()
+
+
+@pytest.mark.parametrize(("age", "shown"), [(7.0, 7.0), (0.0, 0.0), (-7.0, 0.0)])
+def test_a_capture_that_knows_its_time(age: float, shown: float) -> None:
+    """A clock that is wrong cannot put a frame into the future."""
+    picture = Picture(np.zeros((2, 3, 3), np.uint8), captured=time.monotonic() - age)
+    with Source(Scripts([picture]), "film", FILE) as source:
+        (frame,) = source
+    assert abs(time.monotonic() - frame.captured - shown) < 2
+    assert abs(time.time() - frame.timestamp - shown) < 2
 
 
 def test_a_timeout_is_no_error() -> None:
