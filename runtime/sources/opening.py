@@ -132,9 +132,9 @@ def _route(
         return (*_path(Path(text).expanduser()), False)
     if scheme not in SCHEMES:
         raise SourceError(f"'{scheme}://' is not a source.{did_you_mean(scheme, SCHEMES)} A source is {FORMS}.")
-    from duallora_edge.runtime.sources.video import Stream
+    from duallora_edge.runtime.sources.decoding import open_stream
 
-    return lambda stop: Stream(text, stall), text, True
+    return lambda stop: open_stream(text, stall, newest, stop), text, True
 
 
 def _leave_out(name: str, given: bool, users: str) -> None:
@@ -179,9 +179,9 @@ def _path(path: Path) -> tuple[Opener, str]:
         raise SourceError(f"'{mask(str(path))}' does not exist.{hint} A source is {FORMS}.")
     if path.suffix.lower() in SUFFIXES:
         return lambda stop: OneImage(path), str(path)
-    from duallora_edge.runtime.sources.video import Video
+    from duallora_edge.runtime.sources.decoding import open_video
 
-    return lambda stop: Video(path), str(path)
+    return lambda stop: open_video(path, stop), str(path)
 
 
 def _v4l2(rest: str, size: tuple[int, int] | None) -> Opener:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +16,13 @@ import pytest
 
 from duallora_edge.errors import SourceError
 from duallora_edge.runtime.sources import gstreamer, gstreamer_child, open_source
+from duallora_edge.runtime.sources.decoding import exists
 
 Until = Callable[[Callable[[], object]], None]
 
-needs_gstreamer = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="gst-launch-1.0 is not installed")
+needs_gstreamer = pytest.mark.skipif(
+    not (exists("videotestsrc") and exists("valve")), reason="gst-inspect-1.0 does not find GStreamer's plugins"
+)
 LIVE = "videotestsrc is-live=true ! video/x-raw,framerate=30/1"
 STALLS = f"{LIVE} ! queue ! valve drop=true"
 

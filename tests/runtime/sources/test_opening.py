@@ -10,7 +10,7 @@ import pytest
 
 import duallora_edge.runtime
 from duallora_edge.errors import SourceError
-from duallora_edge.runtime.sources import Frame, Source, gstreamer, open_source, opening, video
+from duallora_edge.runtime.sources import Frame, Source, decoding, gstreamer, open_source, opening, video
 from duallora_edge.runtime.sources.capture import Capture, Picture
 
 GREY = [np.zeros((2, 2), np.uint8)]
@@ -35,6 +35,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     for module, name in ((gstreamer, "Pipeline"), (video, "Camera"), (video, "Stream"), (video, "Video")):
         monkeypatch.setattr(module, name, Fake)
+    monkeypatch.setattr(decoding, "exists", lambda element: False)
     return calls
 
 
