@@ -211,18 +211,18 @@ def test_both_ways_give_the_same_frames(
 
 @needs_codecs
 @pytest.mark.parametrize(
-    ("converter", "reason"),
+    ("converter", "patience", "reason"),
     [
-        ("nosuchconverter", 'ended with code 1 (ERROR: no element "nosuchconverter")'),
-        ("identity sleep-time=100000000", "was killed by signal 9"),  # hangs
+        ("nosuchconverter", 60.0, 'ended with code 1 (ERROR: no element "nosuchconverter")'),
+        ("videoconvert ! identity sleep-time=100000000", 0.5, "was killed by signal 9"),  # hangs
     ],
 )
 def test_hardware_that_does_not_work(
-    make_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, converter: str, reason: str
+    make_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, converter: str, patience: float, reason: str
 ) -> None:
     monkeypatch.setattr(decoding, "exists", lambda element: True)
     monkeypatch.setattr(decoding, "CONVERTER", converter)
-    monkeypatch.setattr(decoding, "FIRST_FRAME_S", 1.0)
+    monkeypatch.setattr(decoding, "FIRST_FRAME_S", patience)
     with open_source(make_video(frames=5)) as source:
         assert len(list(source)) == 5
         note = source.stats.note or ""
