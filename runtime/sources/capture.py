@@ -11,10 +11,14 @@ from duallora_edge.runtime.preprocess import Pixels
 
 
 class Picture(NamedTuple):
-    """``pixels`` ``uint8 [H, W, 3]`` RGB, and the file they came from (None for a stream)."""
+    """``pixels`` ``uint8 [H, W, 3]`` RGB, and the file they came from (None for a stream).
+
+    ``captured`` is the moment of the capture in seconds of `time.monotonic`, None if only its arrival is known.
+    """
 
     pixels: Pixels
     name: str | None = None
+    captured: float | None = None
 
 
 class Capture:
@@ -40,7 +44,7 @@ class Capture:
 # Opens a capture or raises; long waits end when the event is set, because the capture is not wanted any more.
 Opener = Callable[[threading.Event], Capture]
 
-_USER = re.compile(r"://\S*@")
+_USER = re.compile(r"(?i)(?<!csi)://\S*@")  # the mode of a CSI camera has an '@', and no user
 _SECRET = re.compile(r"(?i)((?:pass(?:word|wd)?|pwd|pw|token|secret|key)=)[^&\s]+")
 
 

@@ -18,7 +18,8 @@ class Frame:
     Attributes:
         pixels: ``uint8 [H, W, 3]`` in RGB order; do not write to it.
         sequence: Number of the frame in its source, from 0, counting dropped frames.
-        captured: When the source handed the frame over, in seconds of `time.monotonic`.
+        captured: When GStreamer stamped the frame of a live pipeline, when the source got it otherwise; in seconds of
+            `time.monotonic`.
         timestamp: The same moment in seconds since 1970.
         name: The file the frame came from, None for a stream.
     """

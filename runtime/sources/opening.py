@@ -27,10 +27,14 @@ FORMS = (
 )
 SCHEMES = ("v4l2", "csi", "gst", "rtsp", "rtsps", "http", "https")
 MAX_SIDE = 16384
-CSI_SIZE = (1280, 720)
+CSI_MODE = "1280x720@30"
 _SIDES = {"width": (1, MAX_SIDE), "height": (1, MAX_SIDE)}
-_CSI = {**_SIDES, "fps": (1, 1000), "flip": (0, 7)}
+_CSI = {**_SIDES, "fps": (1, 1000), "flip": (0, 7), "mode": None}
 _V4L2 = {**_SIDES, "fps": (1, 1000), "fourcc": None}
+_PATTERNS = {
+    "fourcc": (r"[ -~]{4}", "four characters such as MJPG"),
+    "mode": (r"[1-9]\d{0,4}x[1-9]\d{0,4}@[1-9]\d{0,2}", "a mode of the sensor such as 1920x1080@30"),
+}
 
 
 def open_source(
@@ -51,7 +55,8 @@ def open_source(
     ``uri`` is one of
 
     - ``/dev/video0`` or ``v4l2:///dev/video0?width=1280&height=720&fps=30&fourcc=MJPG``: a V4L2 camera
-    - ``csi://0?width=1280&height=720&fps=30&flip=0``: a CSI camera of a Jetson, with the number of the sensor
+    - ``csi://0?mode=1920x1080@30&width=640&height=360&flip=0``: a CSI camera of a Jetson: the number of the sensor, its
+      mode, the size of the frames (by default that of the mode, after the flip), and the flip-method of nvvidconv
     - ``gst://PIPELINE?width=640&height=480``: a GStreamer pipeline that ends in raw video of that size
     - ``rtsp://``, ``rtsps://``, ``http://``, ``https://``: a video stream
     - a video file, an image, or a folder (its images, and those below, sorted by path)
@@ -64,7 +69,7 @@ def open_source(
 
     Args:
         uri: Where frames come from, as above.
-        size: (width, height), needed for ``-``, and for ``gst://`` without width and height.
+        size: (width, height) of the frames, needed for ``-``, and for ``gst://`` without width and height.
         color: Channel order: ``"rgb"``, ``"bgr"`` or ``"gray"`` for ``-``, ``"rgb"`` or ``"bgr"`` for an iterable.
         live: Overrides what is live: with True, frames of a file are dropped like those of a camera; with False, no
             frame of a camera or stream is dropped, and its end is the end of the source.
@@ -89,7 +94,7 @@ def open_source(
             raise ValueError(f"{name} must be a number above 0, not {value}")
     if size is not None:
         _check_size(size)
-    opener, description, stream = _route(uri, size, color, stall)
+    opener, description, stream = _route(uri, size, color, stall, live is not False)
     if stream and (rate is not None or loop):
         raise SourceError(f"{mask(description)} sets its own pace and cannot start over; leave out rate and loop.")
     if loop and (isinstance(uri, Iterator) or (isinstance(uri, str) and uri == "-")):
@@ -99,9 +104,12 @@ def open_source(
 
 
 def _route(
-    uri: str | Path | Iterable[Any], size: tuple[int, int] | None, color: str, stall: float
+    uri: str | Path | Iterable[Any], size: tuple[int, int] | None, color: str, stall: float, newest: bool
 ) -> tuple[Opener, str, bool]:
-    """How to open ``uri``, its name in messages, and whether it is a camera or stream."""
+    """How to open ``uri``, its name in messages, and whether it is a camera or stream.
+
+    ``newest``: a camera or stream may drop frames.
+    """
     text = str(uri) if isinstance(uri, (str, Path)) else ""
     if text == "-":
         return (*_standard_input(size, color), False)
@@ -116,17 +124,17 @@ def _route(
     if scheme == "v4l2":
         return _v4l2(rest, size), text, True
     if scheme == "csi":
-        return _csi(rest, size), text, True
+        return _csi(rest, size, newest), text, True
     if scheme == "gst":
-        return _gstreamer(rest, size), text, True
+        return _gstreamer(rest, size, newest), text, True
     _leave_out("size", size is not None, "cameras, pipelines and raw frames")
     if not separator:
         return (*_path(Path(text).expanduser()), False)
     if scheme not in SCHEMES:
         raise SourceError(f"'{scheme}://' is not a source.{did_you_mean(scheme, SCHEMES)} A source is {FORMS}.")
-    from duallora_edge.runtime.sources.video import Stream
+    from duallora_edge.runtime.sources.decoding import open_stream
 
-    return lambda stop: Stream(text, stall), text, True
+    return lambda stop: open_stream(text, stall, newest, stop), text, True
 
 
 def _leave_out(name: str, given: bool, users: str) -> None:
@@ -171,9 +179,9 @@ def _path(path: Path) -> tuple[Opener, str]:
         raise SourceError(f"'{mask(str(path))}' does not exist.{hint} A source is {FORMS}.")
     if path.suffix.lower() in SUFFIXES:
         return lambda stop: OneImage(path), str(path)
-    from duallora_edge.runtime.sources.video import Video
+    from duallora_edge.runtime.sources.decoding import open_video
 
-    return lambda stop: Video(path), str(path)
+    return lambda stop: open_video(path, stop), str(path)
 
 
 def _v4l2(rest: str, size: tuple[int, int] | None) -> Opener:
@@ -189,21 +197,34 @@ def _v4l2(rest: str, size: tuple[int, int] | None) -> Opener:
     return lambda stop: Camera(device, options)
 
 
-def _csi(rest: str, size: tuple[int, int] | None) -> Opener:
+def _csi(rest: str, size: tuple[int, int] | None, newest: bool) -> Opener:
     sensor, _, query = rest.partition("?")
     if not sensor.isdecimal():
         raise SourceError(f"'{sensor}' is not a sensor number; write csi://0 for the first camera.")
     options = _options(query, _CSI)
-    width, height = size or CSI_SIZE
-    size = options.get("width", width), options.get("height", height)
+    if "mode" in options and "fps" in options:
+        raise SourceError("mode has the frame rate; leave out fps.")
+    flip = options.get("flip", 0)
+
+    def turned(width: int, height: int) -> tuple[int, int]:
+        return (height, width) if flip % 2 else (width, height)  # the odd ones turn by 90 degrees
+
+    width, height, fps = map(int, re.split("[x@]", options.get("mode", CSI_MODE)))
+    out_width, out_height = size or turned(width, height)
+    size = options.get("width", out_width), options.get("height", out_height)
+    if "mode" not in options:  # that of the size of the frames
+        width, height = turned(*size)
+    _check_size((width, height))
     _check_size(size)
-    from duallora_edge.runtime.sources.gstreamer import Pipeline, csi_pipeline
+    from duallora_edge.runtime.sources.gstreamer import Pipeline, csi_pipeline, split, to_frames
 
-    pipeline = csi_pipeline(int(sensor), size, options.get("fps", 30), options.get("flip", 0))
-    return lambda stop: Pipeline(pipeline, size, stop)
+    words = to_frames(
+        split(csi_pipeline(int(sensor), (width, height, options.get("fps", fps)), size, flip)), size, newest
+    )
+    return lambda stop: Pipeline(words, stop)
 
 
-def _gstreamer(rest: str, size: tuple[int, int] | None) -> Opener:
+def _gstreamer(rest: str, size: tuple[int, int] | None, newest: bool) -> Opener:
     # A pipeline may contain '?', so only an unmistakable query at the end counts as one.
     match = re.fullmatch(r"(.*)\?((?:(?:width|height)=\d+&?)+)", rest, re.DOTALL)
     pipeline, query = match.groups() if match else (rest, "")
@@ -213,22 +234,23 @@ def _gstreamer(rest: str, size: tuple[int, int] | None) -> Opener:
     if 0 in size or not pipeline.strip():
         raise SourceError("gst:// needs a pipeline and the size of its frames: gst://PIPELINE?width=640&height=480.")
     _check_size(size)
-    from duallora_edge.runtime.sources.gstreamer import Pipeline, launch_arguments
+    from duallora_edge.runtime.sources.gstreamer import Pipeline, split, to_frames
 
-    launch_arguments(pipeline, size, 1)  # refuses an unreadable pipeline before it is started
-    return lambda stop: Pipeline(pipeline, size, stop)
+    words = to_frames(split(pipeline), size, newest)
+    return lambda stop: Pipeline(words, stop)
 
 
 def _options(query: str, allowed: dict[str, Any]) -> dict[str, Any]:
-    """The options after '?'; ``allowed`` gives the range of each, None for four characters."""
+    """The options after '?'; ``allowed`` gives the range of each, None for those of `_PATTERNS`."""
     options: dict[str, Any] = {}
     for name, text in parse_qsl(query, keep_blank_values=True):
         if name not in allowed:
             hint = did_you_mean(name, allowed)
             raise SourceError(f"'{name}' is not an option of this source.{hint} Options: {', '.join(allowed)}.")
         if allowed[name] is None:
-            if not re.fullmatch(r"[ -~]{4}", text):
-                raise SourceError(f"{name} must be four characters such as MJPG, not '{text}'.")
+            pattern, meaning = _PATTERNS[name]
+            if not re.fullmatch(pattern, text, re.ASCII):
+                raise SourceError(f"{name} must be {meaning}, not '{text}'.")
             options[name] = text
             continue
         low, high = allowed[name]

@@ -183,7 +183,8 @@ class Source(Closing):
             return session, session.error
         thread = threading.Thread(target=self._work, args=(session,), name="duallora-edge capture", daemon=True)
         thread.start()
-        while not session.over.wait(max(0.0, session.deadline - time.monotonic())):
+        # At most `stall` at a time, because the first frame brings the deadline forward.
+        while not session.over.wait(max(0.0, min(self._policy.stall, session.deadline - time.monotonic()))):
             if time.monotonic() >= session.deadline:
                 seconds = self._policy.stall if session.frames else max(START_S, self._policy.stall)
                 session.error = SourceError(f"{self.description} gave no frame for {seconds:g} s; check the camera.")
@@ -259,7 +260,9 @@ class Source(Closing):
                 self._buffer.popleft()
                 self._count(dropped=1)
             now = time.monotonic()
-            self._buffer.append(Frame(picture.pixels, self._statistics.captured, now, time.time(), picture.name))
+            captured = now if picture.captured is None else min(picture.captured, now)
+            timestamp = time.time() - (now - captured)
+            self._buffer.append(Frame(picture.pixels, self._statistics.captured, captured, timestamp, picture.name))
             self._count(captured=1)
             session.frames += 1
             session.deadline = now + self._policy.stall if self._policy.reopens else math.inf

@@ -18,6 +18,7 @@ from duallora_edge.runtime.sources.capture import mask
         ("http://h/x?Token=secret", "http://h/x?Token=***"),
         ("gst://rtspsrc location=rtsp://h user-pw=secret ! x", "gst://rtspsrc location=rtsp://h user-pw=*** ! x"),
         ("/data/video@home.mp4", "/data/video@home.mp4"),
+        ("CSI://0?mode=1920x1080@30", "CSI://0?mode=1920x1080@30"),
     ],
 )
 def test_passwords_are_masked(text: str, shown: str) -> None:

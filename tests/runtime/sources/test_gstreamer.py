@@ -1,13 +1,13 @@
-"""Pipelines: their text, and with gst-launch-1.0 what happens to their frames and their process."""
+"""Pipelines: their text, and with GStreamer what happens to their frames, their times and their process."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 
 from duallora_edge.errors import SourceError
-from duallora_edge.runtime.sources import gstreamer, open_source
+from duallora_edge.runtime.sources import gstreamer, gstreamer_child, open_source
+from duallora_edge.runtime.sources.decoding import exists
 
 Until = Callable[[Callable[[], object]], None]
 
-needs_gstreamer = pytest.mark.skipif(shutil.which(gstreamer.PROGRAM) is None, reason="gst-launch-1.0 is not installed")
+needs_gstreamer = pytest.mark.skipif(
+    not (exists("videotestsrc") and exists("valve")), reason="gst-inspect-1.0 does not find GStreamer's plugins"
+)
 LIVE = "videotestsrc is-live=true ! video/x-raw,framerate=30/1"
 STALLS = f"{LIVE} ! queue ! valve drop=true"
 
@@ -38,9 +41,9 @@ def children(parent: int | None = None) -> list[int]:
 
 
 def test_the_pipeline_of_a_csi_camera() -> None:
-    assert gstreamer.csi_pipeline(1, (1920, 1080), 60, 2) == (
-        "nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM),width=1920,height=1080,framerate=60/1 "
-        "! nvvidconv flip-method=2 ! video/x-raw,format=BGRx"
+    assert gstreamer.csi_pipeline(1, (1920, 1080, 60), (360, 640), 3) == (
+        "nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM),format=NV12,width=1920,height=1080,framerate=60/1 "
+        "! nvvidconv flip-method=3 interpolation-method=5 ! video/x-raw,format=BGRx,width=360,height=640"
     )
 
 
@@ -55,9 +58,28 @@ def test_the_pipeline_of_a_csi_camera() -> None:
         ),
     ],
 )
-def test_the_arguments_of_the_program(pipeline: str, words: list[str]) -> None:
-    tail = "! videoconvert ! videoscale ! video/x-raw,format=RGB,width=64,height=48 ! fdsink fd=7"
-    assert gstreamer.launch_arguments(pipeline, (64, 48), 7) == ["-q", *words, *tail.split()]
+def test_the_words_of_a_pipeline(pipeline: str, words: list[str]) -> None:
+    assert gstreamer.split(pipeline) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "newest", "tail"),
+    [
+        (
+            (64, 48),
+            True,
+            "! queue leaky=downstream max-size-buffers=1 ! videoconvert ! videoscale "
+            "! video/x-raw,format=RGB,width=64,height=48 ! appsink name=frames sync=false max-buffers=1 drop=true",
+        ),
+        (
+            None,
+            False,
+            "! videoconvert ! video/x-raw,format=RGB ! appsink name=frames sync=false max-buffers=1 drop=false",
+        ),
+    ],
+)
+def test_the_end_of_a_pipeline(size: tuple[int, int] | None, newest: bool, tail: str) -> None:
+    assert gstreamer.to_frames(["a", "!", "b"], size, newest) == ["a", "!", "b", *tail.split()]
 
 
 def test_quotes_that_do_not_match() -> None:
@@ -65,9 +87,11 @@ def test_quotes_that_do_not_match() -> None:
         open_source("gst://filesrc location='a?width=4&height=4")
 
 
-def test_without_gstreamer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(SourceError, match="apt install gstreamer"):
+def test_without_gstreamer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    child = Path(gstreamer_child.__file__).read_text().replace("libgstreamer-1.0.so.0", "libnowhere.so.0")
+    (tmp_path / "child.py").write_text(child)
+    monkeypatch.setattr(gstreamer_child, "__file__", str(tmp_path / "child.py"))
+    with pytest.raises(SourceError, match=r"not installed \(libnowhere.*apt install gstreamer"):
         open_source("csi://0")
 
 
@@ -93,17 +117,64 @@ def test_colours_are_in_rgb_order() -> None:
 
 
 @needs_gstreamer
-def test_messages_of_the_driver_do_not_get_between_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_the_driver_do_not_get_between_the_frames() -> None:
     """As the camera stack of a Jetson prints to standard output; more than a pipe holds must not stop it either."""
-    program = tmp_path / "gst-launch-1.0"
-    program.write_text(
-        '#!/bin/sh\nyes "GST_ARGUS: noise" | head -c 300000\nyes noise | head -c 300000 >&2\n'
-        f'exec {shutil.which(gstreamer.PROGRAM)} "$@"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with open_source("gst://videotestsrc num-buffers=2 pattern=red?width=8&height=8", live=False) as source:
-        assert [frame.pixels.mean() for frame in source] == [85, 85]
+    noisy = "videotestsrc num-buffers=3 pattern=red ! tee name=t t. ! queue ! fdsink fd=1 t. ! queue"
+    with open_source(f"gst://{noisy}?width=8&height=8", live=False) as source:
+        assert [frame.pixels.mean() for frame in source] == [85, 85, 85]
+
+
+@needs_gstreamer
+def test_frames_have_the_time_of_their_capture() -> None:
+    """Not of their arrival, which here is 0.4 s later."""
+    delayed = f"{LIVE} ! queue max-size-buffers=0 max-size-bytes=0 min-threshold-time=400000000"
+    with open_source(f"gst://{delayed}?width=16&height=16") as source:
+        for frame, _ in zip(source, range(3), strict=False):
+            assert 0.35 < time.monotonic() - frame.captured < 5
+            assert abs((time.time() - frame.timestamp) - (time.monotonic() - frame.captured)) < 0.1
+
+
+@needs_gstreamer
+def test_frames_that_were_not_captured_live_have_the_time_of_their_arrival() -> None:
+    before = time.monotonic()
+    with open_source("gst://videotestsrc num-buffers=2", size=(16, 16), live=False) as source:
+        assert all(before <= frame.captured <= time.monotonic() for frame in source)
+
+
+@needs_gstreamer
+@pytest.mark.parametrize("newest", [True, False])
+def test_a_slow_reader_gets_the_newest_frame(newest: bool) -> None:
+    """After a second at ten frames per second the next ones are not those that followed, except one on its way."""
+    pipeline = "videotestsrc is-live=true ! video/x-raw,width=1280,height=720,framerate=10/1"  # more than a pipe holds
+    words = gstreamer.to_frames(gstreamer.split(pipeline), (1280, 720), newest)
+    capture = gstreamer.Pipeline(words, threading.Event())
+    try:
+        times = [getattr(capture.read(), "captured", 0.0)]
+        time.sleep(1.5)
+        times += [getattr(capture.read(), "captured", 0.0) for _ in range(3)]
+        assert (times[-1] - times[0] > 0.7) is newest
+    finally:
+        capture.close()
+
+
+@needs_gstreamer
+@pytest.mark.parametrize(("asked", "given"), [(None, "nvv4l2decoder:MAX"), ("nvv4l2decoder:NONE",) * 2])
+def test_the_hardware_decoder_comes_first(monkeypatch: pytest.MonkeyPatch, asked: str | None, given: str) -> None:
+    """Unless the user says otherwise."""
+    name = "GST_PLUGIN_FEATURE_RANK"
+    monkeypatch.setenv(name, asked) if asked else monkeypatch.delenv(name, raising=False)
+    with open_source(f"gst://{LIVE}?width=16&height=16"):
+        (child,) = children()
+        assert f"{name}={given}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+
+
+@needs_gstreamer
+def test_a_password_in_a_pipeline_is_not_among_the_processes() -> None:
+    with open_source(f"gst://{LIVE} ! identity name=secret?width=16&height=16") as source:
+        source.read()
+        (child,) = children()
+        for name in ("cmdline", "environ"):
+            assert b"secret" not in Path(f"/proc/{child}/{name}").read_bytes()
 
 
 @needs_gstreamer

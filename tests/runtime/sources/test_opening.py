@@ -10,7 +10,7 @@ import pytest
 
 import duallora_edge.runtime
 from duallora_edge.errors import SourceError
-from duallora_edge.runtime.sources import Frame, Source, gstreamer, open_source, opening, video
+from duallora_edge.runtime.sources import Frame, Source, decoding, gstreamer, open_source, opening, video
 from duallora_edge.runtime.sources.capture import Capture, Picture
 
 GREY = [np.zeros((2, 2), np.uint8)]
@@ -35,10 +35,16 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     for module, name in ((gstreamer, "Pipeline"), (video, "Camera"), (video, "Stream"), (video, "Video")):
         monkeypatch.setattr(module, name, Fake)
+    monkeypatch.setattr(decoding, "exists", lambda element: False)
     return calls
 
 
-CSI = gstreamer.csi_pipeline
+def csi(sensor: int, mode: tuple[int, int, int], size: tuple[int, int], flip: int = 0) -> tuple[list[str]]:
+    return gst(gstreamer.csi_pipeline(sensor, mode, size, flip), size)
+
+
+def gst(pipeline: str, size: tuple[int, int]) -> tuple[list[str]]:
+    return (gstreamer.to_frames(pipeline.split(), size, True),)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +58,19 @@ CSI = gstreamer.csi_pipeline
             None,
             ("/dev/v4l/by-id/cam", {"width": 320, "height": 240, "fps": 15, "fourcc": "MJPG"}),
         ),
-        ("csi://0", None, (CSI(0, (1280, 720), 30, 0), (1280, 720))),
-        ("csi://1", (640, 480), (CSI(1, (640, 480), 30, 0), (640, 480))),
-        ("CSI://0?width=1920&height=1080&fps=60&flip=2", None, (CSI(0, (1920, 1080), 60, 2), (1920, 1080))),
-        ("gst://a ! b?width=64&height=48", None, ("a ! b", (64, 48))),
-        ("gst://a location=http://h/?x=1", (64, 48), ("a location=http://h/?x=1", (64, 48))),
+        ("csi://0", None, csi(0, (1280, 720, 30), (1280, 720))),
+        ("csi://1", (640, 480), csi(1, (640, 480, 30), (640, 480))),
+        ("CSI://0?width=1920&height=1080&fps=60&flip=2", None, csi(0, (1920, 1080, 60), (1920, 1080), 2)),
+        ("csi://0?mode=1920x1080@60", None, csi(0, (1920, 1080, 60), (1920, 1080))),
+        ("csi://0?mode=1920x1080@60", (640, 360), csi(0, (1920, 1080, 60), (640, 360))),
+        ("csi://0?mode=1920x1080@60&width=640&height=360", None, csi(0, (1920, 1080, 60), (640, 360))),
+        ("csi://0?flip=1", None, csi(0, (1280, 720, 30), (720, 1280), 1)),
+        ("csi://0?flip=4", None, csi(0, (1280, 720, 30), (1280, 720), 4)),
+        ("csi://0?flip=3", (360, 640), csi(0, (640, 360, 30), (360, 640), 3)),
+        ("csi://0?mode=1920x1080@30&flip=5", None, csi(0, (1920, 1080, 30), (1080, 1920), 5)),
+        ("csi://0?mode=1920x1080@30&flip=7", (360, 640), csi(0, (1920, 1080, 30), (360, 640), 7)),
+        ("gst://a ! b?width=64&height=48", None, gst("a ! b", (64, 48))),
+        ("gst://a location=http://h/?x=1", (64, 48), gst("a location=http://h/?x=1", (64, 48))),
         ("rtsp://h/live?width=5", None, ("rtsp://h/live?width=5", 5.0)),
         ("https://h/live", None, ("https://h/live", 5.0)),
     ],
@@ -67,6 +81,12 @@ def test_cameras_and_streams(
     with open_source(uri, size=size) as source:
         assert source.live
     assert opened[0][: len(arguments)] == arguments
+
+
+@pytest.mark.parametrize("live", [None, True, False])
+def test_only_a_live_pipeline_drops_frames(opened: list[tuple[Any, ...]], live: bool | None) -> None:
+    with open_source("csi://0", live=live):
+        assert ("drop=true" in opened[0][0]) is ("leaky=downstream" in opened[0][0]) is (live is not False)
 
 
 def test_a_file_as_a_camera_and_a_camera_as_a_file(opened: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -89,6 +109,10 @@ def test_a_file_as_a_camera_and_a_camera_as_a_file(opened: list[tuple[Any, ...]]
         ("csi://0?widht=640", {}, "'widht' is not an option of this source. Did you mean 'width'? Options: width,"),
         ("csi://0?flip=9", {}, "flip must be a number from 0 to 7, not '9'"),
         ("csi://0?fps=", {}, "fps must be a number from 1 to 1000, not ''"),
+        ("csi://0?mode=1920x1080", {}, "mode must be a mode of the sensor such as 1920x1080@30, not '1920x1080'"),
+        ("csi://0?mode=1920x1080@30&fps=60", {}, "mode has the frame rate; leave out fps"),
+        ("csi://0?mode=16384x16384@30&width=4&height=4", {}, "not 16384x16384"),
+        ("csi://0?mode=640x480@30", {"rate": 5}, "csi://0?mode=640x480@30 sets its own pace"),
         ("csi://0?width=-5", {}, "width must be a number from 1 to 16384"),
         ("v4l2://0?fourcc=MJPEG", {}, "fourcc must be four characters such as MJPG"),
         ("gst://videotestsrc", {}, "gst:// needs a pipeline and the size of its frames"),

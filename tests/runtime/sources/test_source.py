@@ -40,7 +40,7 @@ def threads() -> int:
 
 
 class Script(Capture):
-    """Gives what its script says: a number is a frame of that grey; an error is raised; an event is waited for."""
+    """Does what its script says: a picture, a number for a frame of that grey, an error to raise, an event to await."""
 
     def __init__(self, script: Iterator[Any]) -> None:
         self.script = script
@@ -50,6 +50,8 @@ class Script(Capture):
         for step in self.script:
             if isinstance(step, Exception):
                 raise step
+            if isinstance(step, Picture):
+                return step
             if not isinstance(step, threading.Event):
                 return Picture(np.full((2, 3, 3), step, np.uint8))
             step.wait()
@@ -110,6 +112,16 @@ def test_times_of_a_frame() -> None:
     assert wall <= first.timestamp <= second.timestamp <= time.time()
 
 
+@pytest.mark.parametrize(("age", "shown"), [(7.0, 7.0), (0.0, 0.0), (-7.0, 0.0)])
+def test_a_capture_that_knows_its_time(age: float, shown: float) -> None:
+    """A clock that is wrong cannot put a frame into the future."""
+    picture = Picture(np.zeros((2, 3, 3), np.uint8), captured=time.monotonic() - age)
+    with Source(Scripts([picture]), "film", FILE) as source:
+        (frame,) = source
+    assert abs(time.monotonic() - frame.captured - shown) < 2
+    assert abs(time.time() - frame.timestamp - shown) < 2
+
+
 def test_a_timeout_is_no_error() -> None:
     more = threading.Event()
     with Source(Scripts([more, 7]), "film", FILE) as source:
@@ -142,6 +154,18 @@ def test_a_camera_that_is_lost_comes_back(end: list[Any], failures: int, until: 
     for event in (forever, *(step for step in end if isinstance(step, threading.Event))):
         event.set()
     until(lambda: all(capture.closed.is_set() for capture in scripts.opened))
+
+
+def test_a_camera_whose_first_frame_takes_time_is_lost_as_soon_as_any(
+    monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setattr(source_module, "START_S", 1e6)
+    first, hang = threading.Event(), threading.Event()
+    with Source(Scripts([first, 1, hang]), "camera", Policy(live=True, reopens=True, stall=0.05, wait=True)) as source:
+        assert source.read(timeout=0.1) is None
+        first.set()
+        until(lambda: "gave no frame for 0.05 s" in (source.stats.last_error or ""))
+    hang.set()
 
 
 def test_late_frames_of_a_capture_that_was_given_up_are_ignored(until: Until) -> None:
