@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,19 +75,20 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, content: bytes | str, spare: Path | None = None) -> None:
-    """Write ``content`` to a temporary name beside ``path``, sync it, and rename it over ``path``.
+def write_atomic(path: Path, content: bytes | str | Iterable[bytes], spare: Path | None = None) -> None:
+    """Write ``content`` (whole or in parts) to a temporary name beside ``path``, sync it, and rename it over ``path``.
 
     A reader sees the old file or the new one, never a part; on an error (a full disk) the old file stays. On a full
-    disk ``spare``, a file beside ``path`` made by `keep_spare`, is used up instead: the content goes into its blocks.
+    disk ``spare``, a file beside ``path`` made by `keep_spare`, is used up instead: whole content goes into its blocks.
     """
     data = content.encode() if isinstance(content, str) else content
+    parts = [data] if isinstance(data, bytes) else data
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # The umask gives the mode, and an exclusive open follows no link.
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             _hold(file)
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
@@ -95,7 +96,7 @@ def write_atomic(path: Path, content: bytes | str, spare: Path | None = None) ->
         new.unlink(missing_ok=True)
         if not (spare and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise
-        if not _overwrite(spare, data):
+        if not isinstance(data, bytes) or not _overwrite(spare, data):
             raise
         spare.replace(path)
     sync_directory(path.parent)

@@ -22,7 +22,7 @@ from duallora_edge.runtime.bundle import Bundle, Outputs
 from duallora_edge.runtime.field.lessons import Lessons
 from duallora_edge.runtime.model import Model
 from duallora_edge.runtime.prediction import Prediction
-from duallora_edge.runtime.preprocess import Pixels, Preprocessing, to_rgb
+from duallora_edge.runtime.preprocess import Pixels, Preprocessing, cut, to_rgb
 from duallora_edge.runtime.process_memory import give_back_memory
 from duallora_edge.runtime.sources.frame import Frame
 from duallora_edge.runtime.trial import Opening, Trial
@@ -319,6 +319,24 @@ class Classifier:
         """
         return self.answer([self.prepare(frame) for frame in frames])
 
+    def crops(self, frame: npt.ArrayLike | Frame, boxes: npt.ArrayLike) -> list[Prediction]:
+        """Classify parts of a frame, such as what a detector found, in one inference.
+
+        Args:
+            frame: A frame as for a call.
+            boxes: Pixels ``[N, 4]`` of left, top, right and bottom, as ``Detections.xyxy`` of supervision and
+                ``result.boxes.xyxy.cpu().numpy()`` of Ultralytics. What lies beyond the frame is left out.
+
+        Returns:
+            One prediction per box, in the same order.
+
+        Raises:
+            DataError: ``frame`` is not a frame, ``boxes`` is not such an array, or a box is empty or outside.
+            BackendError: The device failed.
+        """
+        parts = cut(self._rgb(frame), boxes)
+        return self.answer([self._prepare(part, time.perf_counter()) for part in parts])
+
     def prepare(self, frame: npt.ArrayLike | Frame) -> Prepared:
         """The first half of a call, for a separate thread: bring a frame to the size of the model.
 
@@ -332,7 +350,12 @@ class Classifier:
             DataError: ``frame`` is not a frame.
         """
         start = time.perf_counter()
-        rgb = frame.pixels if isinstance(frame, Frame) else to_rgb(frame, self._color)
+        return self._prepare(self._rgb(frame), start)
+
+    def _rgb(self, frame: npt.ArrayLike | Frame) -> Pixels:
+        return frame.pixels if isinstance(frame, Frame) else to_rgb(frame, self._color)
+
+    def _prepare(self, rgb: Pixels, start: float) -> Prepared:
         preprocessing = self._model.bundle.manifest.preprocessing
         image = preprocessing(rgb)
         return Prepared(rgb, image, preprocessing, 1000 * (time.perf_counter() - start))
@@ -393,7 +416,7 @@ class Classifier:
             BackendError: The device failed.
             OSError: The frames cannot be kept in the folder of taught classes.
         """
-        pixels = [frame.pixels if isinstance(frame, Frame) else to_rgb(frame, self._color) for frame in frames]
+        pixels = [self._rgb(frame) for frame in frames]
         with self._swapping, self._borrowed() as model:
             return self._lessons.add(model, name, pixels)
 

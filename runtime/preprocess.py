@@ -159,6 +159,35 @@ def _as_frame(frame: npt.ArrayLike) -> npt.NDArray[Any]:
     return array
 
 
+def cut(frame: Pixels, boxes: npt.ArrayLike) -> list[Pixels]:
+    """Every pixel of ``frame`` (``[H, W, 3]``) that a box touches, as a view for each box.
+
+    ``boxes``: pixels ``[N, 4]`` as left, top, right, bottom; what lies beyond the frame is left out. Raises `DataError`
+    for what is not such an array, and for a box that is empty or outside of the frame.
+    """
+    try:
+        edges = np.asarray(boxes, np.float64)
+    except Exception as error:  # lists of different lengths, text, tensors on a GPU
+        raise DataError(f"Boxes must be an array of numbers [N, 4] ({_one_line(error)}).") from error
+    if edges.size == 0:
+        return []
+    if edges.ndim != 2 or edges.shape[1] != 4:
+        raise DataError(
+            f"Boxes must be [N, 4] (left, top, right, bottom), not {edges.shape}; reshape a single box to [1, 4]."
+        )
+    height, width = frame.shape[:2]
+    first, last = np.maximum(edges[:, :2], 0), np.minimum(edges[:, 2:], (width, height))
+    bad = np.flatnonzero(~(np.isfinite(edges).all(axis=1) & (first < last).all(axis=1)))
+    if bad.size:
+        left, top, right, bottom = edges[bad[0]]
+        raise DataError(
+            f"Box {bad[0]} ({left:g}, {top:g}, {right:g}, {bottom:g}) holds no part of a frame of {width} x {height} "
+            "pixels; give left, top, right and bottom, and leave out boxes outside of the frame."
+        )
+    parts = np.hstack([np.floor(first), np.ceil(last)]).astype(int)
+    return [frame[top:bottom, left:right] for left, top, right, bottom in parts]
+
+
 def _over_white(frame: Pixels) -> Pixels:
     """``[H, W, 3]`` from ``[H, W, 4]``, a few rows at a time, because the products take 16 bits."""
     result = np.empty((*frame.shape[:2], 3), np.uint8)

@@ -49,6 +49,21 @@ def full(*_: object) -> None:
 # -- single files ---------------------------------------------------------------------------------------------
 
 
+def test_write_atomic_in_parts(tmp_path: Path) -> None:
+    def parts(fails: bool) -> Iterator[bytes]:
+        yield b"new "
+        if fails:
+            raise ValueError("a part is missing")
+        yield b"content"
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ValueError, match="a part is missing"):
+        write_atomic(tmp_path / "file", parts(True))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    write_atomic(tmp_path / "file", parts(False))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new content"]
+
+
 @pytest.mark.parametrize("value", [b"", b"\x00\xff", "text, näïve", b"x" * 100_000])
 def test_write_atomic(tmp_path: Path, value: bytes | str) -> None:
     path = tmp_path / "file"

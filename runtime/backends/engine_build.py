@@ -42,7 +42,7 @@ from duallora_edge.runtime.backends.engine_cache import (
 from duallora_edge.runtime.backends.engine_worker import Job
 from duallora_edge.runtime.backends.tensorrt_api import TENSORRT_RTX, TensorRT, find_gpu, load_tensorrt
 from duallora_edge.runtime.bundle import Bundle, Manifest
-from duallora_edge.runtime.device.cuda import Gpu
+from duallora_edge.runtime.device.cuda import Driver, Gpu, NoGpuError
 from duallora_edge.runtime.process_memory import read_memory
 
 WORKER = "duallora_edge.runtime.backends.engine_worker"
@@ -245,7 +245,18 @@ def _build(
             timing_cache=str(folder.parent / timing) if timing else None,
         )
         facts = _run_worker(job, limits, say)
-        write_record(staging, key, {"workspace_mb": workspace_mb, "granted_mb": granted_mb, **facts})
+        write_record(
+            staging,
+            key,
+            {"workspace_mb": workspace_mb, "granted_mb": granted_mb, **facts, "driver_cuda": driver_cuda(key)},
+        )
+
+
+def driver_cuda(key: EngineKey) -> str | None:
+    """The newest CUDA version of this machine's driver, where the engine is for its GPU and the driver tells."""
+    with suppress(NoGpuError):
+        return Driver().cuda_version if key.device else None
+    return None
 
 
 def _grant_workspace(wanted_mb: int, model_bytes: int, say: Say) -> int:

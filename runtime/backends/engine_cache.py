@@ -97,6 +97,7 @@ class Engine:
 
     ``workspace_mb`` (10^6 bytes) was asked for and ``granted_mb`` given to the builder, which took ``seconds``.
     ``device_memory_bytes``: what one execution context takes on the GPU; None where the build did not load the engine.
+    ``driver_cuda``: the newest CUDA version of the driver at the build; None for TensorRT-RTX and where it is unknown.
     """
 
     key: EngineKey
@@ -106,6 +107,7 @@ class Engine:
     granted_mb: int
     seconds: float
     device_memory_bytes: int | None
+    driver_cuda: str | None = None
     from_cache: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -132,16 +134,9 @@ def read_engine(key: EngineKey) -> tuple[Engine, bytes] | None:
     folder = engines_folder() / key.digest
     if not os.path.lexists(folder):
         return None
-    plan = folder / PLAN
     try:
         own_folder(engines_folder())
-        record = read_json(folder / RECORD)
-        if record["key"] != asdict(key):
-            raise ValueError("it belongs to another key")
-        engine = _engine(key, plan, record)
-        content = read_limited(plan, engine.bytes) if plan.stat().st_size == engine.bytes else b""
-        if record["sha256"] != hashlib.sha256(content).hexdigest():
-            raise ValueError("its size or SHA-256 is not the recorded one")
+        engine, content = read_folder(folder, key)
     except (OSError, ValueError, TypeError, KeyError) as error:
         if not os.path.lexists(folder):
             return None
@@ -150,6 +145,21 @@ def read_engine(key: EngineKey) -> tuple[Engine, bytes] | None:
         ) from error
     with contextlib.suppress(OSError):  # a cache that cannot be written can still be read
         os.utime(folder / RECORD)
+    return engine, content
+
+
+def read_folder(folder: Path, key: EngineKey) -> tuple[Engine, bytes]:
+    """The engine in a folder and its plan, compared with the record.
+
+    Raises ``OSError``, ``ValueError``, ``TypeError`` or ``KeyError`` when it is damaged or not that of ``key``.
+    """
+    plan, record = folder / PLAN, read_json(folder / RECORD)
+    if record["key"] != asdict(key):
+        raise ValueError("it belongs to another key")
+    engine = _engine(key, plan, record)
+    content = read_limited(plan, engine.bytes) if plan.stat().st_size == engine.bytes else b""
+    if record["sha256"] != hashlib.sha256(content).hexdigest():
+        raise ValueError("its size or SHA-256 is not the recorded one")
     return engine, content
 
 
@@ -165,6 +175,9 @@ def _engine(key: EngineKey, plan: Path, record: dict[str, Any]) -> Engine:
     seconds = record["seconds"]
     if type(seconds) not in (int, float) or not 0 <= seconds < 2**31:
         raise ValueError("its record has no number in 'seconds'")
+    driver = record.get("driver_cuda")  # older records have none
+    if not isinstance(driver, (str, type(None))):
+        raise ValueError("its record has no text in 'driver_cuda'")
     return Engine(
         key=key,
         plan=plan,
@@ -173,6 +186,7 @@ def _engine(key: EngineKey, plan: Path, record: dict[str, Any]) -> Engine:
         granted_mb=count("granted_mb"),
         seconds=seconds,
         device_memory_bytes=None if record["device_memory_bytes"] is None else count("device_memory_bytes"),
+        driver_cuda=driver,
     )
 
 

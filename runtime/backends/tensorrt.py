@@ -24,7 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from duallora_edge.errors import BackendError
-from duallora_edge.runtime.backends.contract import ENGINE_BATCH, Infer, UnavailableError, at_most
+from duallora_edge.runtime.backends.contract import (
+    ENGINE_BATCH,
+    GoldenCheck,
+    Infer,
+    UnavailableError,
+    at_most,
+    check_golden,
+    in_groups,
+)
 from duallora_edge.runtime.backends.engine_build import build_engines, engine_keys, local_target
 from duallora_edge.runtime.backends.engine_cache import read_engine
 from duallora_edge.runtime.backends.tensorrt_api import TensorRT, make_logger, make_runtime
@@ -54,7 +62,17 @@ def open_tensorrt(bundle: Bundle, build: bool = False) -> Infer:
                 f"{tensorrt} has no engine of this model for {gpu.name} yet: run 'duallora-edge build {bundle.path}'"
             )
         plans.append(stored[1])
-    session = TensorRTSession(tensorrt, cudart, plans, bundle)
+    return _run(TensorRTSession(tensorrt, cudart, plans, bundle), bundle)
+
+
+def check_plans(bundle: Bundle, plans: Sequence[bytes]) -> GoldenCheck:
+    """Let engines that are not in the cache answer the golden images. Raises as `open_tensorrt` does."""
+    tensorrt, _ = local_target()
+    infer = _run(TensorRTSession(tensorrt, load_cudart(), plans, bundle), bundle)
+    return check_golden(in_groups(infer, bundle.manifest.batch), bundle.golden(), bundle.manifest.precision)
+
+
+def _run(session: TensorRTSession, bundle: Bundle) -> Infer:
     return at_most(session.infer, bundle.manifest.batch or ENGINE_BATCH)
 
 

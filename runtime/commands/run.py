@@ -24,6 +24,7 @@ from duallora_edge.runtime.field.store import FILE as SLOTS_FILE
 from duallora_edge.runtime.field.store import Store
 from duallora_edge.runtime.service.bundle_watcher import BundleWatcher
 from duallora_edge.runtime.service.monitor import Monitor, notify, watchdog
+from duallora_edge.runtime.service.outlets import Changes, Write, outlets
 from duallora_edge.runtime.service.pipeline import Answer, ExponentialSmoothing, Pipeline, Region
 from duallora_edge.runtime.service.slot_keeper import SlotKeeper, Terms, open_slot
 from duallora_edge.runtime.service.watcher import Watcher
@@ -98,6 +99,12 @@ _updates = option_group("New bundles and classes")
 @_answers("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Leave out less confident answers.")
 @_answers("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
 @_answers("--frames", type=click.IntRange(min=1), help="Stop after this many answers.")
+@_answers("--on-change", is_flag=True, help="Print an answer only when its label or is_novel is another one.")
+@_answers(
+    "--sink", type=click.Path(path_type=Path), metavar="FILE", help="Write the answers to a file that is rotated."
+)
+@_answers("--sink-mb", type=click.FloatRange(0.1), default=50, show_default=True, metavar="MB", help="Room for them.")
+@_answers("--mqtt", metavar="mqtt://HOST/TOPIC", help="Publish the answers at a broker; mqtts:// for TLS.")
 @_live("--show", is_flag=True, help="Serve a page with the live picture and the answers.")
 @_live("--listen", callback=address, metavar="HOST:PORT", help="Serve health and metrics (and --show) there.")
 @_updates("--watch", type=click.Path(path_type=Path), help="Always swap in the newest bundle of this folder.")
@@ -132,6 +139,10 @@ def run(
     min_confidence: float,
     top: int,
     frames: int | None,
+    on_change: bool,
+    sink: Path | None,
+    sink_mb: float,
+    mqtt: str | None,
     show: bool,
     listen: tuple[str, int] | None,
     watch: Path | None,
@@ -158,8 +169,8 @@ def run(
     the newest frame is classified, older ones are dropped and counted, and a lost source is opened again. Files: every
     frame is classified.
 
-    Only answers go to standard output, everything else to standard error. The command ends when the source does, or on
-    Ctrl-C or SIGTERM, and then finishes in order.
+    Only answers go to standard output, everything else to standard error; with --sink or --mqtt they go there instead.
+    The command ends when the source does, or on Ctrl-C or SIGTERM, and then finishes in order.
 
     \b
     Example:
@@ -178,6 +189,8 @@ def run(
 
     watcher: Watcher | None = None
     with ExitStack() as stack:
+        write = stack.enter_context(outlets(sink, sink_mb, mqtt, click.echo, _say))
+        changes = Changes() if on_change else None
         classifier = open_slot(store, load) if store else load(bundle)
         _say(f"backend: {classifier.backend}")
         if taught:
@@ -216,7 +229,7 @@ def run(
         stack.enter_context(watchdog(monitor.is_working))
         stack.enter_context(_stopped_by_signals(pipeline, watcher))
         notify("READY=1")
-        _print_answers(pipeline, monitor, min_confidence, top, frames, _keeping(keeper, roi))
+        _print_answers(pipeline, monitor, min_confidence, top, frames, _keeping(keeper, roi), changes, write)
         notify("STOPPING=1")
         _summary(monitor)
     if watcher is not None and watcher.is_stuck:
@@ -262,12 +275,15 @@ def _print_answers(
     top: int,
     frames: int | None,
     keep: Callable[[Answer], None],
+    changes: Changes | None,
+    write: Write,
 ) -> None:
     for number, answer in enumerate(pipeline, start=1):
         monitor.add(answer)
         keep(answer)
-        if answer.prediction.confidence >= min_confidence:
-            click.echo(json.dumps(answer_json(answer, top), allow_nan=False))
+        sure = answer.prediction.confidence >= min_confidence
+        if sure and (changes is None or changes(answer.camera, answer.prediction)):
+            write(json.dumps(answer_json(answer, top), allow_nan=False))
         if number == frames:
             return
 

@@ -92,8 +92,8 @@ class ExponentialSmoothing:
     """Exponential moving average of the class probabilities, over time rather than over frames.
 
     A frame that comes ``t`` seconds after the last one has the weight ``1 - exp(-t / seconds)``, so the answer follows
-    a change by 63 % within ``seconds``, at any frame rate. The average starts again when the bundle changes. Task,
-    novelty and timings stay those of the frame.
+    a change by 63 % within ``seconds``, at any frame rate. The average starts again when the bundle changes.
+    ``is_novel`` is what most frames of that time are. Task, novelty and timings stay those of the frame.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -109,6 +109,7 @@ class ExponentialSmoothing:
             raise ValueError(f"seconds must be a positive number, not {seconds}")
         self.seconds = seconds
         self._mean: FloatArray | None = None
+        self._novel = 0.0  # the share of novel frames
         self._bundle: tuple[object, ...] = ()
         self._captured = 0.0
 
@@ -120,20 +121,23 @@ class ExponentialSmoothing:
             captured: When the frame was captured, in seconds of a clock that does not jump (`Frame.captured`).
 
         Returns:
-            The prediction with the averaged probabilities, and the label and confidence that follow from them.
+            The prediction with the averaged probabilities, and the label, confidence and ``is_novel`` that follow.
         """
+        novel = float(bool(prediction.is_novel))
         bundle = (prediction.bundle, prediction.bundle_version, prediction.classes)
         if self._mean is None or bundle != self._bundle:
-            self._mean = prediction.probabilities
+            self._mean, self._novel = prediction.probabilities, novel
         else:
             weight = -math.expm1(-max(0.0, captured - self._captured) / self.seconds)
             self._mean = self._mean + (prediction.probabilities - self._mean) * weight
+            self._novel += (novel - self._novel) * weight
         self._bundle, self._captured = bundle, captured
         best = int(self._mean.argmax())
         return replace(
             prediction,
             label=prediction.classes[best],
             confidence=float(self._mean[best]),
+            is_novel=None if prediction.is_novel is None else self._novel > 0.5,
             probabilities=self._mean,
         )
 

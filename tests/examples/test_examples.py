@@ -72,9 +72,21 @@ def test_camera_app_acts_on_what_it_is_sure_of(start: Start, colour_bundle: Path
     assert out.endswith("red: 2, (new): 1, (unsure): 1, blue: 1\n")
 
 
-@pytest.mark.parametrize("name", ["camera_app.py", "gstreamer_app.py", "http_service.py"])
+@pytest.mark.parametrize("background", [255, 0])
+def test_crops_app_names_what_it_finds(start: Start, colour_bundle: Path, tmp_path: Path, background: int) -> None:
+    picture = Image.new("RGB", (200, 100), (background,) * 3)
+    for colour, left in (((250, 5, 5), 20), ((5, 5, 250), 120)):
+        picture.paste(colour, (left, 30, left + 40, 80))
+    picture.save(tmp_path / "parts.png")
+    out, err = start("crops_app.py", colour_bundle, "parts.png").communicate(timeout=SECONDS)
+    assert (out, err) == ("20,30 to 60,80: red, 100%\n120,30 to 160,80: blue, 100%\n", "")
+    Image.new("RGB", (20, 10)).save(tmp_path / "empty.png")
+    assert start("crops_app.py", colour_bundle, "empty.png").communicate(timeout=SECONDS) == ("", "")
+
+
+@pytest.mark.parametrize("name", ["camera_app.py", "crops_app.py", "gstreamer_app.py", "http_service.py"])
 def test_an_error_is_one_sentence(start: Start, tmp_path: Path, name: str) -> None:
-    process = start(name, tmp_path / "nothing", *(["photos"] if name == "camera_app.py" else []))
+    process = start(name, tmp_path / "nothing", *(["photos"] if name in ("camera_app.py", "crops_app.py") else []))
     out, err = process.communicate(timeout=SECONDS)
     assert (process.returncode, out) == (1, "") and err.count("\n") == 1 and "is not a folder" in err
 
@@ -417,7 +429,8 @@ def test_the_command_of_the_unit(start: Start, unit: Path, colour_bundle: Path, 
     process = start("duallora-edge", *(places.get(word, word) for word in shlex.split(text)))
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
-    assert [json.loads(line)["name"] for line in out.splitlines()] == [str(photos / "0.jpg"), str(photos / "3.jpg")]
+    # Of the frames 0 and 3 that are answered, the second one changes nothing.
+    assert [json.loads(line)["name"] for line in out.splitlines()] == [str(photos / "0.jpg")]
 
 
 @pytest.fixture(params=["file", "abstract"])

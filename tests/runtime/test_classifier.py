@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from duallora_edge.errors import BackendError, DataError
-from duallora_edge.runtime import Classifier, Prediction
+from duallora_edge.runtime import Classifier, Frame, Prediction
 from duallora_edge.runtime.backends.contract import GoldenCheck
 from duallora_edge.runtime.backends.ladder import Backend
 from duallora_edge.runtime.bundle import Bundle, Outputs
@@ -105,6 +105,22 @@ def test_a_batch_equals_single_frames(classifier: Classifier) -> None:
     for prediction, frame in zip(batch, frames, strict=True):
         np.testing.assert_allclose(prediction.probabilities, classifier(frame).probabilities, atol=1e-6)
     assert classifier.batch([]) == []
+
+
+@pytest.mark.parametrize("as_frame", [False, True])
+def test_crops_are_answered_as_one_batch(shared_bundle: Path, as_frame: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the boxes, and also of a frame in another channel order."""
+    classifier = Classifier.load(shared_bundle, color="rgb" if as_frame else "bgr")
+    pixels = np.zeros((40, 90, 3), np.uint8)
+    for column, colour in enumerate(((250, 5, 5), (5, 250, 5), (5, 5, 250))):
+        pixels[:, 30 * column : 30 * column + 30] = colour
+    frame = Frame(pixels, 0, 0.0, 0.0) if as_frame else pixels[:, :, ::-1]
+    calls: list[int] = []
+    answer = classifier.answer
+    monkeypatch.setattr(classifier, "answer", lambda prepared: calls.append(len(prepared)) or answer(prepared))
+    boxes = np.array([[60, 0, 90, 40], [-5.5, -9, 29.9, 99], [31.2, 3, 58.7, 20]], np.float32)
+    assert [prediction.label for prediction in classifier.crops(frame, boxes)] == ["blue", "red", "green"]
+    assert classifier.crops(frame, np.empty((0, 4), np.float32)) == [] and calls == [3, 0]
 
 
 def test_eight_threads_answer_as_one(classifier: Classifier) -> None:

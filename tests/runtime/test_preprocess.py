@@ -17,7 +17,7 @@ from PIL import Image
 
 from duallora_edge.errors import DataError
 from duallora_edge.runtime import preprocess
-from duallora_edge.runtime.preprocess import MAX_BYTES, MAX_PIXELS, MAX_SIDE, Preprocessing, read_image, to_rgb
+from duallora_edge.runtime.preprocess import MAX_BYTES, MAX_PIXELS, MAX_SIDE, Preprocessing, cut, read_image, to_rgb
 
 
 @pytest.mark.parametrize(
@@ -356,3 +356,45 @@ def test_a_photo_beyond_the_limit_is_read_at_a_fraction(
 
 def test_the_limit_of_frames_is_that_of_files() -> None:
     assert 7 * MAX_PIXELS <= MAX_BYTES < 7 * (MAX_PIXELS + 1)
+
+
+@pytest.mark.parametrize(
+    ("box", "columns", "rows"),
+    [
+        ((0, 0, 20, 10), (0, 20), (0, 10)),
+        ((3, 2, 7, 9), (3, 7), (2, 9)),
+        ((3.9, 2.5, 7.1, 8.01), (3, 8), (2, 9)),
+        ((-4, -1e9, 5, 1e30), (0, 5), (0, 10)),
+        ((6.2, 6.2, 6.4, 6.4), (6, 7), (6, 7)),
+        ((19.9, 9.9, 30, 30), (19, 20), (9, 10)),
+    ],
+)
+def test_a_box_is_cut_out(box: tuple[float, ...], columns: tuple[int, int], rows: tuple[int, int]) -> None:
+    frame = np.arange(10 * 20 * 3, dtype=np.uint8).reshape(10, 20, 3)
+    (part,) = cut(frame, np.array([box], np.float32))
+    assert np.array_equal(part, frame[slice(*rows), slice(*columns)]) and part.size
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([1, 2, 3, 4], r"must be \[N, 4\] .* not \(4,\); reshape a single box to \[1, 4\]"),
+        (np.ones((2, 6)), r"not \(2, 6\)"),
+        ([[1, 2, 3], [1]], "must be an array of numbers"),
+        ([["a", "b", "c", "d"]], "must be an array of numbers"),
+        ([[0, 0, 5, 5], [5, 0, 1, 5]], r"Box 1 \(5, 0, 1, 5\) holds no part of a frame of 20 x 10 pixels"),
+        ([[3, 3, 3, 5]], "Box 0"),
+        ([[20, 0, 30, 10]], "leave out boxes outside"),
+        ([[-9, 0, 0, 10]], "leave out boxes outside"),
+        ([[0, 0, np.nan, 5]], "Box 0"),
+        ([[0, 0, np.inf, 5]], "Box 0"),
+    ],
+)
+def test_what_is_no_box(boxes: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        cut(np.zeros((10, 20, 3), np.uint8), boxes)
+
+
+@pytest.mark.parametrize("boxes", [[], np.empty((0, 4), np.float32)])
+def test_no_boxes(boxes: Any) -> None:
+    assert cut(np.zeros((10, 20, 3), np.uint8), boxes) == []

@@ -323,6 +323,7 @@ DAMAGES = [
     *(put("seconds", value) for value in (-1, "1", None, float("nan"), 10**30)),
     *(put(name, -1) for name in ("workspace_mb", "granted_mb", "device_memory_bytes")),
     *(put("sha256", value) for value in (None, 1, "0" * 64)),
+    put("driver_cuda", 12.6),
 ]
 
 

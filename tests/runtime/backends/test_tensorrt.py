@@ -375,6 +375,29 @@ def test_no_engine_is_built_by_loading(trt: Imitation, shared_bundle: Path) -> N
     assert Classifier.load(shared_bundle).backend.name == "tensorrt"
 
 
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.usefixtures("any_graph")
+def test_a_twin_loads_what_was_saved(
+    trt: Imitation,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., tuple[int, str, str]],
+    is_split: bool,
+) -> None:
+    opened = split(bundle) if is_split else Bundle.open(bundle)
+    assert call("build", bundle, "--save", tmp_path / "engines.tar")[0] == 0
+    monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path / "twin"))
+    right = trt.compute
+    trt.compute = lambda images: {**right(images), "novelty": right(images)["novelty"] + 1}
+    code, out, err = call("build", bundle, "--load", tmp_path / "engines.tar")
+    assert (code, out) == (1, "") and "answer wrongly here" in err and not list((tmp_path / "twin/engines").iterdir())
+    trt.compute = right
+    code, out, err = call("build", bundle, "--load", tmp_path / "engines.tar")
+    assert (code, err) == (0, "") and out.count("loaded)") == 1 + is_split
+    assert open_backend(opened).name == "tensorrt"
+
+
 def test_an_engine_of_another_gpu_is_not_used(trt: Imitation, built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "find_gpu", lambda: replace(GPU, multiprocessors=4))
     assert "has no engine" in open_backend(built, threads=1).not_used["tensorrt"]

@@ -54,6 +54,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, li
         (("--roi", "0,0,0.5,1", "--frames", 2), [0, 1], ["dark", "dark"]),
         (("--roi", "0.5,0,0.5,1", "--min-confidence", 1), [0, 1, 2, 4, 5, 6], ["red", "green", "blue"] * 2),
         (("--roi", "0.5,0,0.5,1", "--frames", 12, "--loop"), [*range(12)], [*COLORS] * 3),
+        (("--roi", "0,0,0.5,1", "--on-change"), [0], ["dark"]),
+        (("--roi", "0.5,0,0.5,1", "--on-change", "--every", 4), [0], ["red"]),
+        (("--roi", "0.5,0,0.5,1", "--on-change", "--frames", 4), range(4), [*COLORS]),
+        (("--roi", "0.5,0,0.5,1", "--on-change", "--smooth", 1000), [0], ["red"]),
     ],
 )
 def test_a_folder(
@@ -105,6 +109,15 @@ def test_smoothing(capsys: pytest.CaptureFixture[str], shared_bundle: Path, phot
     assert [line["instant"]["label"] for line in lines] == list(COLORS)
 
 
+def test_answers_into_a_file(
+    capsys: pytest.CaptureFixture[str], shared_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        assert run(capsys, shared_bundle, "--source", photos, "--sink", tmp_path / "answers")[:2] == (0, [])
+    names = [json.loads(line)["sequence"] for line in (tmp_path / "answers").read_text().splitlines()]
+    assert names == [*range(8), *range(8)]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -117,6 +130,8 @@ def test_smoothing(capsys: pytest.CaptureFixture[str], shared_bundle: Path, phot
         (("--source", "photos", "--size", "64x48"), 1, "size is only for cameras"),
         (("--source", "photos", "--smooth", "0"), 2, "0.0 is not above 0"),
         (("--source", "photos", "--rate", "nan"), 2, "nan is not above 0"),
+        (("--source", "photos", "--sink", "photos"), 1, "does not hold answers of 'run'"),
+        (("--source", "photos", "--mqtt", "broker"), 1, "such as mqtt://broker.local/site/camera"),
         (("--source", "photos", "--listen", "8080"), 2, "is not an address such as"),
         (("--source", "photos", "--listen", "127.0.0.1:99999"), 2, "is not an address such as"),
     ],

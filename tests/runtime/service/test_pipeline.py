@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,17 @@ def test_smoothing_is_an_average_over_time() -> None:
         smoothed = smoothing(prediction(value), moment)
         np.testing.assert_allclose(smoothed.probabilities, mean, atol=1e-6)
         assert smoothed.label == str(mean.argmax()) and smoothed.confidence == pytest.approx(mean.max())
+
+
+@pytest.mark.parametrize(
+    ("frames", "smoothed"),
+    [("nnnnn", "nnnnn"), ("nknkk", "nnnnk"), ("kkkkn", "kkkkk"), ("knnnk", "kknnk"), ("?????", "?????")],
+)
+def test_smoothing_is_novel_where_most_frames_are(frames: str, smoothed: str) -> None:
+    smoothing, novel = ExponentialSmoothing(0.25), {"n": True, "k": False, "?": None}  # 0.33 is the weight of a frame
+    for moment, (frame, expected) in enumerate(zip(frames, smoothed, strict=True)):
+        result = smoothing(replace(prediction([1, 0]), is_novel=novel[frame]), moment / 10)
+        assert result.is_novel is novel[expected]
 
 
 def test_smoothing_starts_anew_with_another_bundle() -> None:
