@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from duallora_edge.errors import ConfigError
+from duallora_edge.extras import install_hint
 from duallora_edge.runtime.closing import Closing
 
 PASSWORD_VARIABLE = "DUALLORA_EDGE_MQTT_PASSWORD"
@@ -87,7 +88,7 @@ class Publisher(Closing):
         try:
             from paho.mqtt import client, enums
         except ImportError as error:
-            raise ConfigError(f"--mqtt needs paho-mqtt ({error}): pip install 'duallora-edge[mqtt]'.") from error
+            raise ConfigError(f"--mqtt needs paho-mqtt ({error}): {install_hint('mqtt')}.") from error
         self._say = say
         self._said = ""
         self._lost = 0

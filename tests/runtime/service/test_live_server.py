@@ -41,13 +41,18 @@ class Known:
         self.cameras = cameras or ("1",)
         self.answer = last
         self.ok, self.source = True, {"connected": True, "last_error": None, "silent": False}
+        self.facts = {"description": "a", "rate": 1.0, "age_ms": {"p50": None}, "dropped": 0, "idle_s": 0.0}
         self.classifier = {"status": "ok", **classifier}
 
     def last(self, camera: str) -> Answer | None:
         return self.answer
 
     def health(self) -> dict[str, Any]:
-        return {"ok": self.ok, "cameras": dict.fromkeys(self.cameras, self.source), "classifier": self.classifier}
+        return {
+            "ok": self.ok,
+            "cameras": dict.fromkeys(self.cameras, self.facts | self.source),
+            "classifier": self.classifier,
+        }
 
     def metrics(self) -> str:
         return 'bundle{name="\ud800"} 1\n'
@@ -526,8 +531,8 @@ def test_the_page_in_a_browser(browser: Any, bundle: Path) -> None:
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(server.url)
-        page.wait_for_function("document.querySelector('#state').textContent === 'running'")
-        page.wait_for_function("document.querySelector('#pictures img').naturalWidth > 0")
+        page.locator("#state").get_by_text("running").wait_for()
+        wait_for(lambda: page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)"))
         assert page.inner_text("#label") == SCRIPT and page.title() == "duallora-edge live"
         assert "<i>warm</i>" in page.inner_text("#task")
         rows = page.locator("#top li").all_inner_texts()
@@ -570,9 +575,8 @@ def test_several_cameras(browser: Any) -> None:
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(server.url)
-        page.wait_for_function(
-            "[...document.querySelectorAll('#pictures img')].filter((i) => i.naturalWidth).length === 3"
-        )
+        page.locator("figure").nth(2).wait_for()
+        wait_for(lambda: page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)"))
         assert page.locator("figcaption b").all_inner_texts() == ["door", "yard & <gate>", "hall"]
         page.locator("figure").nth(1).focus()
         page.keyboard.press("Enter")

@@ -246,5 +246,5 @@ def test_a_password_needs_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_paho(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "paho.mqtt", None)
-    with pytest.raises(ConfigError, match=r"pip install 'duallora-edge\[mqtt\]'"):
+    with pytest.raises(ConfigError, match="pip install 'paho-mqtt"):
         Publisher("mqtt://broker/a", print)
