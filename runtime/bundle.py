@@ -612,10 +612,11 @@ def _read_preprocessing(section: Section) -> Preprocessing | None:
     before = len(section.problems)
     size = section.integer("size", 8, 4096)
     resize, interpolation = section.text("resize"), section.text("interpolation")
+    gap = section.number("reducing_gap", 0, 100)
     if len(section.problems) > before:
         return None
     try:
-        return Preprocessing(size, resize, interpolation)
+        return Preprocessing(size, resize, interpolation, gap)
     except ValueError as error:
         section.problem("", str(error))
         return None

@@ -131,6 +131,8 @@ def test_what_is_no_manifest(bundle: Path, content: bytes, message: str) -> None
         ("preprocessing.size", 32, "input.shape"),
         ("preprocessing.size", 4, "preprocessing.size"),
         ("preprocessing.resize", "stretch", "'crop' or 'squash'"),
+        ("preprocessing.reducing_gap", 0.5, "reducing_gap must be"),
+        ("preprocessing.reducing_gap", "2", "preprocessing.reducing_gap"),
         ("input.dtype", "float32", "input.dtype"),
         ("input", None, "input: must be a mapping"),
         ("outputs.probabilities", {"dtype": "float32", "shape": ["N", 5]}, "outputs.probabilities"),

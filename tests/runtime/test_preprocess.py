@@ -101,12 +101,29 @@ def test_downscaling_averages() -> None:
     assert abs(small.astype(int) - 127).max() <= 2
 
 
+@pytest.mark.parametrize(("shape", "gap", "factor"), [((256, 256), 2, 8), ((256, 256), 4, 4), ((96, 96), 2, 3)])
+def test_large_frames_are_averaged_first(shape: tuple[int, int], gap: float, factor: int) -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    height, width = (side // factor for side in shape)
+    averaged = frame.reshape(height, factor, width, factor, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+    expected = Preprocessing(16, "squash", reducing_gap=0)(averaged).astype(int)
+    assert abs(Preprocessing(16, "squash", reducing_gap=gap)(frame) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("side", [20, 40, 63])
+def test_small_frames_are_not(side: int) -> None:
+    frame = np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+    assert np.array_equal(Preprocessing(16)(frame), Preprocessing(16, reducing_gap=0)(frame))
+
+
 def test_a_frame_of_the_right_size_is_not_touched() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     assert np.array_equal(Preprocessing(16)(frame[:, ::-1]), frame[:, ::-1])
 
 
-@pytest.mark.parametrize("values", [{"size": 4}, {"size": 5000}, {"resize": "fill"}, {"interpolation": "nearest"}])
+@pytest.mark.parametrize(
+    "values", [{"size": 4}, {"size": 5000}, {"resize": "fill"}, {"interpolation": "nearest"}, {"reducing_gap": 0.5}]
+)
 def test_settings_that_do_not_exist(values: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Preprocessing(**{"size": 16, **values})  # type: ignore[arg-type]
