@@ -135,8 +135,9 @@ def main(
                 break
         stop.set()
         swapper.join()
-        stats, health = pipeline.source.stats, monitor.health()
-        waiting = stats.captured - stats.dropped - pipeline.dropped - tally.answers
+        (camera,) = pipeline.cameras
+        stats, health = camera.source.stats, monitor.health()
+        waiting = stats.captured - stats.dropped - camera.dropped - tally.answers
     middle, low, high = slope(tally.memory)
     report = {
         "minutes": minutes,
@@ -146,13 +147,13 @@ def main(
         "out_of_order": tally.out_of_order,
         "by_bundle": tally.by_bundle,
         "captured": stats.captured,
-        "dropped": stats.dropped + pipeline.dropped,
+        "dropped": stats.dropped + camera.dropped,
         "on_their_way": waiting,
         "swaps": health["classifier"]["swaps"],
         "swaps_asked": len(tally.swap_s),
         "swap_errors": tally.swap_errors,
         "swap_s": {"p50": float(np.median(tally.swap_s)), "max": max(tally.swap_s)} if tally.swap_s else None,
-        "age_ms": health["age_ms"],
+        "age_ms": health["cameras"]["1"]["age_ms"],
         "pss_mb": [tally.memory[0][1] / 1e6, tally.memory[-1][1] / 1e6],
         "pss_slope_mb_per_hour": {"line": middle, "p5": low, "p95": high},
     }

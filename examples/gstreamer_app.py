@@ -50,7 +50,8 @@ def run(bundle: str, camera: str, record: str | None) -> None:
                 shown = prediction.label
                 what = f"{shown}, {prediction.confidence:.0%}{', novel' if prediction.is_novel else ''}"
                 print(f"frame {answer.frame.sequence}: {what}, {answer.age_ms:.0f} ms old", flush=True)
-        print(f"{source.stats.captured} frames, {source.stats.dropped + answers.dropped} of them too many to classify")
+        dropped = source.stats.dropped + answers.cameras[0].dropped
+        print(f"{source.stats.captured} frames, {dropped} of them too many to classify")
 
 
 if __name__ == "__main__":
