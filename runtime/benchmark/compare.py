@@ -40,6 +40,9 @@ NUMBERS: dict[str, tuple[tuple[str, ...], float]] = {
     "multi-stream p50, ms": (("multi_stream", "latency", "p50", "value"), 1),
     "multi-stream p99, ms": (("multi_stream", "latency", "p99", "value"), 1),
     "offline, images/s": (("offline", "images_per_second"), 1),
+    "parallel, images/s": (("parallel", "images_per_second"), 1),
+    "paced from due p50, ms": (("paced", "from_due", "p50", "value"), 1),
+    "paced from due p90, ms": (("paced", "from_due", "p90", "value"), 1),
     "end to end p50, ms": (("phases", "end_to_end", "p50", "value"), 1),
     "end to end p90, ms": (("phases", "end_to_end", "p90", "value"), 1),
     "load, ms": (("load_ms",), 1),
@@ -64,6 +67,10 @@ CONDITIONS = {
     "threads": ("backend", "threads"),
     "input": ("bundle", "input"),
     "frame": ("frame",),
+    "images": ("images", "count"),
+    "megapixels of an image": ("images", "megapixels"),
+    "frames per second": ("paced", "fps"),
+    "callers": ("parallel", "callers"),
     "seconds": ("seconds",),
 }
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from duallora_edge import __version__
 from duallora_edge.device_profiles.catalog import packaged
 from duallora_edge.device_profiles.profile import DeviceProfile
 from duallora_edge.errors import BudgetError
 from duallora_edge.runtime.backends.ladder import Backend
-from duallora_edge.runtime.benchmark.scenarios import Offline, Stream
+from duallora_edge.runtime.benchmark.scenarios import Offline, Paced, Parallel, Stream
 from duallora_edge.runtime.benchmark.statistics import Latency
 from duallora_edge.runtime.device.sampler import Series
 from duallora_edge.runtime.device.state import DeviceState
@@ -51,14 +53,24 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Images:
+    """What was classified in place of a generated frame: ``count`` images of a folder, and their mean size."""
+
+    folder: str
+    count: int
+    megapixels: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything `run_benchmark` found.
 
     ``single_stream`` and ``multi_stream``: prepared images, the model only; ``offline``: images per second. A scenario
     that was not asked for is None. ``phases``: ``preprocess``, ``infer``, ``postprocess`` and ``end_to_end`` of camera
-    frames of ``frame`` (width, height). ``memory``: readings ``before_load``, ``after_load``, ``after_runs`` (single
-    images only) and, where there were batches, ``after_batches``. ``estimate``: what the exporter expected of its
-    target device, and whether that is this one.
+    frames of ``frame`` (width, height) or, where that is None, of ``images``. ``paced``: the same frames at a fixed
+    rate; ``parallel``: prepared images, by several callers. ``memory``: readings ``before_load``, ``after_load``,
+    ``after_runs`` (single images only) and, where there were batches or several callers, ``after_batches``.
+    ``estimate``: what the exporter expected of its target device, and whether that is this one.
     """
 
     bundle: Mapping[str, Any]
@@ -69,15 +81,23 @@ class Report:
     single_stream: Stream | None
     multi_stream: Stream | None
     offline: Offline | None
-    frame: tuple[int, int]
+    parallel: Parallel | None
+    frame: tuple[int, int] | None
+    images: Images | None
     phases: Mapping[str, Latency]
+    paced: Paced | None
     memory: Mapping[str, MemoryReadings]
     device: Device
     estimate: EstimateCheck
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {"schema": SCHEMA, "label": LABEL, "duallora_edge": __version__, **asdict(self)}
+        """Everything as JSON values, without the samples."""
+        facts = asdict(self, dict_factory=_without_samples)
+        return {"schema": SCHEMA, "label": LABEL, "duallora_edge": __version__, **facts}
+
+
+def _without_samples(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if not isinstance(value, np.ndarray)}
 
 
 def answer(report: Report, milliseconds: float | None, megabytes: float | None) -> str:

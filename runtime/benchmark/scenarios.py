@@ -3,12 +3,17 @@
 Single stream: one image after the other; the result is the p90. Multi-stream: one query of eight images after the
 other; the result is the p99 of the queries. Offline: all images in batches; the result is images per second. The runs
 last seconds, not the ten minutes that MLPerf asks for, so nothing here is an MLPerf result.
+
+Two further loads are not of MLPerf: frames at the pace of a camera, and several callers at once.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +26,7 @@ from duallora_edge.runtime.device.sampler import MIN_SAMPLES, Power, Watch
 from duallora_edge.runtime.preprocess import Pixels
 
 SINGLE_STREAM, MULTI_STREAM, OFFLINE = SCENARIOS = ("single-stream", "multi-stream", "offline")
+PHASES = ("preprocess", "infer", "postprocess", "end_to_end")
 QUERY_IMAGES = 8
 BATCHES = (1, 2, 4, 8, 16)
 # Enough for an interval of the p90, the result of the single stream, in the shortest run.
@@ -88,6 +94,36 @@ class Offline:
     sweep: tuple[Throughput, ...]
 
 
+@dataclass(frozen=True)
+class Paced:
+    """Frames that are due ``fps`` times per second, each classified when it is due, or not at all if a newer one is.
+
+    ``missed`` of ``frames`` frames had no answer when the next one was due. ``latency`` counts from the start of the
+    call, ``from_due`` from the time when the frame was due.
+    """
+
+    fps: float
+    frames: int
+    missed: int
+    latency: Latency
+    from_due: Latency
+    energy: Energy
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Images per second of ``callers`` threads, each with one image after the other, and the latency of an image.
+
+    None with the reason when the device could not run them.
+    """
+
+    callers: int
+    images_per_second: float | None
+    latency: Latency | None
+    energy: Energy | None
+    reason: str | None = None
+
+
 def repeat(call: Callable[[], Sequence[float]], seconds: float, least: int = MIN_RUNS) -> Runs:
     """Call for ``seconds`` and at least ``least`` times, after a warm-up; ``call`` returns k times in ms."""
     warmup, settled = warm_up(call)
@@ -118,51 +154,58 @@ def warm_up(call: Callable[[], Sequence[float]]) -> tuple[int, bool]:
     return len(times), False
 
 
-def run_batch(infer: Infer, images: Pixels) -> Callable[[], Sequence[float]]:
-    """A call for `repeat` that runs a batch, uint8 ``[N, S, S, 3]``, and returns its time."""
+def run_batch(infer: Infer, images: Pixels, size: int = 1) -> Callable[[], Sequence[float]]:
+    """A call for `repeat` that runs the next ``size`` of some images, uint8 ``[K, S, S, 3]``, and returns its time.
+
+    After the last image comes the first one again.
+    """
+    starts = range(0, max(len(images), size), size)
+    batches = itertools.cycle([images[np.arange(start, start + size) % len(images)] for start in starts])
 
     def call() -> Sequence[float]:
+        batch = next(batches)
         start = time.perf_counter()
-        infer(images)
+        infer(batch)
         return (1000 * (time.perf_counter() - start),)
 
     return call
 
 
-def stream(infer: Infer, image: Pixels, images: int, seconds: float, watch: Watch) -> Stream:
-    """Run queries of ``images`` copies of an image, uint8 ``[S, S, 3]``; ``watch`` knows the power."""
-    batch = np.repeat(image[None], images, axis=0)
+def stream(infer: Infer, images: Pixels, size: int, seconds: float, watch: Watch) -> Stream:
+    """Run queries of ``size`` of some images, uint8 ``[K, S, S, 3]``; ``watch`` knows the power."""
     try:
-        runs = repeat(run_batch(infer, batch), seconds, MIN_RUNS if images == 1 else MIN_BATCHES)
+        runs = repeat(run_batch(infer, images, size), seconds, MIN_RUNS if size == 1 else MIN_BATCHES)
     except BackendError as error:
-        return Stream(images, None, None, str(error))
+        return Stream(size, None, None, str(error))
     latency = _latency(runs, -1)
-    return Stream(images, latency, _energy(watch, runs, images * len(runs.times)))
+    return Stream(size, latency, _energy(watch, runs, size * len(runs.times)))
 
 
-def offline(infer: Infer, image: Pixels, seconds: float, watch: Watch) -> Offline:
-    """Find the best batch size in half of the time, and measure it in the other half. Raises `BackendError`.
+def offline(infer: Infer, images: Pixels, seconds: float, watch: Watch) -> Offline:
+    """Find the best batch size for images ``[K, S, S, 3]`` in half of the time, and measure it in the other half.
+
+    Raises `BackendError`.
 
     The best batch is measured again, because the largest of several noisy numbers is too large.
     """
-    sweep = throughput(infer, image, seconds / 2)
+    sweep = throughput(infer, images, seconds / 2)
     best = max(sweep, key=lambda row: row.images_per_second or 0.0)
     if best.images_per_second is None:
         raise BackendError(f"The model cannot run a single image ({best.reason}); try another backend.")
-    runs = repeat(run_batch(infer, np.repeat(image[None], best.batch, axis=0)), seconds / 2, MIN_BATCHES)
-    images = best.batch * len(runs.times)
-    rate = 1000 * images / float(runs.times[:, -1].sum())
-    return Offline(best.batch, rate, _latency(runs, -1), _energy(watch, runs, images), sweep)
+    runs = repeat(run_batch(infer, images, best.batch), seconds / 2, MIN_BATCHES)
+    count = best.batch * len(runs.times)
+    rate = 1000 * count / float(runs.times[:, -1].sum())
+    return Offline(best.batch, rate, _latency(runs, -1), _energy(watch, runs, count), sweep)
 
 
-def throughput(infer: Infer, image: Pixels, seconds: float) -> tuple[Throughput, ...]:
-    """Images per second at the batch sizes `BATCHES`, each for its share of ``seconds``, of an image ``[S, S, 3]``.
+def throughput(infer: Infer, images: Pixels, seconds: float) -> tuple[Throughput, ...]:
+    """Images per second at the batch sizes `BATCHES`, each for its share of ``seconds``, of images ``[K, S, S, 3]``.
 
     The series ends at the first batch that the device cannot run.
     """
     found = []
     for batch in BATCHES:
-        call = run_batch(infer, np.repeat(image[None], batch, axis=0))
+        call = run_batch(infer, images, batch)
         try:
             call()  # the first call with a new size allocates memory
             times = timed(call, seconds / len(BATCHES), MIN_BATCHES)[:, -1]
@@ -173,18 +216,81 @@ def throughput(infer: Infer, image: Pixels, seconds: float) -> tuple[Throughput,
     return tuple(found)
 
 
-def phases(classifier: Classifier, frame: Pixels, seconds: float) -> dict[str, Latency]:
-    """Classify a frame ``uint8 [H, W, 3]`` again and again, and time the three phases and the whole call."""
+def phases(classifier: Classifier, frames: Sequence[Pixels], seconds: float) -> dict[str, Latency]:
+    """Classify frames ``uint8 [H, W, 3]`` again and again, and time the three phases and the whole call."""
+    turns = itertools.cycle(frames)
 
     def call() -> Sequence[float]:
+        frame = next(turns)
         start = time.perf_counter()
         timings = classifier(frame).timings
         whole = 1000 * (time.perf_counter() - start)
         return timings.preprocess_ms, timings.infer_ms, timings.postprocess_ms, whole
 
     runs = repeat(call, seconds)
-    names = ("preprocess", "infer", "postprocess", "end_to_end")
-    return {name: _latency(runs, column) for column, name in enumerate(names)}
+    return {name: _latency(runs, column) for column, name in enumerate(PHASES)}
+
+
+def paced(
+    classify: Callable[[Pixels], object], frames: Sequence[Pixels], fps: float, seconds: float, watch: Watch
+) -> Paced:
+    """Classify frames ``uint8 [H, W, 3]`` at the pace of a camera.
+
+    As with a camera, a frame that comes during a call waits for its end, and is dropped when another one comes as well.
+    """
+    turns = itertools.cycle(frames)
+    begin, period = time.perf_counter(), 1 / fps
+    number = 0  # of the frame that was classified last
+
+    def call() -> Sequence[float]:
+        nonlocal number
+        frame, before = next(turns), number
+        number = max(number + 1, int((time.perf_counter() - begin) / period))
+        due = begin + number * period
+        time.sleep(max(0.0, due - time.perf_counter()))
+        start = time.perf_counter()
+        classify(frame)
+        end = time.perf_counter()
+        return number - before, 1000 * (end - due), 1000 * (end - start)
+
+    runs = repeat(call, seconds, MIN_BATCHES)
+    steps, from_due = runs.times[:, 0], runs.times[:, 1]
+    missed = int((steps - 1).sum()) + int((from_due > 1000 * period).sum())
+    energy = _energy(watch, runs, len(runs.times))
+    return Paced(fps, int(steps.sum()), missed, _latency(runs, 2), _latency(runs, 1), energy)
+
+
+def parallel(infer: Infer, images: Pixels, callers: int, seconds: float, watch: Watch) -> Parallel:
+    """Run images ``[K, S, S, 3]`` one by one in ``callers`` threads at once, for ``seconds``."""
+    try:
+        _together(infer, images, callers, 0.0, BLOCK)
+        start = time.perf_counter()
+        found = _together(infer, images, callers, seconds, -(-MIN_RUNS // callers))
+    except BackendError as error:
+        return Parallel(callers, None, None, None, str(error))
+    ends, times = np.array(sorted(found)).T  # in the order in which they ended
+    runs = Runs(times[:, None], BLOCK * callers, True, start, float(ends[-1]))
+    rate = len(times) / (runs.end - runs.start)
+    return Parallel(callers, rate, _latency(runs, -1), _energy(watch, runs, len(times)))
+
+
+def _together(infer: Infer, images: Pixels, callers: int, seconds: float, least: int) -> list[tuple[float, float]]:
+    """Of every call of every caller, when it ended (``time.perf_counter``) and how many ms it took."""
+    ready = threading.Barrier(callers)
+
+    def work() -> list[tuple[float, float]]:
+        call = run_batch(infer, images)
+        found: list[tuple[float, float]] = []
+        ready.wait()
+        end = time.perf_counter() + seconds
+        while len(found) < least or time.perf_counter() < end:
+            (milliseconds,) = call()
+            found.append((time.perf_counter(), milliseconds))
+        return found
+
+    with ThreadPoolExecutor(callers) as pool:
+        futures = [pool.submit(work) for _ in range(callers)]
+        return [call for future in futures for call in future.result()]
 
 
 def _latency(runs: Runs, column: int) -> Latency:

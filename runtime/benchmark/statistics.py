@@ -7,7 +7,7 @@ interval is at least this wide.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
@@ -47,7 +47,7 @@ class Latency:
     """Statistics of ``n`` runs after ``warmup`` runs that do not count; times in ms.
 
     ``cov`` is std / mean, ``drift`` the median of the second half over that of the first, minus 1.
-    ``notes`` say why a number deserves less trust.
+    ``notes`` say why a number deserves less trust; ``samples`` are all times, float64 ``[n]``, as they were measured.
     """
 
     n: int
@@ -60,6 +60,7 @@ class Latency:
     p99: Percentile
     drift: float
     notes: tuple[str, ...]
+    samples: Times = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def summarize(samples: npt.ArrayLike, warmup: int = 0, settled: bool = True) -> 
         notes.append(f"unstable: the second half differs from the first by {drift:+.0%}; check clocks and temperature")
     ordered = np.sort(times)
     p50, p90, p99 = (percentile(ordered, share) for share in SHARES)
-    return Latency(len(times), warmup, mean, std, cov, p50, p90, p99, drift, tuple(notes))
+    return Latency(len(times), warmup, mean, std, cov, p50, p90, p99, drift, tuple(notes), times)
 
 
 def ratio_of_medians(medians: npt.ArrayLike, seed: int = 0) -> Ratio:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,8 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from duallora_edge.runtime.benchmark.report import LABEL, Report
-from duallora_edge.runtime.benchmark.scenarios import QUERY_IMAGES, Energy, Stream
-from duallora_edge.runtime.benchmark.statistics import SHARES, Latency, Percentile, runs_least, runs_needed
+from duallora_edge.runtime.benchmark.scenarios import (
+    MULTI_STREAM,
+    OFFLINE,
+    PHASES,
+    QUERY_IMAGES,
+    SINGLE_STREAM,
+    Energy,
+    Paced,
+    Parallel,
+    Stream,
+)
+from duallora_edge.runtime.benchmark.statistics import SHARES, Latency, Percentile, Times, runs_least, runs_needed
 from duallora_edge.runtime.device.sampler import Series
 from duallora_edge.runtime.device.state import Clock, DeviceState, PowerMode
 from duallora_edge.runtime.process_memory import MemoryReadings, Reading, available_drop
@@ -96,6 +108,37 @@ def markdown(report: Report, summary: str) -> str:
     return as_markdown(blocks(report), f"Benchmark of {report.bundle['name']}: {LABEL}", summary)
 
 
+def samples_csv(report: Report) -> str:
+    """Every run of the report as a line of a CSV file; what a scenario does not measure is empty."""
+    names = ("from_due_ms", *(f"{name}_ms" for name in PHASES[:-1]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("scenario", "images", "run", "latency_ms", *names), lineterminator="\n")
+    writer.writeheader()
+    for scenario, images, columns in _samples(report):
+        for run, times in enumerate(zip(*columns.values(), strict=True), 1):
+            rounded = {name: f"{value:.4f}" for name, value in zip(columns, times, strict=True)}
+            writer.writerow({"scenario": scenario, "images": images, "run": run, **rounded})
+    return text.getvalue()
+
+
+def _samples(report: Report) -> Iterator[tuple[str, int, dict[str, Times]]]:
+    """Name, images in a run, and times of each scenario that was measured."""
+    single, multi, batches = report.single_stream, report.multi_stream, report.offline
+    if single and single.latency:
+        yield SINGLE_STREAM, single.images, {"latency_ms": single.latency.samples}
+    parts = {f"{name}_ms": report.phases[name].samples for name in PHASES[:-1]}
+    yield "end-to-end", 1, {"latency_ms": report.phases[PHASES[-1]].samples, **parts}
+    if report.paced:
+        times = {"latency_ms": report.paced.latency.samples, "from_due_ms": report.paced.from_due.samples}
+        yield "paced", 1, times
+    if multi and multi.latency:
+        yield MULTI_STREAM, multi.images, {"latency_ms": multi.latency.samples}
+    if batches:
+        yield OFFLINE, batches.batch, {"latency_ms": batches.latency.samples}
+    if report.parallel and report.parallel.latency:
+        yield "parallel", 1, {"latency_ms": report.parallel.latency.samples}
+
+
 def blocks(report: Report) -> list[Block]:
     """The report in the order in which a person reads it; blocks may be empty."""
     return [
@@ -120,6 +163,9 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     )
     yield "backend", f"{backend['name']} in {backend['precision']}, threads: {threads}"
     yield from ((f"not {name}", why) for name, why in backend["not_used"].items())
+    if report.images is not None:
+        size = f"{report.images.megapixels:g} megapixels on average"
+        yield "images", f"{report.images.count} of {printable(report.images.folder)}, {size}"
     yield "load", f"{report.load_ms:.0f} ms, including the check of the golden images"
     device = machine["model"] or machine["cpu"] or "unknown CPU"
     yield "machine", f"{device}, {machine['usable_cores']} usable cores ({machine['profile'] or 'no profile'})"
@@ -133,6 +179,8 @@ def _warnings(report: Report) -> Iterator[str]:
         "end to end": report.phases["end_to_end"],
         "multi-stream": report.multi_stream and report.multi_stream.latency,
         "offline": report.offline and report.offline.latency,
+        "paced": report.paced and report.paced.latency,
+        "parallel": report.parallel and report.parallel.latency,
     }
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)  # note without its numbers -> (name, number)
     for name, latency in named.items():
@@ -158,6 +206,20 @@ def _scenarios(report: Report) -> Iterator[list[str]]:
         rate = f"{found.images_per_second:.1f}"
         name = f"offline (batches of {found.batch})"
         yield [name, "images/s", rate, "", f"{images:,}", f"{MLPERF_OFFLINE:,}", _energy(found.energy)]
+    if report.parallel is not None:
+        yield [f"parallel ({report.parallel.callers} callers)", "images/s", *_parallel(report.parallel)]
+    if report.paced is not None:
+        yield [f"paced ({report.paced.fps:g} frames/s)", "missed", *_paced(report.paced)]
+
+
+def _parallel(found: Parallel) -> list[str]:
+    if found.latency is None:
+        return ["failed", "", "0", "", "-"]
+    return [f"{found.images_per_second:.1f}", "", f"{found.latency.n:,}", "", _energy(found.energy)]
+
+
+def _paced(found: Paced) -> list[str]:
+    return [f"{found.missed / found.frames:.1%}", "", f"{found.frames:,}", "", _energy(found.energy)]
 
 
 def _stream(stream: Stream, share: float) -> list[str]:
@@ -181,7 +243,15 @@ def _scenario_notes(report: Report) -> Iterator[str]:
         yield f"n/a: a p99 needs {least} queries; --duration {seconds:.0f} is long enough here"
     if report.multi_stream and report.multi_stream.reason:
         yield f"multi-stream failed: {report.multi_stream.reason}"
-    found = [report.single_stream, report.multi_stream, report.offline]
+    if report.parallel and report.parallel.reason:
+        yield f"parallel failed: {report.parallel.reason}"
+    if report.paced:
+        frames, answered = report.paced.frames, report.paced.latency.n
+        yield (
+            f"missed: {report.paced.missed:,} of {frames:,} frames had no answer when the next one was due; "
+            f"{frames - answered:,} of them were dropped for a newer one"
+        )
+    found = [report.single_stream, report.multi_stream, report.offline, report.parallel, report.paced]
     energies = [scenario.energy for scenario in found if scenario is not None and scenario.energy is not None]
     for energy in energies[:1]:  # the same monitor for all
         if energy.power is not None:
@@ -195,9 +265,14 @@ def _latencies(report: Report) -> Iterator[list[str]]:
     for name, stream in (("model, one image", report.single_stream), ("model, query", report.multi_stream)):
         if stream is not None and stream.latency is not None:
             yield [f"{name} of {stream.images}" if stream.images > 1 else name, *_latency(stream.latency)]
-    width, height = report.frame
+    if report.parallel is not None and report.parallel.latency is not None:
+        yield [f"model, {report.parallel.callers} callers", *_latency(report.parallel.latency)]
+    frame = f"frame {report.frame[0]}x{report.frame[1]}" if report.frame else "image of the folder"
     for name, latency in report.phases.items():
-        yield [f"frame {width}x{height}: {name.replace('_', ' ')}", *_latency(latency)]
+        yield [f"{frame}: {name.replace('_', ' ')}", *_latency(latency)]
+    if report.paced is not None:
+        yield ["paced: from the start of the call", *_latency(report.paced.latency)]
+        yield ["paced: from when the frame was due", *_latency(report.paced.from_due)]
 
 
 def _latency(latency: Latency) -> list[str]:

@@ -23,7 +23,7 @@ from duallora_edge.runtime.benchmark.compare import (
 from duallora_edge.runtime.benchmark.measure import run_benchmark
 from duallora_edge.runtime.benchmark.report import answer, check_budgets
 from duallora_edge.runtime.benchmark.scenarios import SCENARIOS, SINGLE_STREAM
-from duallora_edge.runtime.benchmark.table import as_markdown, as_text, markdown, table
+from duallora_edge.runtime.benchmark.table import as_markdown, as_text, markdown, samples_csv, table
 from duallora_edge.runtime.commands.options import backend_options, frame_size
 from duallora_edge.text import escaped
 
@@ -40,7 +40,7 @@ _comparison = option_group("Comparison")
     "scenarios",
     type=click.Choice(SCENARIOS),
     multiple=True,
-    help="Measure only this one; may be repeated. Default: all.",
+    help="Measure only this one; may be repeated. Default: all three.",
 )
 @_measurement(
     "--duration",
@@ -55,10 +55,31 @@ _comparison = option_group("Comparison")
     metavar="WxH",
     default="1280x720",
     show_default=True,
-    help="Size of the camera frame.",
+    help="Size of the camera frame, which is generated.",
+)
+@_measurement(
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Classify images of a folder instead: as many as fit into 64 MiB, at most 100. They count as memory.",
+)
+@_measurement(
+    "--fps",
+    type=click.FloatRange(0.1, 1000.0),
+    help="Also classify frames at this rate, as from a camera; the device may lower its clocks between them.",
+)
+@_measurement(
+    "--parallel", type=click.IntRange(2, 256), metavar="N", help="Also let N threads run the model at the same time."
 )
 @_output("--json", "json_file", metavar="FILE", help="Write the report as JSON; '-' prints it instead of text.")
 @_output("--markdown", "markdown_file", metavar="FILE", help="Write Markdown; '-' prints it instead of text.")
+@_output(
+    "--samples",
+    "samples_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write every run as a line of CSV.",
+)
 @_limits("--budget-ms", type=click.FloatRange(min=0), help="Exit code 1 when one image takes longer than this (p90).")
 @_limits("--budget-mb", type=click.FloatRange(min=0), help="Exit code 1 when the process takes more memory (PSS).")
 @_comparison(
@@ -75,8 +96,12 @@ def benchmark(
     scenarios: tuple[str, ...],
     duration: float,
     frame: tuple[int, int],
+    images: Path | None,
+    fps: float | None,
+    parallel: int | None,
     json_file: str | None,
     markdown_file: str | None,
+    samples_file: Path | None,
     budget_ms: float | None,
     budget_mb: float | None,
     other: Path | None,
@@ -91,16 +116,22 @@ def benchmark(
     how many runs there were and how many MLPerf asks for. It also holds the power mode, clocks, temperature,
     throttling and power, as far as the device reports them. Nothing on the device is changed.
 
+    All of it runs back to back, except --fps: there each frame has its time, as with a camera. Its latency counts from
+    that time as well, and a frame is missed when it has no answer before the next one is due.
+
     The latency budget applies to the p90 of the single stream (the model on one prepared image), the memory budget
     (1 MB = 10^6 bytes) to the PSS of the whole process after single images.
 
     With --compare, BUNDLE and OTHER may each be a bundle or a report (--json). Two bundles run single images in turns
     on the same backend, and the result is the ratio of their medians with its 5-95 % interval. Otherwise the numbers
-    of two reports are compared, together with every condition that differed; a bundle is measured first.
+    of two reports are compared, together with every condition that differed; a bundle is measured first. To compare
+    with --images, --fps or --parallel, measure each bundle with --json, then compare the reports.
 
     \b
     Example:
       duallora-edge benchmark bundle --budget-ms 20 --json report.json --markdown report.md
+      duallora-edge benchmark bundle --images photos --fps 30 --samples runs.csv
+      duallora-edge benchmark bundle --scenario single-stream --parallel 4
       duallora-edge benchmark new-bundle --compare bundle --max-ratio 1.1
       duallora-edge benchmark today.json --compare report.json
     """
@@ -108,10 +139,18 @@ def benchmark(
     if json_file == "-" and markdown_file == "-":
         raise click.UsageError("Only one of --json and --markdown can be '-'.")
     _check_limits(other is not None, budget_ms, budget_mb, max_ratio, scenarios)
+    if other is not None and (images is not None or fps or parallel or samples_file is not None):
+        raise click.UsageError(
+            "--images, --fps, --parallel and --samples apply to one bundle; measure each with --json, then compare the "
+            "reports."
+        )
     if other is None:
-        report = run_benchmark(bundle, backend, threads, strict, duration, frame, scenarios)
+        report = run_benchmark(bundle, backend, threads, strict, duration, frame, scenarios, images, fps, parallel)
         summary = answer(report, budget_ms, budget_mb)
         _show(table(report, summary), report.to_json(), markdown(report, summary), json_file, markdown_file)
+        if samples_file is not None:
+            write_atomic(samples_file, samples_csv(report))
+            click.echo(escaped(f"Samples: {samples_file}"), err="-" in (json_file, markdown_file))
         check_budgets(report, budget_ms, budget_mb)
         return
     if bundle.is_dir() and other.is_dir():

@@ -121,7 +121,7 @@ def test_all_wrong_numbers_are_told_at_once(document: dict[str, Any]) -> None:
         for key in keys[:-1]:
             part = part.setdefault(key, {})
         part[keys[-1]] = "x"
-    with pytest.raises(ReportError, match="and 6 more; measure again"):
+    with pytest.raises(ReportError, match="and 9 more; measure again"):
         compare_reports(wrong, document, NAMES)
 
 

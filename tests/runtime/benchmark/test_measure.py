@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from duallora_edge.device_profiles.catalog import packaged
-from duallora_edge.errors import BackendError, BudgetError
+from duallora_edge.errors import BackendError, BudgetError, DataError, SourceError
 from duallora_edge.runtime.backends.contract import GoldenCheck
 from duallora_edge.runtime.backends.ladder import Backend
+from duallora_edge.runtime.benchmark import measure as benchmark_measure
 from duallora_edge.runtime.benchmark import scenarios as benchmark_scenarios
-from duallora_edge.runtime.benchmark.measure import run_benchmark
+from duallora_edge.runtime.benchmark.measure import read_images, run_benchmark
 from duallora_edge.runtime.benchmark.report import (
     Device,
     EstimateCheck,
@@ -33,12 +37,15 @@ from duallora_edge.runtime.benchmark.scenarios import (
     WARMUP_RUNS,
     Stream,
     offline,
+    paced,
+    parallel,
     repeat,
+    run_batch,
     stream,
     throughput,
 )
 from duallora_edge.runtime.benchmark.statistics import Latency, summarize
-from duallora_edge.runtime.benchmark.table import as_text, blocks, markdown
+from duallora_edge.runtime.benchmark.table import as_text, blocks, markdown, samples_csv
 from duallora_edge.runtime.bundle import Outputs
 from duallora_edge.runtime.device.sampler import Series, Watch
 from duallora_edge.runtime.device.state import Clock, DeviceState, Finding, read_state
@@ -52,7 +59,7 @@ ESTIMATE = {
     "latency_ms": 1.6,
     "note": "estimate, not measured",
 }
-IMAGE = np.zeros((8, 8, 3), np.uint8)
+IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +86,22 @@ def limited_to(images: int) -> Callable[[Pixels], Outputs]:
 
 
 def test_throughput_ends_at_the_first_batch_that_fails() -> None:
-    found = throughput(limited_to(4), IMAGE, seconds=0.01)
+    found = throughput(limited_to(4), IMAGES, seconds=0.01)
     assert [row.batch for row in found] == [1, 2, 4, 8]
     assert found[-1].images_per_second is None and found[-1].reason == "out of memory"
     assert all(row.images_per_second and row.n >= MIN_BATCHES for row in found[:-1])
 
 
 def test_offline_measures_the_best_batch_anew() -> None:
-    found = offline(limited_to(16), IMAGE, 0.01, Watch())
+    found = offline(limited_to(16), IMAGES, 0.01, Watch())
     assert found.batch == max(found.sweep, key=lambda row: row.images_per_second or 0).batch
     assert found.images_per_second == pytest.approx(1000 * found.batch / found.latency.mean)
     with pytest.raises(BackendError, match="cannot run a single image \\(out of memory\\)"):
-        offline(limited_to(0), IMAGE, 0.0, Watch())
+        offline(limited_to(0), IMAGES, 0.0, Watch())
 
 
 def test_a_stream_that_the_device_cannot_run() -> None:
-    assert stream(limited_to(4), IMAGE, 8, 0.0, Watch()) == Stream(8, None, None, "out of memory")
+    assert stream(limited_to(4), IMAGES, 8, 0.0, Watch()) == Stream(8, None, None, "out of memory")
 
 
 def test_energy_is_power_times_time() -> None:
@@ -102,13 +109,85 @@ def test_energy_is_power_times_time() -> None:
         def power(self, start: float, end: float) -> Any:
             return benchmark_scenarios.Power(10.0, "VDD_IN", 3)
 
-    found = stream(limited_to(8), IMAGE, 8, 0.01, Known())
+    found = stream(limited_to(8), IMAGES, 8, 0.01, Known())
     assert found.latency is not None and found.energy is not None and found.energy.millijoules is not None
     # 10 W for the mean time of a query of 8, and the little that passes between queries.
     assert found.energy.millijoules >= 10 * found.latency.mean / 8
-    assert stream(limited_to(1), IMAGE, 1, 0.0, Watch()).energy == benchmark_scenarios.Energy(
+    assert stream(limited_to(1), IMAGES, 1, 0.0, Watch()).energy == benchmark_scenarios.Energy(
         None, None, "no monitor of the total power can be read"
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [
+        (1, 1, [[0], [0]]),
+        (1, 3, [[0, 0, 0], [0, 0, 0]]),
+        (3, 1, [[0], [1], [2], [0]]),
+        (3, 2, [[0, 1], [2, 0], [0, 1]]),
+    ],
+)
+def test_batches_go_through_all_images(count: int, size: int, expected: list[list[int]]) -> None:
+    seen: list[list[int]] = []
+    images = np.arange(count, dtype=np.uint8)[:, None, None, None]
+
+    def infer(batch: Pixels) -> Outputs:
+        seen.append(batch.ravel().tolist())
+        return limited_to(99)(batch)
+
+    call = run_batch(infer, images, size)
+    for _ in expected:
+        call()
+    assert seen == expected
+
+
+class FakeTime:
+    """A clock that moves when somebody sleeps, or works."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("call_ms", "frames_per_answer", "missed", "waited_ms"),
+    [
+        (50, 1.0, 0.0, 0.0),  # in time: a frame is due every 125 ms
+        (150, 1.2, 1.0, 125.0),
+        (400, 3.2, 1.0, 125.0),  # only the newest frame waits, and no longer than until the next one
+    ],
+)
+def test_frames_at_the_pace_of_a_camera(
+    monkeypatch: pytest.MonkeyPatch, call_ms: float, frames_per_answer: float, missed: float, waited_ms: float
+) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr(benchmark_scenarios, "time", clock)
+    found = paced(lambda _: clock.sleep(call_ms / 1000), list(IMAGES), 8.0, 60.0, Watch())
+    assert found.latency.p50.value == pytest.approx(call_ms) and found.latency.std == pytest.approx(0, abs=1e-6)
+    assert found.frames / found.latency.n == pytest.approx(frames_per_answer, rel=0.02)
+    assert found.missed == pytest.approx(missed * found.frames, abs=1)
+    waits = found.from_due.samples - found.latency.samples
+    assert waits.min() >= -1e-6 and waits.max() <= waited_ms + 1e-6
+    assert found.frames == pytest.approx(8 * 60, abs=4)
+
+
+def test_several_callers_at_once() -> None:
+    together = threading.Barrier(3)
+
+    def infer(batch: Pixels) -> Outputs:
+        together.wait(timeout=30)  # breaks unless three threads are here
+        return limited_to(1)(batch)
+
+    found = parallel(infer, IMAGES, 3, 0.0, Watch())
+    assert found.latency is not None and found.latency.n == MIN_RUNS and found.latency.warmup == 15
+    assert found.images_per_second is not None and found.images_per_second > 0
+    failed = parallel(limited_to(0), IMAGES, 2, 0.0, Watch())
+    assert (failed.images_per_second, failed.latency, failed.reason) == (None, None, "out of memory")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +231,86 @@ def test_only_the_scenarios_that_were_asked_for(shared_bundle: Path) -> None:
     found = run_benchmark(shared_bundle, threads=1, seconds=0.0, frame=(8, 8), scenarios=["single-stream"])
     assert found.single_stream is not None and found.offline is None and "after_batches" not in found.memory
     assert "offline" not in table(found).lower() and "single stream" in table(found)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five images of different sizes."""
+    for side in range(10, 60, 10):
+        Image.new("RGB", (side, side), (side, 0, 0)).save(tmp_path / f"{side}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("limits", "sides"),
+    [({}, [10, 20, 30, 40, 50]), ({"MAX_IMAGES": 2}, None), ({"MAX_IMAGES_BYTES": 1}, None)],
+)
+def test_images_of_a_folder_within_limits(
+    monkeypatch: pytest.MonkeyPatch, photos: Path, limits: Mapping[str, int], sides: list[int] | None
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(benchmark_measure, name, value)
+    found = [len(image) for image in read_images(photos)]
+    assert found == [len(image) for image in read_images(photos)]
+    assert sorted(found) == sides if sides else len(found) == limits.get("MAX_IMAGES", 1)
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="contains no images"):
+        read_images(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        read_images(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wide_report(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """With images of a folder, a pace, and several callers."""
+    folder = tmp_path_factory.mktemp("photos")
+    Image.new("RGB", (200, 100)).save(folder / "black.png")
+    return run_benchmark(shared_bundle, threads=1, seconds=0.02, images=folder, fps=200, callers=2)
+
+
+def test_a_report_of_every_load(wide_report: Report) -> None:
+    document = json.loads(json.dumps(wide_report.to_json(), allow_nan=False))
+    assert document["frame"] is None and document["images"]["count"] == 1 and document["images"]["megapixels"] == 0.02
+    assert document["paced"]["fps"] == 200 and document["paced"]["frames"] >= document["paced"]["latency"]["n"]
+    assert document["parallel"]["callers"] == 2 and document["parallel"]["images_per_second"] > 0
+    assert "samples" not in json.dumps(document)
+    text = table(wide_report)
+    for words in (
+        r"images +1 of .*photos\d+, 0\.02 megapixels on average",
+        r"parallel \(2 callers\) +images/s +[\d.]+",
+        r"paced \(200 frames/s\) +missed +[\d.]+%",
+        r"missed: \d+ of \d+ frames had no answer when the next one was due; \d+ of them were dropped",
+        r"paced: from when the frame was due +[\d.n]",
+        r"image of the folder: end to end",
+    ):
+        assert re.search(words, text), words
+    failed = dataclasses.replace(wide_report, parallel=parallel(limited_to(0), IMAGES, 2, 0.0, Watch()))
+    assert "parallel failed: out of memory" in table(failed)
+
+
+def test_every_run_is_a_line_of_the_samples(wide_report: Report) -> None:
+    rows = list(csv.DictReader(samples_csv(wide_report).splitlines()))
+    columns = {
+        "single-stream": {"latency_ms"},
+        "end-to-end": {"latency_ms", "preprocess_ms", "infer_ms", "postprocess_ms"},
+        "paced": {"latency_ms", "from_due_ms"},
+        "multi-stream": {"latency_ms"},
+        "offline": {"latency_ms"},
+        "parallel": {"latency_ms"},
+    }
+    assert list(dict.fromkeys(row["scenario"] for row in rows)) == list(columns)
+    for row in rows:
+        assert {name for name, value in row.items() if name.endswith("_ms") and value} == columns[row["scenario"]]
+    single = [float(row["latency_ms"]) for row in rows if row["scenario"] == "single-stream"]
+    assert wide_report.single_stream is not None and wide_report.single_stream.latency is not None
+    np.testing.assert_allclose(single, wide_report.single_stream.latency.samples, atol=1e-4)
+    alone = dataclasses.replace(
+        wide_report, single_stream=None, paced=None, parallel=None, offline=None, multi_stream=Stream(8, None, None, "")
+    )
+    assert {row["scenario"] for row in csv.DictReader(samples_csv(alone).splitlines())} == {"end-to-end"}
 
 
 def test_the_phases_add_up(report: Report) -> None:

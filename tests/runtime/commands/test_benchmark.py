@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from duallora_edge.cli import main
 from duallora_edge.runtime.benchmark import compare as benchmark_compare
@@ -49,6 +50,20 @@ def test_standard_output_for_a_program(capsys: pytest.CaptureFixture[str], share
     assert f"Markdown: {page}" in err
     code, out, _ = benchmark(capsys, shared_bundle, "--scenario", "single-stream", "--markdown", "-")
     assert code == 0 and out.startswith("# Benchmark of colours")
+
+
+def test_images_of_a_folder_at_a_pace_by_several_callers(
+    capsys: pytest.CaptureFixture[str], shared_bundle: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
+    samples = tmp_path / "runs.csv"
+    options = ("--scenario", "single-stream", "--images", tmp_path, "--fps", 500, "--parallel", 2, "--samples", samples)
+    code, out, _ = benchmark(capsys, shared_bundle, *options)
+    assert code == 0 and out.splitlines()[-1] == f"Samples: {samples}"
+    assert "paced (500 frames/s)" in out and "parallel (2 callers)" in out
+    assert samples.read_text().startswith("scenario,images,run,latency_ms,from_due_ms,")
+    code, out, err = benchmark(capsys, shared_bundle, *options, "--json", "-")
+    assert code == 0 and json.loads(out)["images"]["count"] == 1 and err == f"Samples: {samples}\n"
 
 
 def test_a_budget_fails_after_the_report_is_out(
@@ -104,6 +119,13 @@ def test_what_cannot_be_compared(
         (("--json", "-", "--markdown", "-"), "Only one of"),
         (("--scenario", "offline", "--budget-ms", 2), "--budget-ms needs --scenario single-stream"),
         (("--scenario", "server"), "'server'"),
+        (("--images", "absent"), "absent"),
+        (("--fps", 0), "0"),
+        (("--parallel", 1), "1"),
+        *(
+            (("--compare", "x", *option), "apply to one bundle")
+            for option in (("--fps", 30), ("--samples", "runs.csv"))
+        ),
         *((("--frame", size), "1280x720") for size in ("1280", "0x10", "10x", "99999x1", "axb")),
     ],
 )
