@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from duallora_edge.runtime.backends.contract import nodes_on_cpu
 from duallora_edge.runtime.benchmark.report import LABEL, Report
 from duallora_edge.runtime.benchmark.scenarios import QUERY_IMAGES, Energy, Stream
 from duallora_edge.runtime.benchmark.statistics import SHARES, Latency, Percentile, runs_least, runs_needed
@@ -119,6 +120,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         f"{bundle['input'][1]} px, model {bundle['model_bytes'] / 1e6:.1f} MB",
     )
     yield "backend", f"{backend['name']} in {backend['precision']}, threads: {threads}"
+    if backend["on_cpu"]:
+        yield "on the CPU", nodes_on_cpu(backend["on_cpu"])
     yield from ((f"not {name}", why) for name, why in backend["not_used"].items())
     yield "load", f"{report.load_ms:.0f} ms, including the check of the golden images"
     device = machine["model"] or machine["cpu"] or "unknown CPU"
