@@ -77,7 +77,12 @@ def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> No
     assert (manifest["name"], manifest["bundle_version"]) == ("site", 1)
     assert manifest["classes"] == ["a", "b", "c", "d"]
     assert manifest["tasks"] == [{"name": "first", "classes": [0, 1]}, {"name": "second", "classes": [2, 3]}]
-    assert manifest["preprocessing"] == {"size": 32, "resize": run.config.resize, "interpolation": "bicubic"}
+    assert manifest["preprocessing"] == {
+        "size": 32,
+        "resize": run.config.resize,
+        "interpolation": "bicubic",
+        "reducing_gap": 2.0,
+    }
     assert manifest["outputs"]["features"]["shape"] == ["N", 7 * 48]
     calibration, mixture = manifest["calibration"], model.classifier.mixture
     assert calibration["temperature"] == mixture.temperature
