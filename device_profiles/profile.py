@@ -15,7 +15,7 @@ from duallora_edge.errors import ProfileError
 FOLDER = Path(__file__).parent
 KINDS = ("jetson", "rtx", "cpu")
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
-BACKENDS = ("tensorrt", "onnxruntime-tensorrt", "cuda", "cpu")
+BACKENDS = ("tensorrt", "cuda", "cpu")
 DEFAULT_WORKSPACE_MB = 512
 GIB = 2**30
 

@@ -177,8 +177,11 @@ def _graphs(model: ComposedModel, target: Target, precision: str, batch: int | N
     wanted: dict[tuple[str, Part], None] = {("fp32", "whole"): None, (precision, "whole"): None}
     if split:
         wanted |= {(precision, "prefix"): None, (precision, "suffix"): None}
+    sums = target.profile.compute_capability == "7.5"
     return {
-        (name, part): build_model(model, target.opset, target.ir_version, half=name == "fp16", batch=batch, part=part)
+        (name, part): build_model(
+            model, target.opset, target.ir_version, half=name == "fp16", batch=batch, part=part, sums=sums
+        )
         for name, part in wanted
     }
 
@@ -314,17 +317,25 @@ def _recipe(graph: onnx.ModelProto, precision: str, target: Target) -> str:
     """A shell script for the trtexec of TensorRT 8, whose Python is too old for the runtime of this package."""
     image = graph.graph.input[0].type.tensor_type.shape.dim
     size = image[1].dim_value
+    pinned = ""
     arguments = [
         f"--onnx={MODEL_FP16 if precision == 'fp16' else MODEL}",
         '--saveEngine="${1:-model.engine}"',
         f"--memPoolSize=workspace:{target.profile.workspace_mb}",
         "--timingCacheFile=timing.cache",
+        "--noTF32",
     ]
     if not image[0].dim_value:
         arguments += [f"--{which}Shapes=image:1x{size}x{size}x3" for which in ("min", "opt", "max")]
     if precision == "fp16":
         kept = ",".join(f"{name}:fp32" for name in full_precision_nodes(graph))
-        arguments += ["--fp16", "--precisionConstraints=obey", f"--layerPrecisions={kept}"]
+        pinned = f'# What is fp32 in the file stays fp32, layer norms among it.\nfp32="{kept}"\n'
+        arguments += [
+            "--fp16",
+            "--precisionConstraints=obey",
+            '--layerPrecisions="$fp32"',
+            '--layerOutputTypes="$fp32"',
+        ]
     lines = " \\\n    ".join(arguments)
     return f"""#!/bin/sh
 # Builds a TensorRT engine with the trtexec of JetPack {target.jetpack} (TensorRT {target.tensorrt}).
@@ -332,7 +343,7 @@ def _recipe(graph: onnx.ModelProto, precision: str, target: Target) -> str:
 #   sh {RECIPE} [ENGINE]
 set -e
 cd "$(dirname "$0")"
-"${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}" \\
+{pinned}"${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}" \\
     {lines}
 """
 

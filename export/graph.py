@@ -47,12 +47,14 @@ class Builder:
     """Collects nodes and initializers. Every method returns the name of the tensor it makes.
 
     With ``half`` tensors between `low` and `high` are fp16. The weights used there are stored in fp32 all the same, so
-    that graphs of both precisions share them: runtimes round them once, when they load the graph.
+    that graphs of both precisions share them: runtimes round them once, when they load the graph. ``sums``: see
+    `project`.
     """
 
-    def __init__(self, opset: int, half: bool = False) -> None:
+    def __init__(self, opset: int, half: bool = False, sums: bool = False) -> None:
         self.opset = opset
         self.half = half
+        self._sums = sums
         self._low = False
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, Array] = {}
@@ -130,16 +132,21 @@ class Builder:
     def project(self, x: str, name: str, weight: Tensor, bias: Tensor | None = None, output: str = "") -> str:
         """x weight^T + bias in fp32, for rows x [N, D] and a small weight [K, D] outside the blocks.
 
-        Beside half precision it is written as multiplications and sums: TensorRT-RTX has no fp32 matrix product for
-        GPUs of compute capability 7.5, and for one image there is nothing to gain from one.
+        With ``sums`` it is written as multiplications and sums: beside fp16, TensorRT-RTX has no fp32 matrix product
+        for GPUs of compute capability 7.5. All K products of an image are then in memory at once. The bias is a node
+        of its own beside fp16, because trtexec keeps layers in fp32 by the names of nodes.
         """
         stored = self.weight(f"{name}.weight", weight)
         added = None if bias is None else self.weight(f"{name}.bias", bias)
         if not self.half:
             return self.node("Gemm", x, stored, *([added] if added else []), name=output, transB=1)
-        terms = self.node("Mul", self.reshape(x, f"{name}.inputs", -1, 1, weight.shape[1]), stored)
-        sums = self.node("ReduceSum", terms, self.axis(-1), name="" if added else output, keepdims=0)
-        return self.node("Add", sums, added, name=output) if added else sums
+        first = "" if added else output
+        if self._sums:
+            terms = self.node("Mul", self.reshape(x, f"{name}.inputs", -1, 1, weight.shape[1]), stored)
+            product = self.node("ReduceSum", terms, self.axis(-1), name=first, keepdims=0)
+        else:
+            product = self.node("Gemm", x, stored, name=first, transB=1)
+        return self.node("Add", product, added, name=output) if added else product
 
     def product(self, x: str, y: str) -> str:
         """The matrix products x y of fp32 tensors; in half precision where there is one, see `project`."""
@@ -194,7 +201,7 @@ class Residual:
 class VitGraph:
     """Translates the parts of a `ComposedModel` into nodes of a `Builder`."""
 
-    def __init__(self, model: ComposedModel, opset: int, half: bool, batch: int | None) -> None:
+    def __init__(self, model: ComposedModel, opset: int, half: bool, batch: int | None, sums: bool) -> None:
         self.model = model
         self.batch = batch
         self.backbone = model.network.backbone
@@ -202,7 +209,7 @@ class VitGraph:
         self.dim = self.backbone.dim
         self.special = self.backbone.special_tokens
         self.length = self.special + (self.backbone.info.size // self.vit.patch_embed.patch_size[0]) ** 2
-        self.b = Builder(opset, half)
+        self.b = Builder(opset, half, sums)
 
     def build(self, part: Part = "whole") -> onnx.GraphProto:
         """The whole graph, or the part of it before or after the end of the frozen prefix."""
@@ -581,17 +588,19 @@ def build_model(
     half: bool = False,
     batch: int | None = None,
     part: Part = "whole",
+    sums: bool = False,
 ) -> onnx.ModelProto:
     """The ONNX model of a composed model, checked by `onnx.checker` with shape inference.
 
     ``half``: fp16 with fp32 where it is needed; inputs and outputs are the same. ``batch``: images in one run, any
     number by default. ``part``: ``prefix`` ends, and ``suffix`` begins, with the tokens float32 [N, L, d] and the
     summary phi [N, summary_dim] behind the frozen blocks; the same backbone gives the same prefix, byte for byte,
-    whatever was learned. Raises `ExportError` when the opset is below 14 or a part of the backbone cannot be expressed.
+    whatever was learned. ``sums``: see `Builder.project`. Raises `ExportError` when the opset is below 14 or a part of
+    the backbone cannot be expressed.
     """
     if opset < MIN_OPSET:
         raise ExportError(f"Opset {opset} is too old for this graph; targets need at least {MIN_OPSET}.")
-    graph = VitGraph(model, opset, half, batch).build(part)
+    graph = VitGraph(model, opset, half, batch, sums).build(part)
     built = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", opset)],

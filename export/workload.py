@@ -75,7 +75,11 @@ def optimized_nodes(model: onnx.ModelProto) -> int:
 
 
 def full_precision_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes whose result is fp32."""
+    """Names of the nodes whose result is fp32, without conversions."""
     graph = shape_inference.infer_shapes(model, strict_mode=True).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
-    return [node.name for node in model.graph.node if kinds.get(node.output[0]) == TensorProto.FLOAT]
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type != "Cast" and kinds.get(node.output[0]) == TensorProto.FLOAT
+    ]

@@ -221,11 +221,10 @@ class Classifier:
 
         Args:
             path: The folder of the bundle.
-            backend: ``"auto"``, or the name of the best backend to try: ``"tensorrt"``, ``"onnxruntime-tensorrt"``,
-                ``"cuda"`` or ``"cpu"``.
+            backend: ``"auto"``, or the name of the best backend to try: ``"tensorrt"``, ``"cuda"`` or ``"cpu"``.
             threads: CPU threads for one inference, by default ONNX Runtime's choice (the physical cores).
             strict: A fallback is an error. With ``"auto"``, only a backend that is installed and fails counts as one;
-                with a named backend, any other backend does.
+                with a named backend, any other backend does. So does a node that ONNX Runtime leaves to the CPU.
             color: Channel order of arrays, ``"rgb"`` or ``"bgr"`` (OpenCV); a `Frame` of a source is always RGB.
             build: Build a missing TensorRT engine, which takes minutes on a device.
             trial: Try a bundle that was never loaded on this machine in a child process first, so that it cannot crash

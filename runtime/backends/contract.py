@@ -131,6 +131,12 @@ def at_most(infer: Infer, batch: int) -> Infer:
     return split
 
 
+def nodes_on_cpu(names: Sequence[str]) -> str:
+    """One line for a person: how many nodes run on the CPU, and the first of their names."""
+    more = ", ..." if len(names) > 5 else ""
+    return f"{len(names)} of the graph's nodes run on the CPU ({', '.join(names[:5])}{more})"
+
+
 def _joined(parts: Sequence[Outputs], count: int) -> Outputs:
     """The outputs of several runs as one, cut to the first ``count`` images."""
     return Outputs(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in OUTPUTS))

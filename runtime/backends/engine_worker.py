@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from duallora_edge.runtime.backends.tensorrt_api import (
     TensorRT,
     device_memory_bytes,
     load_tensorrt,
-    make_logger,
     make_runtime,
     network_flags,
     set_precision,
+    tensorrt_logger,
 )
 from duallora_edge.runtime.device.probes import OOM_SCORE
 from duallora_edge.runtime.graph_weights import WEIGHTS, inlined
@@ -78,8 +78,8 @@ def build(job: Job, say: Say) -> dict[str, Any]:
     start = time.perf_counter()
     tensorrt = load_tensorrt((job.package,))
     trt = tensorrt.trt
-    errors: list[str] = []
-    logger = make_logger(trt, errors.append)
+    logger = tensorrt_logger(trt)
+    logger.warn, errors = say, logger.errors
     builder = trt.Builder(logger)
     network = builder.create_network(network_flags(tensorrt))
     say(f"{tensorrt} reads {Path(job.model).name}")
@@ -186,7 +186,7 @@ def _monitor(trt: Any, config: Any, say: Say) -> Any:
     return monitor
 
 
-def _joined(errors: list[str]) -> str:
+def _joined(errors: Iterable[str]) -> str:
     texts = [" ".join(text.split())[:MAX_ERROR_CHARACTERS] for text in errors]
     more = f"; and {len(texts) - MAX_ERRORS} more" if len(texts) > MAX_ERRORS else ""
     return "; ".join(texts[:MAX_ERRORS]) + more if texts else "it gave no reason"

@@ -8,30 +8,34 @@ precision that the bundle recommends, and in fp32 if fp16 gives wrong answers.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends.contract import (
-    ENGINE_BATCH,
     GoldenCheck,
     Infer,
     UnavailableError,
-    at_most,
     check_golden,
     in_groups,
+    nodes_on_cpu,
 )
+from duallora_edge.runtime.backends.tensorrt_api import find_gpu
 from duallora_edge.runtime.bundle import INPUT, OUTPUTS, Bundle, FloatArray, Manifest, Outputs, gpu_graphs
 from duallora_edge.runtime.device.cuda import NoGpuError
 from duallora_edge.runtime.device.probes import NoAnswerError
-from duallora_edge.runtime.graph_weights import external_arrays, inlined
+from duallora_edge.runtime.graph_weights import external_arrays
 from duallora_edge.runtime.preprocess import Pixels
 
-TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
+_NODES_ON_CPU = "fallback to CPU EP has been explicitly disabled"  # words of ONNX Runtime
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Backend:
 
     ``precision`` is that of the graph that runs. A backend that was also tried in fp32 has a second reason, under
     its name with " in fp32". ``irrelevant`` are the names in ``not_used`` that nobody expects to run: they are not
-    installed, were not asked for by name, and this machine has no GPU.
+    installed, were not asked for by name, and this machine has no GPU. ``on_cpu`` are the nodes of the graph that a
+    backend for the GPU leaves to the CPU.
 
     ``infer`` takes ``uint8 [N, S, S, 3]`` RGB images and returns `Outputs`; it may be called from several threads
     at once. It raises `BackendError` when the device fails.
@@ -71,12 +76,14 @@ class Backend:
     not_used: Mapping[str, str]
     precision: str = "fp32"
     irrelevant: frozenset[str] = frozenset()
+    on_cpu: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line for a person: what runs, and why nothing better does where this machine could run it."""
         name = f"{self.name} (ONNX Runtime)" if self.name in ("cuda", "cpu") else self.name
-        reasons = [f"not {label}: {reason}" for label, reason in self.not_used.items() if label not in self.irrelevant]
-        return "; ".join([name, *reasons])
+        notes = [nodes_on_cpu(self.on_cpu)] if self.on_cpu else []
+        notes += [f"not {label}: {reason}" for label, reason in self.not_used.items() if label not in self.irrelevant]
+        return "; ".join([name, *notes])
 
     @property
     def rung(self) -> Rung:
@@ -84,9 +91,14 @@ class Backend:
         return Rung(self.name, self.precision)
 
     def to_json(self) -> dict[str, Any]:
-        """Name, precision, golden check and reasons as JSON values."""
-        check = asdict(self.check)
-        return {"name": self.name, "precision": self.precision, "not_used": dict(self.not_used), "golden_check": check}
+        """Name, precision, golden check, reasons and nodes on the CPU as JSON values."""
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "not_used": dict(self.not_used),
+            "on_cpu": list(self.on_cpu),
+            "golden_check": asdict(self.check),
+        }
 
 
 def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Infer:
@@ -95,56 +107,30 @@ def _open_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> 
     return open_tensorrt(bundle, build)
 
 
-def _open_onnxruntime_tensorrt(bundle: Bundle, threads: int | None, build: bool = False) -> Infer:
-    """Untested on a device: it needs an ONNX Runtime that was compiled with TensorRT, and a GPU."""
-    from duallora_edge.runtime.backends.engine_cache import engines_folder
-    from duallora_edge.runtime.backends.tensorrt_api import find_gpu
-
-    provider = TENSORRT_PROVIDER
-    ort = _import_onnxruntime(provider)
-    gpu, manifest = find_gpu(), bundle.manifest
-    model = manifest.graph(bundle.graph(manifest.precision).name).sha256
-    device = f"{gpu.compute_capability}x{gpu.multiprocessors}"
-    folder = engines_folder() / f"onnxruntime-{ort.__version__}-{device}-{model[:32]}"
-    if build:
-        folder.mkdir(parents=True, exist_ok=True)
-    elif not any(folder.glob("*.engine")):
-        raise UnavailableError("it has no engine of this model yet: load it once with Classifier.load(..., build=True)")
-    options = {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder),
-        "trt_max_workspace_size": str(manifest.workspace_mb * 10**6),
-        "trt_fp16_enable": "1" if manifest.precision == "fp16" else "0",
-    }
-    if manifest.batch is None:  # or every new number of images would build another engine
-        for end, images in (("min", 1), ("opt", 1), ("max", ENGINE_BATCH)):
-            size = manifest.preprocessing.size
-            options[f"trt_profile_{end}_shapes"] = f"{INPUT}:{images}x{size}x{size}x3"
-    return at_most(_open_onnxruntime(bundle, threads, provider, options), manifest.batch or ENGINE_BATCH)
-
-
 def _open_cuda(bundle: Bundle, threads: int | None) -> Infer:
-    # TensorFloat-32 (10 bits of mantissa) is on by default and costs the parity that the bundle promises.
-    return _open_onnxruntime(bundle, threads, "CUDAExecutionProvider", {"use_tf32": "0"})
+    provider = "CUDAExecutionProvider"
+    _import_onnxruntime(provider)
+    options = {
+        # TensorFloat-32 (10 bits of mantissa) is on by default and costs the parity that the bundle promises.
+        "use_tf32": "0",
+        # On a Jetson this is the memory of the whole system. By default it grows by powers of two, without a limit.
+        "gpu_mem_limit": str(find_gpu().memory_bytes // 2),
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    return _open_onnxruntime(bundle, threads, provider, options)
 
 
 def _open_cpu(bundle: Bundle, threads: int | None) -> Infer:
-    return _open_onnxruntime(bundle, threads, "CPUExecutionProvider", {})
+    return _open_onnxruntime(bundle, threads, CPU_PROVIDER, {})
 
 
 # Best first. A rung raises UnavailableError if this installation lacks it, anything else if it fails.
 LADDER: dict[str, Callable[[Bundle, int | None], Infer]] = {
     "tensorrt": _open_tensorrt,
-    "onnxruntime-tensorrt": _open_onnxruntime_tensorrt,
     "cuda": _open_cuda,
     "cpu": _open_cpu,
 }
 BACKENDS = ("auto", *LADDER)
-# The same rungs where an engine may be built, which takes minutes.
-BUILDERS: dict[str, Callable[[Bundle, int | None], Infer]] = {
-    "tensorrt": partial(_open_tensorrt, build=True),
-    "onnxruntime-tensorrt": partial(_open_onnxruntime_tensorrt, build=True),
-}
 
 
 def open_backend(
@@ -155,8 +141,9 @@ def open_backend(
     ``backend``: a rung of the ladder, or ``"auto"`` for those that the manifest names (all when it names none).
     ``threads``: CPU threads of one inference, by default ONNX Runtime's choice (the physical cores). ``strict``: a
     fallback is an error. With ``"auto"``, only a backend that is installed and fails counts as one; with a named
-    backend, any other backend does. ``build``: build TensorRT's engine when there is none yet, which takes minutes on a
-    device; without it, a backend that has no engine is not used.
+    backend, any other backend does. So does a node that ONNX Runtime leaves to the CPU. ``build``: build TensorRT's
+    engine when there is none yet, which takes minutes on a device; without it, a backend that has no engine is not
+    used.
 
     Raises `BackendError` when no backend works, or on a fallback with ``strict``.
     """
@@ -195,9 +182,13 @@ def _open_first(
     for label, name, graph in _attempts(bundle, names):
         if name in missing:
             continue
-        opener = BUILDERS[name] if build and name in BUILDERS else LADDER[name]
+        opener = partial(_open_tensorrt, build=True) if build and name == "tensorrt" else LADDER[name]
         try:
-            infer = in_groups(opener(graph, threads), bundle.manifest.batch)
+            opened = opener(graph, threads)
+            on_cpu = opened.on_cpu if isinstance(opened, OnnxRuntime) else ()
+            if strict and on_cpu:
+                raise BackendError(nodes_on_cpu(on_cpu))
+            infer = in_groups(opened, bundle.manifest.batch)
             check = check_golden(infer, golden, graph.manifest.precision)
         except UnavailableError as error:
             not_used[label] = str(error)
@@ -211,7 +202,7 @@ def _open_first(
             if check.passed:
                 no_gpu = any(isinstance(error.__cause__, NoGpuError) for error in missing.values())
                 irrelevant = frozenset(missing) if no_gpu else frozenset()
-                return Backend(name, infer, check, not_used, graph.manifest.precision, irrelevant), not_used
+                return Backend(name, infer, check, not_used, graph.manifest.precision, irrelevant, on_cpu), not_used
             not_used[label] = f"wrong results in {graph.manifest.precision}, {check}"
         if strict:
             break
@@ -228,7 +219,8 @@ def rung(path: str, name: str) -> dict[str, Any]:
     opened, not_used = _open_first(Bundle.open(path), [name])
     if opened is None:
         raise NoAnswerError("; ".join(why if label == name else f"{label}: {why}" for label, why in not_used.items()))
-    return {"check": str(opened.check), **opened.to_json()}
+    notes = [str(opened.check), *([nodes_on_cpu(opened.on_cpu)] if opened.on_cpu else [])]
+    return {"check": "; ".join(notes), **opened.to_json()}
 
 
 def _attempts(bundle: Bundle, names: Sequence[str]) -> Iterator[tuple[str, str, Bundle]]:
@@ -250,27 +242,58 @@ def _import_onnxruntime(provider: str) -> Any:
     return ort
 
 
-def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> Infer:
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """An inference with ONNX Runtime, and the nodes that a provider for the GPU leaves to the CPU."""
+
+    run: Infer
+    on_cpu: tuple[str, ...]
+
+    def __call__(self, images: Pixels) -> Outputs:
+        return self.run(images)
+
+
+def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, options: dict[str, str]) -> OnnxRuntime:
     ort = _import_onnxruntime(provider)
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3  # errors only: graphs with named initializers cause a page of warnings
-    settings.inter_op_num_threads = 1
-    if threads is not None:
-        settings.intra_op_num_threads = threads
     # The verified bytes, outside any folder in which a graph could find other files.
     content, weights = bundle.content(gpu_graphs(bundle.manifest.precision, split=False)[0]), bundle.weights
     graph = content.source or content.read()
-    if weights is not None and provider == TENSORRT_PROVIDER:  # it hands the graph on to a parser of its own
-        graph = b"".join(inlined(content.view(), weights))
-    elif weights is not None:
-        arrays = external_arrays(content.view(), weights)
-        settings.add_external_initializers(
-            list(arrays), [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-        )
-    session = ort.InferenceSession(graph, settings, providers=[(provider, options)])
-    session.disable_fallback()  # or a failing GPU would silently be replaced by the CPU
-    if session.get_providers()[0] != provider:
-        raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
+    arrays = external_arrays(content.view(), weights) if weights is not None else {}
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+
+    def start(refuse: bool = False, profile: str = "") -> Any:
+        settings = ort.SessionOptions()
+        # Errors only: graphs with named initializers cause a page of warnings. A refusal is an error that is raised.
+        settings.log_severity_level = 4 if refuse else 3
+        settings.inter_op_num_threads = 1
+        if threads is not None:
+            settings.intra_op_num_threads = threads
+        if profile:
+            settings.enable_profiling, settings.profile_file_prefix = True, profile
+        if refuse:
+            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if values:
+            settings.add_external_initializers(list(arrays), values)
+        # Without fallback, or a failing GPU would silently be replaced by the CPU.
+        session = ort.InferenceSession(graph, settings, providers=[(provider, options)], enable_fallback=0)
+        if session.get_providers()[0] != provider:
+            raise BackendError(f"ONNX Runtime could not start {provider} on this machine")
+        return session
+
+    on_cpu: tuple[str, ...] = ()
+    if provider == CPU_PROVIDER:
+        session = start()
+    else:
+        try:
+            session = start(refuse=True)
+        except Exception as error:
+            if _NODES_ON_CPU not in str(error):
+                raise
+            with tempfile.TemporaryDirectory() as folder:
+                session = start(profile=str(Path(folder) / "nodes"))
+                size = bundle.manifest.preprocessing.size
+                session.run(None, {INPUT: np.zeros((bundle.manifest.batch or 1, size, size, 3), np.uint8)})
+                on_cpu = _nodes_on_cpu(Path(session.end_profiling()))
     shapes = bundle.manifest.output_shapes
 
     def infer(images: Pixels) -> Outputs:
@@ -288,7 +311,14 @@ def _open_onnxruntime(bundle: Bundle, threads: int | None, provider: str, option
                 )
         return Outputs(*arrays)
 
-    return infer
+    return OnnxRuntime(infer, on_cpu)
+
+
+def _nodes_on_cpu(profile: Path) -> tuple[str, ...]:
+    """The nodes that ran on the CPU, from a profile that ONNX Runtime wrote."""
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    ran = [event for event in events if event.get("args", {}).get("provider") == CPU_PROVIDER]
+    return tuple(dict.fromkeys(event["name"].removesuffix("_kernel_time") for event in ran))
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,6 @@ import ctypes
 import importlib
 import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -35,13 +34,15 @@ from duallora_edge.runtime.backends.contract import (
 )
 from duallora_edge.runtime.backends.engine_build import build_engines, engine_keys, local_target
 from duallora_edge.runtime.backends.engine_cache import read_engine
-from duallora_edge.runtime.backends.tensorrt_api import TensorRT, make_logger, make_runtime
+from duallora_edge.runtime.backends.tensorrt_api import TensorRT, make_runtime, tensorrt_logger
 from duallora_edge.runtime.bundle import BETWEEN, INPUT, OUTPUTS, Bundle, Outputs
 from duallora_edge.runtime.device.cuda import CUDA_PYTHON
 from duallora_edge.runtime.preprocess import Pixels
 
 CUDART = ("cuda.bindings.runtime", "cuda.cudart")  # the newer and the older name of NVIDIA's bindings
 MAX_IDLE_SLOTS = 4  # each holds device memory
+FIRST_PAUSE = 100  # inferences without a graph after the first capture that failed
+_CAPTURE = threading.Lock()  # one capture at a time in this process
 
 
 def open_tensorrt(bundle: Bundle, build: bool = False) -> Infer:
@@ -94,9 +95,10 @@ class TensorRTSession:
         self._trt = tensorrt.trt
         self._cudart = cudart
         self._manifest = bundle.manifest
-        self._errors: deque[str] = deque(maxlen=3)
-        self._logger = make_logger(self._trt, self._errors.append)
-        self._runtime = make_runtime(self._trt, self._logger)  # TensorRT wants it to outlive the engine
+        logger = tensorrt_logger(self._trt)
+        self._errors = logger.errors
+        self._errors.clear()
+        self._runtime = make_runtime(self._trt, logger)  # TensorRT wants it to outlive the engine
         self._engines = []
         for plan in plans:
             engine = self._runtime.deserialize_cuda_engine(plan)
@@ -106,7 +108,8 @@ class TensorRTSession:
         self._check_tensors()
         self._lock = threading.Lock()
         self._idle: list[_Slot] = []
-        self._use_graphs = True
+        self._plain_runs = 0  # to go before the next capture
+        self._pause = FIRST_PAUSE
 
     def infer(self, images: Pixels) -> Outputs:
         """Run images ``uint8 [N, S, S, 3]``, as many as the engine takes at once.
@@ -120,19 +123,37 @@ class TensorRTSession:
             )
         slot = self._borrow(len(images))
         outputs = slot.infer(images)  # a slot that fails is not used again
-        if self._use_graphs and not slot.has_graph and not slot.capture():
-            self._use_graphs = False  # what a failed capture leaves in a context is not defined
-            return outputs
-        with self._lock:
-            self._idle.append(slot)
-            del self._idle[:-MAX_IDLE_SLOTS]
+        if slot.has_graph or self._try_capture(slot):
+            with self._lock:
+                self._idle.append(slot)
+                del self._idle[:-MAX_IDLE_SLOTS]
         return outputs
+
+    def _try_capture(self, slot: _Slot) -> bool:
+        """Capture a graph unless it is too early; False if that fails, which leaves the slot in an undefined state.
+
+        A failure may be the fault of what else happened on the GPU, so it is tried again, each time after twice as many
+        inferences without a graph.
+        """
+        if not _CAPTURE.acquire(blocking=False):
+            return True
+        try:
+            if self._plain_runs:
+                self._plain_runs -= 1
+                return True
+            if slot.capture():
+                return True
+            self._plain_runs, self._pause = self._pause, 2 * self._pause
+            return False
+        finally:
+            _CAPTURE.release()
 
     def _borrow(self, images: int) -> _Slot:
         with self._lock:
             for index, slot in enumerate(self._idle):
                 if slot.images == images:
                     return self._idle.pop(index)
+        self._errors.clear()
         size = self._manifest.preprocessing.size
         shapes: dict[str, tuple[int, ...]] = {INPUT: (images, size, size, 3)}
         contexts = []
@@ -200,7 +221,8 @@ class _Slot:
         # (function, handle) of everything to give back; filled one by one, so that a failure half-way leaks nothing.
         self._handles: list[tuple[Any, Any]] = []
         weakref.finalize(self, _give_back, self._handles)
-        self._stream = _ok(cudart.cudaStreamCreate())
+        # Non-blocking: work of other threads on CUDA's default stream neither waits for this one nor ends its capture.
+        self._stream = _ok(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         self._handles.append((cudart.cudaStreamDestroy, self._stream))
         self._host: dict[str, npt.NDArray[Any]] = {}
         self._device: dict[str, Any] = {}

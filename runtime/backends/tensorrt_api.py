@@ -11,18 +11,24 @@ sources of the bindings and are untested on a device.
 from __future__ import annotations
 
 import importlib
+import logging
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from duallora_edge.extras import install_hint
 from duallora_edge.runtime.backends.contract import UnavailableError
 from duallora_edge.runtime.device.cuda import Driver, Gpu, NoGpuError
+from duallora_edge.text import escaped
 
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
 OLDEST = (8, 5)
+KEPT_MESSAGES = 100
+MAX_WARNING_CHARACTERS = 400
 
 _ON_A_JETSON = (
     "on a Jetson use JetPack's python3-libnvinfer, with a virtual environment of JetPack's own Python made with "
@@ -30,6 +36,7 @@ _ON_A_JETSON = (
 )
 # Of TensorRT 8: these pass values on, so that a precision of their own would only add conversions.
 _WITHOUT_PRECISION = ("CONSTANT", "SHAPE", "IDENTITY", "CAST")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,16 +96,27 @@ def load_tensorrt(packages: Sequence[str] = (TENSORRT, TENSORRT_RTX)) -> TensorR
     raise UnavailableError("; ".join(reasons))
 
 
-def make_logger(trt: Any, report: Callable[[str], None]) -> Any:
-    """A logger that passes errors on and drops warnings; the golden images decide whether an engine is usable."""
+@cache
+def tensorrt_logger(trt: Any) -> Any:
+    """The logger of this process: TensorRT keeps the first one it is given for everything.
+
+    It has the latest ``errors``, and calls ``warn`` with each warning once. That is Python's ``logging`` unless it is
+    replaced, which shows warnings on standard error where nothing else is set up.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=KEPT_MESSAGES)
+            self.warn: Callable[[str], object] = _LOG.warning
+            self._warned: deque[str] = deque(maxlen=KEPT_MESSAGES)
 
         def log(self, severity: Any, message: str) -> None:
             if int(severity) <= int(trt.ILogger.ERROR):
-                report(message)
+                self.errors.append(message)
+            elif int(severity) == int(trt.ILogger.WARNING) and message not in self._warned:
+                self._warned.append(message)
+                self.warn(f"TensorRT warns: {escaped(' '.join(message.split())[:MAX_WARNING_CHARACTERS])}")
 
     return Log()
 

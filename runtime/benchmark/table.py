@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from duallora_edge.runtime.backends.contract import nodes_on_cpu
 from duallora_edge.runtime.benchmark.report import LABEL, Report
 from duallora_edge.runtime.benchmark.scenarios import (
     MULTI_STREAM,
@@ -162,6 +163,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         f"{bundle['input'][1]} px, model {bundle['model_bytes'] / 1e6:.1f} MB",
     )
     yield "backend", f"{backend['name']} in {backend['precision']}, threads: {threads}"
+    if backend["on_cpu"]:
+        yield "on the CPU", nodes_on_cpu(backend["on_cpu"])
     yield from ((f"not {name}", why) for name, why in backend["not_used"].items())
     if report.images is not None:
         size = f"{report.images.megapixels:g} megapixels on average"

@@ -77,7 +77,12 @@ def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> No
     assert (manifest["name"], manifest["bundle_version"]) == ("site", 1)
     assert manifest["classes"] == ["a", "b", "c", "d"]
     assert manifest["tasks"] == [{"name": "first", "classes": [0, 1]}, {"name": "second", "classes": [2, 3]}]
-    assert manifest["preprocessing"] == {"size": 32, "resize": run.config.resize, "interpolation": "bicubic"}
+    assert manifest["preprocessing"] == {
+        "size": 32,
+        "resize": run.config.resize,
+        "interpolation": "bicubic",
+        "reducing_gap": 2.0,
+    }
     assert manifest["outputs"]["features"]["shape"] == ["N", 7 * 48]
     calibration, mixture = manifest["calibration"], model.classifier.mixture
     assert calibration["temperature"] == mixture.temperature
@@ -86,7 +91,7 @@ def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> No
     target = manifest["target"]
     assert (target["profile"], target["jetpack"]) == ("orin-nano-8gb", "6.2")
     assert (target["opset"], target["ir_version"]) == (17, 8)
-    backends = ["tensorrt", "onnxruntime-tensorrt", "cuda", "cpu"]
+    backends = ["tensorrt", "cuda", "cpu"]
     assert manifest["engine"] == {"precision": "fp32", "workspace_mb": 512, "split": False, "backends": backends}
     assert [entry["mode"] for entry in target["estimates"]] == ["normal", "super"]
     assert all("estimate" in entry["note"] for entry in target["estimates"])
@@ -157,12 +162,16 @@ def test_the_recipe_of_jetpack_5(
     graph = onnx.load(tmp_path / "bundle" / given["onnx"])
     assert given["onnx"] == (MODEL_FP16 if precision == "fp16" else MODEL) and given["saveEngine"] == "my engine"
     assert given["memPoolSize"] == f"workspace:{target.profile.workspace_mb}"
+    assert "noTF32" in given
     assert ("optShapes" in given) == (batch is None) and ("fp16" in given) == (precision == "fp16")
     if precision == "fp16":
         kept = [part.removesuffix(":fp32") for part in given["layerPrecisions"].split(",")]
         kinds = {node.name: node.op_type for node in graph.graph.node}
         named = [kinds[name] for name in kept]
-        assert {"Sqrt", "Conv"} <= set(named) and named.count("Softmax") < list(kinds.values()).count("Softmax")
+        assert given["layerOutputTypes"] == given["layerPrecisions"] and given["precisionConstraints"] == "obey"
+        assert {"Sqrt", "Conv", "Gemm", "Add"} <= set(named) and named.count("Softmax") < list(kinds.values()).count(
+            "Softmax"
+        )
 
 
 @pytest.mark.parametrize("real", [None, REAL[:0]], ids=["unknown", "none"])

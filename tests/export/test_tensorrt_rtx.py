@@ -11,6 +11,7 @@ from duallora_edge.export.bundle import write_bundle
 from duallora_edge.learner.network.answers import ComposedModel
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.backends.engine_build import build_engine, build_engines
+from duallora_edge.runtime.backends.engine_cache import RefusedModelError
 from duallora_edge.runtime.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
@@ -26,10 +27,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_of_all_gpus(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
     write_bundle(run, model, resolve_target("rtx-sm86"), tmp_path / "bundle", None, precision="fp16", batch=1)
     bundle = Bundle.open(tmp_path / "bundle")
-    engines = [build_engine(bundle, capability) for capability in CAPABILITIES]
-    assert len({engine.plan for engine in engines}) == len(CAPABILITIES)
+    engines = [build_engine(bundle, capability) for capability in CAPABILITIES if capability != "sm75"]
+    assert len({engine.plan for engine in engines}) == len(CAPABILITIES) - 1
     assert all(engine.bytes > 10_000 and not engine.from_cache for engine in engines)
     assert build_engine(bundle, "sm86").from_cache
+    with pytest.raises(RefusedModelError, match=r"SM75.*export the run for another target"):
+        build_engine(bundle, "sm75")
+
+
+def test_a_graph_for_turing_has_no_fp32_product(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
+    write_bundle(run, model, resolve_target("rtx-sm75"), tmp_path / "bundle", None, precision="fp16", batch=1)
+    assert build_engine(Bundle.open(tmp_path / "bundle"), "sm75").bytes > 10_000
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def test_every_opset_is_accepted(two_tasks: ComposedModel, opset: int, half: boo
 @pytest.mark.parametrize("batch", [None, 1, MAX_BATCH])
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_and_batch_is_accepted(two_tasks: ComposedModel, part: Part, batch: int | None) -> None:
-    for half in (False, True):
-        accept(two_tasks, part=part, batch=batch, half=half)
+    for half, sums in ((False, False), (True, False), (True, True)):
+        accept(two_tasks, part=part, batch=batch, half=half, sums=sums)
 
 
 VARIANTS: list[dict[str, Any]] = [

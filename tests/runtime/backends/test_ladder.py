@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,7 +16,7 @@ import pytest
 
 from duallora_edge.errors import BackendError
 from duallora_edge.runtime.backends import ladder as backends
-from duallora_edge.runtime.backends.contract import UnavailableError, check_golden
+from duallora_edge.runtime.backends.contract import UnavailableError, check_golden, nodes_on_cpu
 from duallora_edge.runtime.backends.ladder import Rung, open_backend
 from duallora_edge.runtime.bundle import (
     MAX_DIFFERENCE,
@@ -115,52 +117,79 @@ def test_the_ladder(
         assert open_backend(bundle, "auto", strict=True).name == "cpu"
 
 
-class Session:
-    """ONNX Runtime as it would be if it were compiled with TensorRT; it writes the engine as that one does."""
+class Cuda:
+    """ONNX Runtime as if it had CUDA: the CPU computes, and ``left`` says whether a node has no kernel for the GPU."""
 
-    def __init__(self, path: str, settings: object, providers: list[tuple[str, dict[str, str]]]) -> None:
-        (self.provider, self.options) = providers[0]
-        self.real = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.run = self.real.run
-        folder = Path(self.options["trt_engine_cache_path"])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.engine").touch()
-        sessions.append(self)
+    __version__ = "1.20.0"
+    SessionOptions, OrtValue = onnxruntime.SessionOptions, onnxruntime.OrtValue
 
-    def disable_fallback(self) -> None:
-        pass
+    def __init__(self, left: bool) -> None:
+        self.left = left
+        self.options: list[dict[str, str]] = []
 
-    def get_providers(self) -> list[str]:
-        return [self.provider, "CPUExecutionProvider"]
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, graph: bytes, settings: Any, providers: Any, enable_fallback: int) -> Any:  # noqa: N802
+        ((provider, options),) = providers
+        self.options.append(options)
+        assert not enable_fallback
+        if not self.left:
+            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+        # A provider of every ONNX Runtime that has no kernels for these nodes.
+        session = onnxruntime.InferenceSession(graph, settings, providers=["AzureExecutionProvider"])
+        return SimpleNamespace(
+            run=session.run, get_providers=lambda: [provider, "CPU"], end_profiling=session.end_profiling
+        )
 
 
-sessions: list[Session] = []
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Cuda]:
+    def install(left: bool) -> Cuda:
+        imitation = Cuda(left)
+        monkeypatch.setitem(sys.modules, "onnxruntime", imitation)
+        monkeypatch.setattr(backends, "find_gpu", lambda: Gpu("Imaginary Orin", "sm87", 8, 8 * 10**9))
+        return imitation
+
+    return install
 
 
-def test_onnxruntime_with_tensorrt(shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An imitation: what ONNX Runtime does with the options, no test here tells."""
-    bundle, provider = Bundle.open(shared_bundle), "TensorrtExecutionProvider"
-    reason = open_backend(bundle, "onnxruntime-tensorrt").not_used["onnxruntime-tensorrt"]
-    assert f"built without {provider}" in reason
-    monkeypatch.setenv("DUALLORA_EDGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        "duallora_edge.runtime.backends.tensorrt_api.find_gpu", lambda: Gpu("Imaginary Orin", "sm87", 8, 8 * 10**9)
-    )
-    imitation = SimpleNamespace(
-        __version__="1.20.0",
-        get_available_providers=lambda: [provider, "CPUExecutionProvider"],
-        SessionOptions=onnxruntime.SessionOptions,
-        InferenceSession=Session,
-    )
-    monkeypatch.setitem(sys.modules, "onnxruntime", imitation)
-    with pytest.raises(BackendError, match=r"no engine of this model yet: load it once with .*build=True"):
-        open_backend(bundle, "onnxruntime-tensorrt", strict=True)
-    assert not sessions
-    assert open_backend(bundle, "onnxruntime-tensorrt", strict=True, build=True).name == "onnxruntime-tensorrt"
-    assert sessions[0].options["trt_max_workspace_size"] == "512000000"
-    assert sessions[0].options["trt_fp16_enable"] == "0"
-    assert sessions[0].options["trt_profile_max_shapes"] == "image:16x16x16x3"
-    assert open_backend(bundle, "onnxruntime-tensorrt", strict=True).check.passed
+def test_the_options_of_cuda(shared_bundle: Path, with_cuda: Callable[[bool], Cuda]) -> None:
+    imitation = with_cuda(False)
+    opened = open_backend(Bundle.open(shared_bundle), "cuda", strict=True)
+    assert (opened.name, opened.on_cpu, str(opened)) == ("cuda", (), "cuda (ONNX Runtime)")
+    assert imitation.options == [
+        {"use_tf32": "0", "gpu_mem_limit": "4000000000", "arena_extend_strategy": "kSameAsRequested"}
+    ]
+
+
+@pytest.mark.skipif(
+    "AzureExecutionProvider" not in onnxruntime.get_available_providers(), reason="no provider without kernels"
+)
+def test_nodes_that_stay_on_the_cpu(shared_bundle: Path, with_cuda: Callable[[bool], Cuda]) -> None:
+    """The refusal and the profile are ONNX Runtime's own."""
+    with_cuda(True)
+    bundle = Bundle.open(shared_bundle)
+    opened = open_backend(bundle, "cuda")
+    assert opened.name == "cuda" and opened.check.passed
+    assert len(opened.on_cpu) > 1 and opened.to_json()["on_cpu"] == list(opened.on_cpu)
+    assert re.match(rf"cuda \(ONNX Runtime\); {len(opened.on_cpu)} of the graph's nodes run on the CPU \(", str(opened))
+    assert "; " + nodes_on_cpu(opened.on_cpu) in backends.rung(str(shared_bundle), "cuda")["check"]
+    with pytest.raises(BackendError, match=r"cuda: \d+ of the graph's nodes run on the CPU .*leave out 'strict'"):
+        open_backend(bundle, "cuda", strict=True)
+
+
+def test_onnxruntime_with_cuda_but_no_gpu(
+    shared_bundle: Path, with_cuda: Callable[[bool], Cuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_cuda(False)
+
+    def none() -> Gpu:
+        raise UnavailableError("no NVIDIA driver")
+
+    monkeypatch.setattr(backends, "find_gpu", none)
+    with pytest.raises(BackendError, match="cuda: no NVIDIA driver"):
+        open_backend(Bundle.open(shared_bundle), "cuda", strict=True)
 
 
 def test_no_rung_works(bundle: Path, change_golden: Callable[..., None]) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -67,6 +68,7 @@ class Cuda:
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
+    cudaStreamNonBlocking = 1  # noqa: N815
 
     def __init__(self) -> None:
         self.fail: dict[str, IntEnum] = {}
@@ -75,6 +77,8 @@ class Cuda:
         self.recording: dict[int, list[Callable[[], None]]] = {}
         self.streams: set[int] = set()
         self.launches = 0
+        self.captures = self.most_captures = 0
+        self.capture_s = 0.0
         self.lock = threading.Lock()
         self.next = 1
 
@@ -106,7 +110,8 @@ class Cuda:
 
     do_cudaFreeHost = do_cudaFree  # noqa: N815
 
-    def do_cudaStreamCreate(self) -> int:  # noqa: N802
+    def do_cudaStreamCreateWithFlags(self, flags: int) -> int:  # noqa: N802
+        assert flags == self.cudaStreamNonBlocking, "the default stream would wait, and break captures"
         stream = self.number()
         self.streams.add(stream)
         return stream
@@ -132,6 +137,9 @@ class Cuda:
 
     def do_cudaStreamBeginCapture(self, stream: int, mode: int) -> None:  # noqa: N802
         self.recording[stream] = []
+        self.captures += 1
+        self.most_captures = max(self.most_captures, len(self.recording))
+        time.sleep(self.capture_s)
 
     def do_cudaStreamEndCapture(self, stream: int) -> int:  # noqa: N802
         graph = self.number()
@@ -228,11 +236,12 @@ class Imitation:
         self.dtypes = {name: "uint8" if name == INPUT else "float32" for name in self.shapes}
         self.uint8, self.float32 = "uint8", "float32"
         self.TensorIOMode = SimpleNamespace(INPUT=1, OUTPUT=2)
-        self.ILogger = type("ILogger", (), {"__init__": lambda self: None, "ERROR": 1})
+        self.ILogger = type("ILogger", (), {"__init__": lambda self: None, "ERROR": 1, "WARNING": 2})
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         def load(plan: bytes) -> Any:
             part = plan.decode()
+            logger.log(2, "another model\nof devices")
             reads, writes = PARTS[part]
             if not self.loads:
                 logger.log(1, "The plan file is not compatible")
@@ -560,6 +569,16 @@ def test_eight_threads(trt: Imitation, built: Bundle) -> None:
     assert trt.cuda.launches > 60
 
 
+def test_one_capture_at_a_time(trt: Imitation, built: Bundle) -> None:
+    """Threads that would have to wait run without a graph instead; two models share the limit."""
+    backends = [open_backend(built), open_backend(built)]
+    trt.cuda.capture_s = 0.01
+    batches = [frames(1 + index % 8, index) for index in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda job: assert_right(backends[job[0] % 2], trt.compute, job[1]), enumerate(batches)))
+    assert trt.cuda.captures > 4 and trt.cuda.most_captures == 1
+
+
 def test_the_second_run_is_a_graph(trt: Imitation, built: Bundle) -> None:
     backend = open_backend(built)
     before = trt.cuda.launches
@@ -578,6 +597,25 @@ def test_a_graph_that_cannot_be_captured(trt: Imitation, built: Bundle, function
     for seed in range(5):
         assert_right(backend, trt.compute, frames(1, seed))
     assert trt.cuda.launches == 0 and trt.contexts == contexts
+
+
+def test_a_failed_capture_is_tried_again(trt: Imitation, built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_backend, "FIRST_PAUSE", 3)
+    trt.cuda.fail["cudaGraphInstantiate"] = CudaError.cudaErrorStreamCaptureUnsupported
+    backend = open_backend(built)  # runs four golden images: one failure, and three runs without a graph
+    tries = []
+    for seed in range(11):  # a failure, six runs without a graph, a capture, and three launches
+        if seed == 7:
+            trt.cuda.fail.clear()
+        assert_right(backend, trt.compute, frames(1, seed))
+        tries.append(trt.cuda.captures)
+    assert tries == [2] * 7 + [3] * 4 and trt.cuda.launches == 3
+
+
+def test_warnings_of_tensorrt_are_told_once(trt: Imitation, built: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    open_backend(built)
+    open_backend(built)
+    assert [record.message for record in caplog.records] == ["TensorRT warns: another model of devices"]
 
 
 @pytest.mark.parametrize("function", ["cudaGraphLaunch", "cudaStreamSynchronize"])

@@ -245,7 +245,7 @@ class Imitation:
         self.NetworkDefinitionCreationFlag = enumeration(
             "NetworkDefinitionCreationFlag", version, "EXPLICIT_BATCH", "STRONGLY_TYPED"
         )
-        self.ILogger = type("ILogger", (), {"__init__": lambda self: None, "ERROR": 1})
+        self.ILogger = type("ILogger", (), {"__init__": lambda self: None, "ERROR": 1, "WARNING": 2})
         if has(version, "IProgressMonitor"):
             self.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
         self.layers = [
@@ -329,7 +329,9 @@ class Imitation:
             config.progress_monitor.phase_start("Detail", "First part", 1)
             assert config.progress_monitor.step_complete("Detail", 0)
             config.progress_monitor.phase_finish("Whole")
-        self.logger.log(2, "a warning")
+        self.logger.log(2, "a\nwarning")
+        self.logger.log(2, "a\nwarning")
+        self.logger.log(3, "verbose")
         self.logger.log(1, "an error")
         return self.plan
 
@@ -383,6 +385,7 @@ def test_the_worker_uses_what_a_version_has(
     assert facts["device_memory_bytes"] == (100 if version < (10, 3) else 200)
     strongly_typed = 2
     assert trt.asked["network"] == {8: 1, 10: strongly_typed, 11: 0}[version[0]]
+    assert lines.count("TensorRT warns: a warning") == 1
     assert ("first part" in lines) == (version >= (10, 0)) and "detail" not in lines
     halves = version < (10, 0) and precision == "fp16"
     assert [flag.name for flag in trt.asked["flags"]] == ["FP16", "OBEY_PRECISION_CONSTRAINTS"] * halves
