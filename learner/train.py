@@ -43,6 +43,10 @@ def new_backbone(config: TrainConfig, callback: Callback) -> Backbone:
     )
 
 
+# Points of accuracy by which a smaller input was worse (benchmarks/RESULTS.md, "The input size").
+_LOST = {(128, 96): 3.6}
+
+
 def describe_size(backbone: Backbone) -> str:
     """One line on what the input size costs beside the native and a smaller one."""
     size, native = backbone.info.size, backbone.native_size
@@ -52,6 +56,9 @@ def describe_size(backbone: Backbone) -> str:
     smaller = 3 * size // 4 // backbone.patch_size * backbone.patch_size
     if smaller:
         text += f"; --size {smaller} would take {relative_work(backbone, smaller):.2f} of it and cost accuracy"
+        lost = _LOST.get((size, smaller))
+        if lost and native > size:
+            text += f" ({lost} points with a ViT-Ti on CIFAR-100)"
     return text
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from duallora_edge.errors import ConfigError, DataError, RunError
+from duallora_edge.learner import train
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data.fingerprint import resembling
@@ -521,6 +522,10 @@ def test_precision() -> None:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
+        (
+            128,
+            "Input 128 px (the backbone's own size of 64 px takes 0.2 times the work); --size 96 would take 0.53 of it ",
+        ),
         (64, "Input 64 px; --size 48 would take 0.56 of it and cost accuracy"),
         (32, "Input 32 px (the backbone's own size of 64 px takes 4.0 times the work); --size 24 would take 0.58 "),
         (8, "Input 8 px (the backbone's own size of 64 px takes 34.3 times the work)"),
