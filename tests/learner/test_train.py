@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from duallora_edge.errors import ConfigError, DataError, RunError
-from duallora_edge.learner import train
+from duallora_edge.learner import train as training
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data.fingerprint import resembling
@@ -522,10 +522,6 @@ def test_precision() -> None:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        (
-            128,
-            "Input 128 px (the backbone's own size of 64 px takes 0.2 times the work); --size 96 would take 0.53 of it ",
-        ),
         (64, "Input 64 px; --size 48 would take 0.56 of it and cost accuracy"),
         (32, "Input 32 px (the backbone's own size of 64 px takes 4.0 times the work); --size 24 would take 0.58 "),
         (8, "Input 8 px (the backbone's own size of 64 px takes 34.3 times the work)"),
@@ -533,3 +529,9 @@ def test_precision() -> None:
 )
 def test_what_a_size_costs_is_said(size: int, expected: str) -> None:
     assert describe_size(load_backbone("embedded", size=size)).startswith(expected)
+
+
+def test_a_measured_loss_is_said_for_networks_made_for_a_larger_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_LOST", {(32, 24): 1.5, (128, 96): 1.5})
+    assert describe_size(load_backbone("embedded", size=32)).endswith("(1.5 points with a ViT-Ti on CIFAR-100)")
+    assert describe_size(load_backbone("embedded", size=128)).endswith("cost accuracy")
