@@ -48,6 +48,7 @@ from duallora_edge.runtime.bundle import (
     Task,
     gpu_graphs,
 )
+from duallora_edge.runtime.graph_check import METADATA
 from duallora_edge.runtime.graph_weights import WEIGHTS, inlined
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 from duallora_edge.runtime.tensor_file import blocks
@@ -109,6 +110,10 @@ def write_bundle(
     nodes = {_file_name(*key): node_counts(each) for key, each in graphs.items()}
     in_onnxruntime = optimized_nodes(graph)
     recipes = {name: _recipe(graphs[precision, "whole"], precision, target).encode() for name in _extra_files(target)}
+    preprocessing = Preprocessing(run.info.size, run.config.resize, run.info.interpolation)
+    for (_, part), each in graphs.items():
+        if part == "whole":  # a prefix stays the same whatever was learned
+            onnx.helper.set_model_props(each, metadata(model.catalogue.classes, preprocessing))
     weights = move_weights({_file_name(*key): each for key, each in graphs.items()})
     written = {_file_name(*key): each.SerializeToString(deterministic=True) for key, each in graphs.items()}
     records = {name: FileRecord.of(b"".join(inlined(content, weights))) for name, content in written.items()}
@@ -122,7 +127,7 @@ def write_bundle(
         name=run.path.resolve().name,
         classes=model.catalogue.classes,
         tasks=_tasks(model),
-        preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
+        preprocessing=preprocessing,
         feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
         calibration=_calibration(run, model),
         files={name: FileRecord.of(content) for name, content in written.items()},
@@ -144,6 +149,12 @@ def write_bundle(
         provenance=_provenance(run),
     )
     return Exported(output, manifest, estimates, _write(output, replaced, manifest, written))
+
+
+def metadata(classes: Sequence[str], preprocessing: Preprocessing) -> dict[str, str]:
+    """What a whole graph says of itself to viewers and other runtimes: JSON in printable ASCII, by `METADATA`."""
+    values = (list(classes), preprocessing.to_json())
+    return {key: json.dumps(value) for key, value in zip(METADATA, values, strict=True)}
 
 
 def _write(
