@@ -17,14 +17,14 @@ import torch
 
 from duallora_edge import __version__
 from duallora_edge.device_profiles import Estimate, Target, estimate
-from duallora_edge.errors import BackendError, BundleError, ExportError, RunError
+from duallora_edge.errors import BackendError, BundleError, ExportError
+from duallora_edge.export.card import README, front_matter, metrics_of
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
 from duallora_edge.export.weights import move_weights
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
 from duallora_edge.learner.doubts import unreliable_novelty
-from duallora_edge.learner.measurements import stored_metrics
 from duallora_edge.learner.network.answers import (
     LEAST_REMOTENESS,
     MOST_REMOTENESS,
@@ -56,7 +56,6 @@ from duallora_edge.runtime.tensor_file import blocks
 GOLDEN_IMAGES = 8
 GENERATED_IMAGES = 64
 TEACH_DIRECTIONS = 64
-README = "README.md"
 RECIPE = "build-engine.sh"
 
 Graphs = Mapping[tuple[str, Part], onnx.ModelProto]  # by precision and part, the prefix before the suffix
@@ -241,10 +240,7 @@ def _teach(run: RunDirectory, model: ComposedModel) -> bytes | None:
 def _calibration(run: RunDirectory, model: ComposedModel) -> Calibration:
     mixture = model.classifier.mixture
     infos = [run.read_info(task) for task in run.active_tasks()]
-    try:
-        metrics = stored_metrics(run)
-    except RunError:  # not measured, or the records of it are damaged: nothing is known
-        metrics = None
+    metrics = metrics_of(run)
     doubt = unreliable_novelty(metrics, infos)
     if len(model.catalogue.class_of) == 1:
         doubt = "with a single class there is nothing that its images could be nearer to than others"
@@ -372,6 +368,7 @@ def _readme(
     elif target.tensorrt is not None or target.profile.kind == "rtx":
         gpu += ["", "    duallora-edge build THIS_FOLDER     # a TensorRT engine, once on the device; untested there"]
     lines = [
+        front_matter(run, "duallora-edge", "image-classification", ["onnx", "continual-learning"], metrics_of(run)),
         f"# {run.path.resolve().name}",
         "",
         f"An image classifier of {len(model.catalogue.classes)} classes from {len(model.catalogue.tasks)} tasks, "

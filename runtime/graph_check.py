@@ -46,7 +46,7 @@ Attention of 12 heads over 4096 tokens (1024 pixels in patches of 16) needs 1.6 
 MAX_IMAGE_WORK = 2**42
 """The most multiply-adds, or elements of results where there are none, for one image."""
 METADATA = ("classes", "preprocessing")
-"""What a graph may say of itself, as JSON. Other names can be settings: ONNX Runtime reads its own under ``ort_config``."""
+"""What a graph may say of itself. Other names can be settings: ONNX Runtime reads its own under ``ort_config``."""
 MAX_PADDING = 4096
 # The upper triangle of the second-order summary with its most directions, 128.
 MAX_POSITIONS = 128 * 129 // 2

@@ -216,7 +216,7 @@ def test_golden_images_are_generated_and_nothing_of_the_training_is_inside(
 
 def test_readme_says_what_the_bundle_is(bundle: Path) -> None:
     text = (bundle / README).read_text(encoding="utf-8")
-    assert text.startswith("# site\n") and "4 classes from 2 tasks" in text
+    assert "\n# site\n" in text and "4 classes from 2 tasks" in text
     wheel = f"'./duallora_edge-{__version__}-py3-none-any.whl[cpu]'"  # duallora-edge is on no index
     assert f"pip install -c jetson/constraints-jp6.txt {wheel}\n" in text
     assert "Orin Nano 8GB" in text and "JetPack 6.2" in text
