@@ -139,6 +139,21 @@ def test_merged_weights_are_the_folded_ones_where_gates_do_not_matter(
     torch.testing.assert_close(merged.eval()(backbone.normalised(FRAMES)), expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_one_model_holds_the_adapters_of_all_tasks(
+    peft: Any, stored: Callable[..., Any], make_backbone: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    run, backbone = stored(["isolated", "isolated"])
+    for task in ("t0", "t1"):
+        export_peft(run.path, tmp_path / task, task=task)
+    model = peft.PeftModel.from_pretrained(make_backbone().model, tmp_path / "t0", adapter_name="t0")
+    model.load_adapter(tmp_path / "t1", "t1")
+    for task, name in enumerate(("t0", "t1")):
+        model.set_adapter(name)
+        found = model.eval()(backbone.normalised(FRAMES))
+        torch.testing.assert_close(found, features(run, backbone, task), rtol=1e-4, atol=1e-5)
+
+
 def test_one_task_needs_no_name(peft: Any, stored: Callable[..., Any], tmp_path: Path) -> None:
     run, _ = stored(["isolated"])
     assert export_peft(run.path, tmp_path / "adapter").ranks
