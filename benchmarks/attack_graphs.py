@@ -796,8 +796,36 @@ EDITS: dict[str, tuple[str, Make]] = {
     "ir_version_giant": ("IR version 999", lambda _: edited(lambda m: setattr(m, "ir_version", 999))),
     "ir_version_old": ("IR version 1", lambda _: edited(lambda m: setattr(m, "ir_version", 1))),
     "metadata_session": (
-        "field 14 with",
+        "metadata ['session.use_env_allocators', 'ort_config']",
         lambda _: edited(lambda m: helper.set_model_props(m, {"session.use_env_allocators": "1", "ort_config": "{}"})),
+    ),
+    "metadata_settings_of_onnxruntime": (
+        "metadata ['ort_config']",
+        lambda _: edited(lambda m: helper.set_model_props(m, {"ort_config": '{"session_options": {"profile": 1}}'})),
+    ),
+    "metadata_twice": (
+        "metadata ['classes', 'classes']",
+        lambda _: edited(lambda m: [m.metadata_props.add(key="classes", value="[]") for _ in range(2)]),
+    ),
+    "metadata_many": (
+        "more than 2 metadata",
+        lambda _: edited(lambda m: [m.metadata_props.add(key="classes", value="[]") for _ in range(10**4)]),
+    ),
+    "metadata_giant": (
+        "metadata of 20000000 bytes",
+        lambda _: edited(lambda m: helper.set_model_props(m, {"classes": "a" * 2 * 10**7})),
+    ),
+    "metadata_of_control_characters": (
+        "metadata with characters other than",
+        lambda _: edited(lambda m: helper.set_model_props(m, {"classes": '["\x1b[2J\x1b]0;owned\x07"]'})),
+    ),
+    "metadata_right_to_left": (
+        "metadata with characters other than",
+        lambda _: edited(lambda m: helper.set_model_props(m, {"classes": '["model\u202egnp.exe"]'})),
+    ),
+    "metadata_name_long": (
+        "a key of 100000 bytes",
+        lambda _: edited(lambda m: helper.set_model_props(m, {"a" * 10**5: ""})),
     ),
     "metadata_of_a_node": (
         "field 9 with",

@@ -17,14 +17,14 @@ import torch
 
 from duallora_edge import __version__
 from duallora_edge.device_profiles import Estimate, Target, estimate
-from duallora_edge.errors import BackendError, BundleError, ExportError, RunError
+from duallora_edge.errors import BackendError, BundleError, ExportError
+from duallora_edge.export.card import README, front_matter, metrics_of
 from duallora_edge.export.graph import Part, build_model
 from duallora_edge.export.parity import Parity, generated_images, onnx_outputs, torch_outputs
 from duallora_edge.export.weights import move_weights
 from duallora_edge.export.workload import full_precision_nodes, node_counts, optimized_nodes, workload
 from duallora_edge.files import atomic_directory
 from duallora_edge.learner.doubts import unreliable_novelty
-from duallora_edge.learner.measurements import stored_metrics
 from duallora_edge.learner.network.answers import (
     LEAST_REMOTENESS,
     MOST_REMOTENESS,
@@ -48,6 +48,7 @@ from duallora_edge.runtime.bundle import (
     Task,
     gpu_graphs,
 )
+from duallora_edge.runtime.graph_check import METADATA
 from duallora_edge.runtime.graph_weights import WEIGHTS, inlined
 from duallora_edge.runtime.preprocess import Pixels, Preprocessing
 from duallora_edge.runtime.tensor_file import blocks
@@ -55,7 +56,6 @@ from duallora_edge.runtime.tensor_file import blocks
 GOLDEN_IMAGES = 8
 GENERATED_IMAGES = 64
 TEACH_DIRECTIONS = 64
-README = "README.md"
 RECIPE = "build-engine.sh"
 
 Graphs = Mapping[tuple[str, Part], onnx.ModelProto]  # by precision and part, the prefix before the suffix
@@ -109,6 +109,10 @@ def write_bundle(
     nodes = {_file_name(*key): node_counts(each) for key, each in graphs.items()}
     in_onnxruntime = optimized_nodes(graph)
     recipes = {name: _recipe(graphs[precision, "whole"], precision, target).encode() for name in _extra_files(target)}
+    preprocessing = Preprocessing(run.info.size, run.config.resize, run.info.interpolation)
+    for (_, part), each in graphs.items():
+        if part == "whole":  # a prefix stays the same whatever was learned
+            onnx.helper.set_model_props(each, metadata(model.catalogue.classes, preprocessing))
     weights = move_weights({_file_name(*key): each for key, each in graphs.items()})
     written = {_file_name(*key): each.SerializeToString(deterministic=True) for key, each in graphs.items()}
     records = {name: FileRecord.of(b"".join(inlined(content, weights))) for name, content in written.items()}
@@ -122,7 +126,7 @@ def write_bundle(
         name=run.path.resolve().name,
         classes=model.catalogue.classes,
         tasks=_tasks(model),
-        preprocessing=Preprocessing(run.info.size, run.config.resize, run.info.interpolation),
+        preprocessing=preprocessing,
         feature_size=model.network.backbone.dim + model.network.backbone.summary_dim,
         calibration=_calibration(run, model),
         files={name: FileRecord.of(content) for name, content in written.items()},
@@ -144,6 +148,12 @@ def write_bundle(
         provenance=_provenance(run),
     )
     return Exported(output, manifest, estimates, _write(output, replaced, manifest, written))
+
+
+def metadata(classes: Sequence[str], preprocessing: Preprocessing) -> dict[str, str]:
+    """What a whole graph says of itself to viewers and other runtimes: JSON in printable ASCII, by `METADATA`."""
+    values = (list(classes), preprocessing.to_json())
+    return {key: json.dumps(value) for key, value in zip(METADATA, values, strict=True)}
 
 
 def _write(
@@ -233,10 +243,7 @@ def _teach(run: RunDirectory, model: ComposedModel) -> bytes | None:
 def _calibration(run: RunDirectory, model: ComposedModel) -> Calibration:
     mixture = model.classifier.mixture
     infos = [run.read_info(task) for task in run.active_tasks()]
-    try:
-        metrics = stored_metrics(run)
-    except RunError:  # not measured, or the records of it are damaged: nothing is known
-        metrics = None
+    metrics = metrics_of(run)
     doubt = unreliable_novelty(metrics, infos)
     if len(model.catalogue.class_of) == 1:
         doubt = "with a single class there is nothing that its images could be nearer to than others"
@@ -372,6 +379,7 @@ def _readme(
     elif target.tensorrt is not None or target.profile.kind == "rtx":
         gpu += ["", "    duallora-edge build THIS_FOLDER     # a TensorRT engine, once on the device; untested there"]
     lines = [
+        front_matter(run, "duallora-edge", "image-classification", ["onnx", "continual-learning"], metrics_of(run)),
         f"# {run.path.resolve().name}",
         "",
         f"An image classifier of {len(model.catalogue.classes)} classes from {len(model.catalogue.tasks)} tasks, "

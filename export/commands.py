@@ -29,7 +29,11 @@ essential, graph, output_group = option_group("Essentials"), option_group("Graph
 @click.argument("run", type=click.Path(path_type=Path))
 @essential(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR",
-    help="Folder of the bundle, or with --delta-from the file of the delta.",
+    help="Folder of the bundle or adapter, or with --delta-from the file of the delta.",
+)  # fmt: skip
+@essential(
+    "--format", "form", type=click.Choice(["bundle", "peft"]), default="bundle",
+    help="'peft': only the adapters, as a LoRA that PEFT loads onto the timm model. [default: bundle]",
 )  # fmt: skip
 @essential(
     "--delta-from", type=click.Path(path_type=Path), metavar="DIR",
@@ -42,6 +46,10 @@ essential, graph, output_group = option_group("Essentials"), option_group("Graph
     "[default: jetson]",
 )  # fmt: skip
 @essential("--jetpack", metavar="VERSION", help="Version of JetPack on the device. [default: the profile's]")
+@essential(
+    "--task", metavar="NAME",
+    help="With --format peft: the task whose images the adapter is for, where that makes a difference.",
+)  # fmt: skip
 @essential("--weights", metavar="FILE", help="File with the weights of the backbone, if it was moved.")
 @graph(
     "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
@@ -63,6 +71,8 @@ essential, graph, output_group = option_group("Essentials"), option_group("Graph
 @output_group("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def export(
     run: Path,
+    form: str,
+    task: str | None,
     delta_from: Path | None,
     target: str | None,
     jetpack: str | None,
@@ -84,8 +94,19 @@ def export(
       duallora-edge export runs/site-a --target jetson -o bundle
       duallora-edge export runs/site-a --target orin-nx-16gb --jetpack 6.2 -o bundle
       duallora-edge export runs/site-a --delta-from bundle -o 0001-0002.delta
+      duallora-edge export runs/site-a --format peft --task products -o adapter
     """
-    if delta_from is not None and (precision != "auto" or batch is not None or split):
+    graphs = precision != "auto" or batch is not None or split
+    if form == "peft":
+        if delta_from or target or jetpack or graphs or bundle_version or as_json:
+            raise click.UsageError(
+                "With --format peft there is no bundle; of the other options only --task and --weights fit."
+            )
+        _export_peft(run, output, task, weights)
+        return
+    if task is not None:
+        raise click.UsageError("--task is for --format peft; a bundle has all tasks.")
+    if delta_from is not None and graphs:
         raise click.UsageError("With --delta-from the graphs are those of the older bundle; leave out graph options.")
     from duallora_edge.export.export import export_delta, export_run  # PyTorch takes seconds to import
 
@@ -129,6 +150,16 @@ def export(
         click.echo(entry.text)
     size = sum(record.bytes for record in exported.manifest.files.values()) / 1e6
     click.echo(escaped(f"Bundle: {output}  version {exported.manifest.bundle_version}, {size:.1f} MB"))
+
+
+def _export_peft(run: Path, output: Path, task: str | None, weights: str | None) -> None:
+    from duallora_edge.export.peft import export_peft  # PyTorch takes seconds to import
+
+    adapter = export_peft(run, output, task=task, weights=weights)
+    ranks = sorted({*adapter.ranks.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    size = adapter.bytes / 1e6
+    click.echo(escaped(f"Adapter: {output}  LoRA of rank {rank} on {len(adapter.ranks)} blocks, {size:.1f} MB"))
 
 
 def _show_parity(manifest: Manifest) -> None:

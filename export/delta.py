@@ -29,7 +29,7 @@ def fold_by_ranks(model: ComposedModel, records: Sequence[TaskRecord]) -> None:
 
     It differs from `network.fold_all` by rounding alone, but in a way that a device can repeat (see `field.delta`).
     """
-    updates = _updates(records)
+    updates = folded_adapters(records)
     for index, block in enumerate(model.network.blocks):
         terms = [term for task in updates for term in _terms("", task[index])]
         base = block.block.attn.qkv.weight.detach().cpu().numpy()
@@ -53,8 +53,8 @@ def make_delta(run: RunDirectory, records: Sequence[TaskRecord], old: Bundle, ne
         raise ExportError("The delta does not make the new bundle of the old one; please report this run.")
 
 
-def _updates(records: Sequence[TaskRecord]) -> Sequence[Sequence[Adapter]]:
-    """The folded adapters of each task and block."""
+def folded_adapters(records: Sequence[TaskRecord]) -> Sequence[Sequence[Adapter]]:
+    """The adapters of each task and block that are folded into the weights."""
     applied = METHODS[records[-1].info.method].updates([record.blocks for record in records])
     return [[block.orthogonal for block in blocks] for blocks in applied]
 
@@ -76,7 +76,7 @@ def _new_terms(run: RunDirectory, records: Sequence[TaskRecord], old: Bundle, ne
     exported = old.manifest.provenance.get("run_digest")
     if exported not in states[1:]:
         return {}
-    updates = _updates(records)
+    updates = folded_adapters(records)
     first, prefix = states.index(exported), run.info.prefix_blocks
     terms: dict[str, Terms] = {}
     for index in range(len(updates[0])):

@@ -21,6 +21,7 @@ from duallora_edge.learner.run_directory import RunDirectory, StoredTask
 if TYPE_CHECKING:
     from duallora_edge.learner.network.answers import ComposedModel
     from duallora_edge.learner.network.prefix_cache import PrefixCache
+    from duallora_edge.learner.transform import Transform
     from duallora_edge.runtime.bundle import Bundle
 
 
@@ -198,6 +199,25 @@ class Learner:
         if not records:
             raise RunError(f"The run {self.path} has learned no task yet; learn one first.")
         return compose(run.backbone(self._config.weights), records).eval()
+
+    def transform(self) -> Transform:
+        """What makes of an image the input of the run's backbone, for ``transform=`` of data sets outside.
+
+            ImageFolder("photos/test", transform=learner.transform(), loader=duallora_edge.runtime.read_image)
+
+        Returns:
+            A function of an RGB image ``uint8 [H, W, 3]`` of any size. It returns ``float32 [3, S, S]``, which a timm
+            model with the adapters of `duallora_edge.export.export_peft` takes.
+
+        Raises:
+            RunError: The run is missing or damaged.
+        """
+        from duallora_edge.learner.transform import Transform
+        from duallora_edge.runtime.preprocess import Preprocessing
+
+        run = RunDirectory.open(self.path)
+        info = run.info
+        return Transform(Preprocessing(info.size, run.config.resize, info.interpolation), info.mean, info.std)
 
     def export(self, output: str | Path, target: str = "jetson", **options: Any) -> Bundle:
         """Write a verified bundle for a device; see `duallora_edge.export.export_run` for options and errors.

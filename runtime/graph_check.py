@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from duallora_edge.errors import BundleError
+from duallora_edge.files import MAX_JSON_BYTES
 from duallora_edge.runtime.graph_reader import (
     MAX_EDGES,
     MAX_RANK,
@@ -44,6 +45,8 @@ Attention of 12 heads over 4096 tokens (1024 pixels in patches of 16) needs 1.6 
 """
 MAX_IMAGE_WORK = 2**42
 """The most multiply-adds, or elements of results where there are none, for one image."""
+METADATA = ("classes", "preprocessing")
+"""What a graph may say of itself. Other names can be settings: ONNX Runtime reads its own under ``ort_config``."""
 MAX_PADDING = 4096
 # The upper triangle of the second-order summary with its most directions, 128.
 MAX_POSITIONS = 128 * 129 // 2
@@ -95,6 +98,7 @@ def check_graph(
     try:
         model = read_model(content)
         _check_versions(model)
+        _check_metadata(model)
         values, outputs = _edges(model, reads, returns)
         for tensor in model.graph.initializers:
             _add(values, tensor.name, _initializer(tensor, weights))
@@ -116,6 +120,16 @@ def _check_versions(model: Model) -> None:
     opsets = [(opset.domain, opset.version) for opset in model.opsets]
     _require(model.ir_version in IR_VERSIONS, f"IR version {model.ir_version}")
     _require(len(opsets) == 1 and opsets[0][0] == "" and opsets[0][1] in OPSETS, f"opsets {opsets}")
+
+
+def _check_metadata(model: Model) -> None:
+    """Refuse what is not printable ASCII under one of the names of `METADATA`, each once."""
+    names = [each.key for each in model.metadata]
+    _require(len({*names}) == len(names) and {*names} <= {*METADATA}, f"metadata {names}")
+    for each in model.metadata:
+        _require(len(each.value) <= MAX_JSON_BYTES, f"metadata of {len(each.value)} bytes")
+        text = str(each.value, "latin-1")
+        _require(text.isascii() and text.isprintable(), "metadata with characters other than printable ASCII")
 
 
 def _edges(

@@ -1,10 +1,10 @@
 """Reads ONNX files without a library that a hostile file could crash.
 
 A file is one message of Protocol Buffers: fields, each a number, a wire type and a value, and a value may be a message
-again. The classes below name every field that `export.graph` writes. Any other field is refused, and with it
-subgraphs, functions, sparse tensors, strings and metadata. No message contains one of its
-own kind, so the depth is fixed; numbers of entries and lengths of texts are limited; weights are views of the file and
-never copied.
+again. The classes below name every field that `export` writes. Any other field is refused, and with it
+subgraphs, functions, sparse tensors, strings and metadata of nodes. No message contains one of its
+own kind, so the depth is fixed; numbers of entries and lengths of texts are limited; weights and what the graph says of
+itself are views of the file and never copied.
 """
 
 # ruff: noqa: RUF009 - _field makes fields of dataclasses
@@ -138,6 +138,14 @@ class Opset:
 
 
 @dataclass
+class Metadata:
+    """Something for people and other programs to read; nothing depends on it."""
+
+    key: str = _field(1, "text")
+    value: memoryview = _field(2, "bytes")
+
+
+@dataclass
 class Model:
     """A whole file."""
 
@@ -146,6 +154,7 @@ class Model:
     producer_version: str = _field(3, "text")
     graph: Graph = _field(7, Graph)
     opsets: list[Opset] = _field(8, Opset, MAX_RANK)
+    metadata: list[Metadata] = _field(14, Metadata, 2)
 
 
 class _Entry(NamedTuple):
@@ -171,7 +180,7 @@ def _table(message: type[Any]) -> dict[int, _Entry]:
     }
 
 
-_MESSAGES = (Attribute, Node, Pair, Tensor, Dimension, Shape, TensorType, Type, Edge, Graph, Opset, Model)
+_MESSAGES = (Attribute, Node, Pair, Tensor, Dimension, Shape, TensorType, Type, Edge, Graph, Opset, Metadata, Model)
 _TABLES = {message: _table(message) for message in _MESSAGES}
 
 

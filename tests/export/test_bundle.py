@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
@@ -29,7 +31,9 @@ from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.backends.ladder import open_backend
 from duallora_edge.runtime.bundle import GOLDEN, MANIFEST, MODEL, MODEL_FP16, OUTPUTS, TEACH
+from duallora_edge.runtime.graph_check import METADATA
 from duallora_edge.runtime.graph_weights import WEIGHTS
+from duallora_edge.runtime.preprocess import Preprocessing
 from duallora_edge.runtime.tensor_file import TensorFile
 
 TARGET = resolve_target("orin-nano-8gb", "6.2")
@@ -107,6 +111,20 @@ def test_manifest(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> No
     provenance = manifest["provenance"]
     assert provenance["made_by"] == f"duallora-edge {__version__}" and provenance["run_digest"] == run.digest()
     assert provenance["backbone"]["name"] == "tiny" and set(provenance["versions"]) >= {"torch", "onnx"}
+
+
+def test_other_programs_find_names_and_preprocessing_in_the_graph(
+    run: RunDirectory, model: ComposedModel, tmp_path: Path
+) -> None:
+    classes = ("ä", "犬", "\U0001f415", '"')
+    named = ComposedModel(replace(model.catalogue, classes=classes), model.network, model.classifier).eval()
+    manifest = write_bundle(run, named, TARGET, tmp_path / "bundle", None, precision="fp16", split=True).manifest
+    for name in (MODEL, MODEL_FP16):
+        session = onnxruntime.InferenceSession(tmp_path / "bundle" / name, providers=["CPUExecutionProvider"])
+        found = session.get_modelmeta().custom_metadata_map
+        assert found.keys() == {*METADATA} and json.loads(found["classes"]) == [*classes]
+        assert Preprocessing(**json.loads(found["preprocessing"])) == manifest.preprocessing
+    assert not onnx.load(tmp_path / "bundle" / "prefix-fp16.onnx", load_external_data=False).metadata_props
 
 
 def test_half_precision_is_a_second_graph(run: RunDirectory, model: ComposedModel, tmp_path: Path) -> None:
@@ -206,7 +224,7 @@ def test_golden_images_are_generated_and_nothing_of_the_training_is_inside(
 
 def test_readme_says_what_the_bundle_is(bundle: Path) -> None:
     text = (bundle / README).read_text(encoding="utf-8")
-    assert text.startswith("# site\n") and "4 classes from 2 tasks" in text
+    assert "\n# site\n" in text and "4 classes from 2 tasks" in text
     wheel = f"'./duallora_edge-{__version__}-py3-none-any.whl[cpu]'"  # duallora-edge is on no index
     assert f"pip install -c jetson/constraints-jp6.txt {wheel}\n" in text
     assert "Orin Nano 8GB" in text and "JetPack 6.2" in text
