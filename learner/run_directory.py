@@ -41,13 +41,14 @@ from duallora_edge.files import (
     write_json,
 )
 from duallora_edge.folder_kind import folder_kind
-from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml, sort_out
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, sort_out
 from duallora_edge.learner.distributed import held_by_main, main_first, main_only
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.base_adaptation import MAX_BYTES, BaseAdaptation, read_made_from
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.settings import quoted
+from duallora_edge.learner.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,7 @@ _WRITTEN = (
     "HEAD.json", "run.yaml", "backbone.json", BASE, "sources.json", "memory_budget.json", SPARE,
     "checkpoint/state.safetensors",
     "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
-    "reports/matrix.png", "reports/reliability.png",
+    "reports/matrix.png", "reports/reliability.png", "reports/data.png",
 )  # fmt: skip
 FILES = tuple(
     f"{name}.safetensors"
