@@ -54,7 +54,7 @@ class _Boxes:
     """
 
     image: Path
-    size: tuple[float, float]
+    size: tuple[int, int]
     boxes: tuple[tuple[str, Edges], ...]
 
 
@@ -115,7 +115,7 @@ def _crops(boxes: _Boxes, ignored: Counter[str]) -> Iterator[tuple[str, ImageBox
     if size is None:
         ignored["boxes of images that are missing or unreadable"] += len(boxes.boxes)
         return
-    if boxes.size != size and boxes.size != (1, 1):
+    if boxes.size not in ((1, 1), size):
         ignored["boxes drawn on an image of another size"] += len(boxes.boxes)
         return
     across, down = boxes.size
