@@ -59,7 +59,7 @@ def sheet_png(classes: Sequence[ClassPictures]) -> bytes:
     text = f"The first training images of each class as the network sees them, and how many there are{more}."
     draw.text((_MARGIN, bottom + _GAP), text, MUTED, small)
     file = io.BytesIO()
-    sheet.save(file, "PNG", optimize=True)
+    sheet.save(file, "PNG")
     return file.getvalue()
 
 

@@ -168,6 +168,7 @@ def test_status_tells_of_interrupted_training(call: Call, run: Path) -> None:
 
 def test_rollback_until_nothing_is_left(call: Call, run: Path) -> None:
     assert "Undid 02-lines; 1 task(s) left" in call("rollback", run)[1]
+    assert not (run / "reports" / "data.png").exists()  # it showed the images of the task
     assert "Undid 01-round; 0 task(s) left" in call("rollback", run)[1]
     assert "has no task to undo" in failure(call("rollback", run))
     assert call("status", run)[0] == 0
