@@ -79,7 +79,9 @@ def find_crops(found: Detection, task_name: str) -> Found:
     total = 0
     for part in found.parts:
         images, labels = splits[part.split if part.split and len(found.parts) > 1 else "train"]
-        found_boxes = _read_coco(found.root, part, ignored) if found.kind == "COCO" else _read_yolo(part, *names, ignored)
+        found_boxes = (
+            _read_coco(found.root, part, ignored) if found.kind == "COCO" else _read_yolo(part, *names, ignored)
+        )
         for boxes in found_boxes:
             total += len(boxes.boxes)
             if total > MAX_BOXES:
@@ -138,8 +140,11 @@ def _split_of(name: str) -> str:
 
 
 def _coco_parts(root: Path) -> tuple[_Part, ...]:
-    """The JSON files with boxes: in ``annotations/``, beside the images, or in each split folder (as Roboflow has it)."""
-    files = [*sorted(islice(root.glob("*.json"), _MOST_FILES)), *sorted(islice(root.glob("annotations/*.json"), _MOST_FILES))]
+    """The JSON files with boxes: in ``annotations/``, beside the images, or in each split folder (as of Roboflow)."""
+    files = [
+        *sorted(islice(root.glob("*.json"), _MOST_FILES)),
+        *sorted(islice(root.glob("annotations/*.json"), _MOST_FILES)),
+    ]
     parts = [_Part(_split_of(file.stem), file, root) for file in files if is_file(file) and _is_coco(file)]
     if instances := [part for part in parts if part.labels.name.startswith("instances_")]:
         parts = instances  # the others have the same boxes again, with key points
@@ -212,7 +217,7 @@ def _image_folder(root: Path, part: _Part, names: list[str]) -> Path:
         if any(is_file(folder / _inner(name)) for name in names[:_MOST_FILES]):
             return folder
     raise DataError(
-        f"The images that {part.labels} names are in none of {', '.join(map(str, folders))}; put them into one of these."
+        f"The images that {part.labels} names are in none of {', '.join(map(str, folders))}; put them into one."
     )
 
 
@@ -270,7 +275,9 @@ def _yolo_names(root: Path) -> tuple[list[str], bool]:
             lines = read_limited(root / "classes.txt", MAX_LABEL_BYTES).decode().splitlines()
             return [checked_name(line.strip()) for line in lines if line.strip()], False
     except (OSError, ValueError, KeyError, ConfigError) as error:
-        raise DataError(f"The class names in {root} cannot be read ({str(error)[:300]}); list them in data.yaml.") from error
+        raise DataError(
+            f"The class names in {root} cannot be read ({str(error)[:300]}); list them in data.yaml."
+        ) from error
     raise DataError(f"Nothing names the classes of {root}; list them as 'names' in data.yaml.")
 
 

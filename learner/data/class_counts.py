@@ -20,7 +20,9 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     if most == fewest:
         names = [_short(name) for name in ordered]
         return f"{len(ordered)} classes of {most} each: {', '.join([*names[:_ENDS], '...', *names[-_ENDS:]])}"
-    ends = [", ".join(f"{_short(name)} {counts[name]}" for name in part) for part in (ordered[:_ENDS], ordered[-_ENDS:])]
+    ends = [
+        ", ".join(f"{_short(name)} {counts[name]}" for name in part) for part in (ordered[:_ENDS], ordered[-_ENDS:])
+    ]
     return f"{len(ordered)} classes: most of {ends[0]}; fewest of {ends[1]}"
 
 
@@ -31,25 +33,28 @@ def concerns(counts: Mapping[str, int], *, alone: bool) -> list[str]:
     """
     found = []
     ordered = sorted(counts, key=lambda name: (counts[name], name))
+    small, large = _short(ordered[0]), _short(ordered[-1])
+    fewest, most = counts[ordered[0]], counts[ordered[-1]]
     if alone and len(ordered) == 1:
         found.append(
-            f"{_short(ordered[0])!r} is the only class, so every image is answered with it and 100 % mean nothing; give "
-            "images of what it is to be told from, one folder per class"
+            f"{small!r} is the only class, so every image is answered with it and 100 % mean nothing; give images of what "
+            "it is to be told from, in one folder per class"
         )
     if few := [name for name in ordered if counts[name] < FEW]:
-        named = ", ".join(f"{_short(name)} {counts[name]}" for name in few[:_ENDS]) + (", ..." if len(few) > _ENDS else "")
-        which = "Every class has" if len(few) == len(ordered) else f"{len(few)} of {len(ordered)} classes {'have' if len(few) > 1 else 'has'}"
-        if len(ordered) == 1:
-            which = "The class has"
-        found.append(
-            f"{which} fewer than {FEW} images to learn from ({named}), so "
-            "answers depend on which these are, and confidence is a guess; add images, or make more of them with --views"
+        named = ", ".join(
+            [*(f"{_short(name)} {counts[name]}" for name in few[:_ENDS]), *(["..."] if len(few) > _ENDS else [])]
         )
-    small, large = ordered[0], ordered[-1]
-    if counts[large] > LOPSIDED * counts[small]:
+        which = f"{len(few)} of {len(ordered)} classes {'have' if len(few) > 1 else 'has'}"
+        if len(few) == len(ordered):
+            which = "Every class has" if len(few) > 1 else "The class has"
         found.append(
-            f"{_short(large)!r} has {counts[large]} images and {_short(small)!r} has {counts[small]}, so accuracy is mostly "
-            f"that of {_short(large)!r} and can be high while {_short(small)!r} is never found; add images of rare classes"
+            f"{which} fewer than {FEW} images to learn from ({named}), so answers depend on which these are, and "
+            "confidence is a guess; add images, or make more of them with --views"
+        )
+    if most > LOPSIDED * fewest:
+        found.append(
+            f"{large!r} has {most} images and {small!r} has {fewest}, so accuracy is mostly that of {large!r} and can be "
+            f"high while {small!r} is never found; add images of rare classes"
         )
     return found
 

@@ -110,7 +110,9 @@ def _find(layout: str, parts: Sequence[_Part], task_order: Sequence[str] | None,
     notes = [f"ignored: {left_out} tasks not named by task_order"] if left_out else []
     if ignored:
         shown = ", ".join(name[:40] for name in list(ignored)[:_SHOWN])
-        notes.append(f"ignored: column{'s' if len(ignored) > 1 else ''} {shown}{', ...' if len(ignored) > _SHOWN else ''}")
+        notes.append(
+            f"ignored: column{'s' if len(ignored) > 1 else ''} {shown}{', ...' if len(ignored) > _SHOWN else ''}"
+        )
     found_tasks = tuple(_task(name, members, "split" in known) for name, members in tasks.items())
     return Found(layout, found_tasks, "task" in known, tuple(notes))
 
@@ -166,8 +168,8 @@ def _header(file: Path, cells: list[str]) -> list[str]:
     names = [cell.strip().lower() for cell in cells]
     if boxes := _BOX_COLUMNS.intersection(names):
         raise DataError(
-            f"{file} lists boxes (column {min(boxes)!r}), which are cropped from COCO and YOLO sets only; convert it to "
-            "one of these and give --crop-boxes."
+            f"{file} lists boxes (column {min(boxes)!r}), which are cropped from COCO and YOLO sets only; convert it "
+            "to one of these and give --crop-boxes."
         )
     columns = [next((column for column, known in _COLUMNS.items() if name in known), "") for name in names]
     typo = any(

@@ -37,8 +37,8 @@ def open_stream(
 
     ``source`` is a folder (``<class>/*``, ``{train,val,test}/<class>/*`` or
     ``<task>/{train,val,test}/<class>/*``), a folder with metadata.csv or metadata.jsonl (``file_name,label``), a CSV or
-    JSON lines file (``path,label[,split][,task]``) or ``torchvision:NAME`` (files under ``data_root``, by default in the
-    cache folder).
+    JSON lines file (``path,label[,split][,task]``) or ``torchvision:NAME`` (files under ``data_root``, by default in
+    the cache folder).
 
     * ``classes_per_task`` cuts a source that is one task into tasks of so many classes, in ``class_order``
       (``"alphabetical"`` or ``"seed:N"``); ``task_name`` then is the beginning of their names.
