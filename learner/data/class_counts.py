@@ -37,8 +37,8 @@ def concerns(counts: Mapping[str, int], *, alone: bool) -> list[str]:
     fewest, most = counts[ordered[0]], counts[ordered[-1]]
     if alone and len(ordered) == 1:
         found.append(
-            f"{small!r} is the only class, so every image is answered with it and 100 % mean nothing; give images of what "
-            "it is to be told from, in one folder per class"
+            f"{small!r} is the only class, so every image is answered with it and 100 % mean nothing; give images of "
+            "what it is to be told from, in one folder per class"
         )
     if few := [name for name in ordered if counts[name] < FEW]:
         named = ", ".join(
@@ -53,8 +53,8 @@ def concerns(counts: Mapping[str, int], *, alone: bool) -> list[str]:
         )
     if most > LOPSIDED * fewest:
         found.append(
-            f"{large!r} has {most} images and {small!r} has {fewest}, so accuracy is mostly that of {large!r} and can be "
-            f"high while {small!r} is never found; add images of rare classes"
+            f"{large!r} has {most} images and {small!r} has {fewest}, so accuracy is mostly that of {large!r} and can "
+            f"be high while {small!r} is never found; add images of rare classes"
         )
     return found
 
