@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -161,7 +162,7 @@ def _is_coco(file: Path) -> bool:
     """Whether the keys of COCO occur in a JSON file, without parsing it."""
     missing = {b'"images"', b'"annotations"', b'"bbox"'}
     tail = b""
-    with file.open("rb") as stream:
+    with contextlib.suppress(OSError), file.open("rb") as stream:  # what cannot be read is somebody else's
         for _ in range(MAX_JSON_BYTES // _BLOCK):
             block = stream.read(_BLOCK)
             missing = {key for key in missing if key not in tail + block}
