@@ -19,7 +19,7 @@ from duallora_edge.files import cache_folder, write_json
 from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import FLAGS, MethodsCommand, setting_options
-from duallora_edge.learner.run_directory import BASE, RunDirectory
+from duallora_edge.learner.run_directory import BASE, PICTURES, RunDirectory
 from duallora_edge.text import escaped
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def train(
     """Learn the next task or tasks of a run.
 
     The images are in DIR/<class>/*, DIR/{train,val,test}/<class>/*, DIR/<task>/{train,test}/<class>/* (a stream of
-    tasks), or in a CSV file with the columns path,label[,split][,task]. When it was stopped, the same command
-    continues.
+    tasks), or in a CSV file with the columns path,label[,split][,task]. A detection set (COCO or YOLO) is learned box
+    by box with --crop-boxes. When it was stopped, the same command continues.
 
     \b
     Example:
@@ -270,6 +270,7 @@ def describe(run: RunDirectory) -> dict[str, Any]:
                 "name": info.name,
                 "classes": len(info.classes),
                 "images": sum(info.counts.values()),
+                "counts": dict(info.counts),
                 "residual": info.residual,
                 "bytes": folder_bytes(run.path / "tasks" / entry.folder),
                 "accuracy": row[index].accuracy if row else None,
@@ -302,6 +303,8 @@ def _base_facts(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def status_text(value: dict[str, Any]) -> str:
+    from duallora_edge.learner.data.class_counts import describe_counts
+
     backbone = value["backbone"]
     lines = [
         f"{value['method']} on {backbone['name']}, {backbone['size']} px: {len(value['tasks'])} task(s), "
@@ -320,6 +323,7 @@ def status_text(value: dict[str, Any]) -> str:
             f"{one_line(task['name'])[:24]:<24} {task['classes']:>7} {task['images']:>7} {task['bytes'] / 1e6:>6.1f}  "
             f"{task['residual']:<9} {accuracy}"
         )
+        lines.append(f"  {one_line(describe_counts(task['counts']))}")
     if value["in_training"] is not None:
         lines.append(f"A task is in training, {value['in_training']} steps done; 'duallora-edge train' continues it.")
     return "\n".join(lines)
@@ -351,15 +355,25 @@ def privacy_list(run: RunDirectory) -> dict[str, Any]:
         ("sources.json", "the folders the images came from"),
         ("checkpoint/state.safetensors", "updates of the task in training"),
         ("reports/rows.json", "counts of right and wrong answers on test images"),
+        (PICTURES, "training images as thumbnails, for people; delete it as you like"),
     ):
         if (run.path / name).is_file():
             files.append({"file": name, "bytes": (run.path / name).stat().st_size, "what": what})
-    pixels = METHODS[run.config.method].keeps_images and run.config.kept_images_per_class > 0
-    return {"pixels": pixels, "files": files, "pixel_cache": str(cache_folder())}
+    kept = METHODS[run.config.method].keeps_images and run.config.kept_images_per_class > 0
+    thumbnails = (run.path / PICTURES).is_file()
+    return {
+        "pixels": kept or thumbnails,
+        "kept_images": kept,
+        "thumbnails": thumbnails,
+        "files": files,
+        "pixel_cache": str(cache_folder()),
+    }
 
 
 def privacy_text(value: dict[str, Any]) -> str:
-    pixels = "TRAINING IMAGES ARE STORED in the run" if value["pixels"] else "No pixels are stored in the run"
+    pixels = "TRAINING IMAGES ARE STORED in the run" if value["kept_images"] else "No pixels are stored in the run"
+    if value["thumbnails"]:
+        pixels += f"{',' if value['kept_images'] else ' but'} thumbnails in {PICTURES}"
     lines = [
         f"{pixels}, and features only as means over the images of a class (which for a class "
         "of one image is that image's feature). About the images it holds:"

@@ -8,14 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from duallora_edge.errors import ConfigError
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.settings import quoted, setting, settings_of
+from duallora_edge.learner.yaml_files import read_yaml
 
-MAX_YAML_BYTES = 1 << 16
-MAX_YAML_DEPTH = 20
 MAX_PROBLEMS = 20
 MAX_NAME = 60
 _LARGE = 2**63 - 1
@@ -79,6 +76,9 @@ class TrainConfig:
         None, "Folder where torchvision data sets are kept or downloaded to.",
         "Data", unset="the cache folder", metavar="DIR", scope="source",
     )  # fmt: skip
+    crop_boxes: bool = setting(
+        False, "Learn each box of a detection set (COCO or YOLO) as an image of its class.", "Data", scope="source"
+    )
     test_fraction: float = setting(
         0.2, "Share of the images to set aside for testing where the data have no test images.",
         "Data", low=0.0, high=0.9, scope="source",
@@ -285,34 +285,3 @@ def sort_out(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
         else:
             good[key] = value
     return good, problems
-
-
-def read_yaml(path: Path) -> dict[Any, Any]:
-    """The keys and values of a YAML file. Raises `ConfigError` when it cannot be read as such.
-
-    Aliases are refused: settings do not need them, and a few lines of nested ones unfold to gigabytes. So is deep
-    nesting, on which libyaml crashes.
-    """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
-        if len(raw) > MAX_YAML_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes; it is not a configuration.")
-        content = raw.decode()
-        depth = 0
-        for event in yaml.parse(content, Loader=loader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"{path} uses a YAML alias (*{quoted(event.anchor)[1:-1]}); write the value out.")
-            if depth > MAX_YAML_DEPTH:
-                raise ConfigError(f"{path} is nested too deeply; it is not a configuration.")
-        value = yaml.load(content, Loader=loader)
-    except (OSError, ValueError, ArithmeticError, yaml.YAMLError) as error:  # 2024-99-99, no UTF-8, 1:1:...:1.0
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ConfigError(f"{path} cannot be read as YAML ({reason[0][:200]}); correct it or leave it out.") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(value).__name__}.")
-    return value

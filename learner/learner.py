@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from duallora_edge.errors import RunError
 from duallora_edge.learner.callbacks import Callback, Callbacks
-from duallora_edge.learner.config import TrainConfig, load_config, read_yaml
+from duallora_edge.learner.config import TrainConfig, load_config
 from duallora_edge.learner.distributed import main_only
 from duallora_edge.learner.measurements import stored_metrics
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory, StoredTask
+from duallora_edge.learner.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from duallora_edge.learner.network.answers import ComposedModel

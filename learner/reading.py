@@ -71,6 +71,7 @@ def read_images(
         test_fraction=config.test_fraction,
         seed=config.seed,
         data_root=Path(config.data_root) if config.data_root else None,
+        crop_boxes=config.crop_boxes,
     )
     stream = distributed.main_first(open_source)
     if apart_from is not None:

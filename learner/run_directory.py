@@ -1,7 +1,7 @@
 """The run directory: tasks written once, one HEAD that names the active ones, a lock, a checkpoint.
 
 Every state is committed by rename, so a kill at any moment leaves the last committed state or a checkpoint that can
-be continued. Nothing is pickled and no pixel is stored.
+be continued. Nothing is pickled, and no pixel is stored but for the thumbnails of the picture sheet.
 
 Only an empty folder becomes a run. An empty file, `MARKER`, then says that it is ours, so that a creation that was
 killed can be done again; a run.yaml with backbone.json and HEAD.json says the same of runs made before there was one.
@@ -41,13 +41,14 @@ from duallora_edge.files import (
     write_json,
 )
 from duallora_edge.folder_kind import folder_kind
-from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, read_yaml, sort_out
+from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, sort_out
 from duallora_edge.learner.distributed import held_by_main, main_first, main_only
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.base_adaptation import MAX_BYTES, BaseAdaptation, read_made_from
 from duallora_edge.learner.network.task_info import TaskInfo
 from duallora_edge.learner.settings import quoted
+from duallora_edge.learner.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +61,14 @@ SCHEMA = 7
 MARKER = ".duallora-edge-run"
 SPARE = ".duallora-edge-spare"
 BASE = "base.safetensors"
+PICTURES = "reports/data.png"
 _LOCK = ".lock"
 # What is written under a temporary name first, which a kill leaves.
 _WRITTEN = (
     "HEAD.json", "run.yaml", "backbone.json", BASE, "sources.json", "memory_budget.json", SPARE,
     "checkpoint/state.safetensors",
     "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
-    "reports/matrix.png", "reports/reliability.png",
+    "reports/matrix.png", "reports/reliability.png", PICTURES,
 )  # fmt: skip
 FILES = tuple(
     f"{name}.safetensors"
@@ -363,9 +365,12 @@ class RunDirectory:
 
         The checkpoint goes too: training that began on another state cannot continue on this one. Works on a full
         disk. Returns the folders of deleted tasks that stay, as they hold something that the task did not write.
+        The picture sheet goes as well: it may show their images.
         """
         self._write_active_tasks(tasks, dropped=[task for task in self.active_tasks() if task not in tasks])
         self._delete_checkpoint()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (self.path / PICTURES).unlink()
         kept = self.delete_dropped()
         keep_spare(self.path / SPARE)
         return kept

@@ -10,12 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from duallora_edge.errors import ConfigError, DataError, RunError
+from duallora_edge.files import write_atomic
 from duallora_edge.learner import distributed, memory_budget
 from duallora_edge.learner.adapt import base_for
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask
+from duallora_edge.learner.data.class_counts import concerns, describe_counts
 from duallora_edge.learner.data.kept_split import keep_apart
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import Tests, add_tests, evaluate_run, report
@@ -25,7 +29,8 @@ from duallora_edge.learner.network.base_adaptation import BaseAdaptation, read_b
 from duallora_edge.learner.network.prefix_cache import PrefixCache
 from duallora_edge.learner.reading import check_apart, read_images
 from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.run_directory import RunDirectory, StoredTask
+from duallora_edge.learner.report.picture_sheet import ClassPictures, each, sheet_png
+from duallora_edge.learner.run_directory import PICTURES, RunDirectory, StoredTask
 from duallora_edge.learner.timing import phase, start_task
 
 
@@ -126,6 +131,7 @@ def train_run(
         base = _apply(distributed.on_main(lambda: read_base(Path(config.base))), backbone)
     stream = read_images(config, backbone.info, callback, apart_from=path)
     callback.say(stream.health.table())
+    _say_counts(stream, run, callback)
     frames = [task.train.pixels for task in (stream.tasks if config.base == "all" else stream.tasks[:1])]
     if METHODS[config.method].single_task:
         stream = stream.merged()
@@ -187,8 +193,33 @@ def train_run(
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")
         report(run, metrics, callback)
+        _write_pictures(run, stream)
     callback.end(metrics)
     return metrics
+
+
+def _say_counts(stream: PreparedStream, run: RunDirectory | None, callback: Callback) -> None:
+    """Say how many images each class has, and what that makes likely."""
+    before = {name for task in run.active_tasks() for name in run.read_info(task).classes} if run else set()
+    alone = len(before.union(*(task.classes for task in stream.tasks))) == 1
+    for task in stream.tasks:
+        where = f"{task.name}: " if len(stream.tasks) > 1 else ""
+        callback.say(f"  {where}{describe_counts(task.counts)}")
+        for line in concerns(task.counts, alone=alone):
+            callback.say(f"  {where}{line}")
+
+
+@distributed.main_only
+def _write_pictures(run: RunDirectory, stream: PreparedStream) -> None:
+    """Write the picture sheet of the tasks of this call; no test image is on it."""
+    number = each(sum(len(task.classes) for task in stream.tasks))
+    pictures = []
+    for task in stream.tasks:
+        labels, counts = np.array(task.train.labels), task.counts
+        for name in task.classes:
+            first = np.flatnonzero(labels == name)[:number]
+            pictures.append(ClassPictures(task.name, name, counts[name], task.train.pixels[first]))
+    write_atomic(run.path / PICTURES, sheet_png(pictures))
 
 
 def _learn(

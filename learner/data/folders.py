@@ -12,7 +12,8 @@ from pathlib import Path
 
 from duallora_edge.errors import DataError
 from duallora_edge.learner.data.images import ImageFile, ImageSet
-from duallora_edge.learner.data.split import Found, FoundTask
+from duallora_edge.learner.data.other_layouts import refuse_other_layouts
+from duallora_edge.learner.data.split import SPLIT_NAMES, Found, FoundTask
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SPLITS = ("train", "val", "test")
@@ -36,6 +37,14 @@ def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 (a string, 100,000 times)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; there is none where the name is too long or holds a null byte."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def checked_name(name: str) -> str:
     """A class or task name in composed Unicode form (NFC), so that it is the same from every file system."""
     try:
@@ -54,6 +63,7 @@ def find_in_folder(root: Path, task_order: Sequence[str] | None, task_name: str)
     """
     ignored: Counter[str] = Counter()
     tree = _scan(root, 3, ignored, None if task_order is None else _known(root, task_order))
+    refuse_other_layouts(root, list(tree.folders), {name for name, folder in tree.folders.items() if folder.images})
     layout, is_stream = _recognise(tree), False
     if layout == "task folders":
         is_stream = True
@@ -122,25 +132,33 @@ def _recognise(tree: Folder) -> str:
         )
     if flat:
         return "class folders"
-    if set(tree.folders) <= set(_SPLITS):
+    if all(name.lower() in SPLIT_NAMES for name in tree.folders):
         return "split folders"
     for name, folder in tree.folders.items():
-        if "train" not in folder.folders:
+        if "train" not in map(_split, folder.folders):
             raise DataError(
                 f"{folder.path} holds no 'train' folder, so '{name}' is not a task; accepted are {_LAYOUTS}."
             )
     return "task folders"
 
 
+def _split(name: str) -> str:
+    return SPLIT_NAMES.get(name.lower(), "")
+
+
 def _split_task(folder: Folder, name: str) -> FoundTask:
-    if folder.images or (unknown := [split for split in folder.folders if split not in _SPLITS]):
+    if folder.images or (unknown := [split for split in folder.folders if not _split(split)]):
         odd = folder.images[0] if folder.images else unknown[0]
         raise DataError(f"{folder.path / odd} is beside the split folders; only train, val and test belong there.")
-    if "train" not in folder.folders:
+    splits: dict[str, Folder] = {}
+    for below, content in folder.folders.items():
+        if other := splits.get(_split(below)):
+            raise DataError(f"{content.path} and {other.path} are both for {_split(below)}; make one folder of them.")
+        splits[_split(below)] = content
+    if "train" not in splits:
         raise DataError(f"{folder.path} has no 'train' folder; put the training images there.")
     train, validation, test = (
-        _classes(folder.folders[split], may_be_empty=split != "train") if split in folder.folders else None
-        for split in _SPLITS
+        _classes(splits[split], may_be_empty=split != "train") if split in splits else None for split in _SPLITS
     )
     return FoundTask(name, train or ImageSet(), validation, test or ImageSet())
 

@@ -52,6 +52,18 @@ class ImageFile:
         """Decode to ``uint8 [H, W, 3]`` RGB, upright; `DataError` when that is impossible."""
         return read_image(self.path)
 
+    def size(self) -> tuple[int, int] | None:
+        """Width and height when upright, from the header alone; None when that is impossible."""
+        try:
+            if not self.path.is_file():
+                return None
+            with self.path.open("rb") as file, open_image(file) as image:
+                exif = image.getexif() if "exif" in image.info else {}
+                turned = exif.get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+                return (image.height, image.width) if turned else image.size
+        except Exception:  # Pillow raises many types on damaged files
+            return None
+
     def traits(self) -> set[str]:
         """What has to be converted, from the header alone: any of ``grey``, ``alpha``, ``rotated``."""
         with self.path.open("rb") as file, open_image(file) as image:
@@ -71,6 +83,39 @@ class ImageFile:
                 return str(exif[_EXIF_CAMERA]), time
         except (DataError, OSError, KeyError, ValueError, SyntaxError):  # what Pillow raises for broken EXIF
             return None
+
+
+@dataclass(frozen=True)
+class ImageBox(ImageFile):
+    """A box of an image file; ``edges`` (left, top, right, bottom) are shares of its width and height."""
+
+    edges: tuple[float, ...]
+    number: int
+
+    @property
+    def name(self) -> str:
+        """As of the file, and the number of the box at its end: boxes of one image are one scene."""
+        return f"{super().name}#{self.number}"
+
+    @property
+    def where(self) -> str:
+        """The path and the number of the box, for messages and reports."""
+        return f"{super().where}#{self.number}"
+
+    def key(self) -> str:
+        """Identity for the cache: that of the file, and the edges."""
+        return f"{super().key()} {self.edges}"
+
+    def read(self) -> Pixels:
+        """Decode the image and cut out the box; `DataError` when that is impossible."""
+        frame = super().read()
+        (left, top), (right, bottom) = self.corners(frame.shape[1], frame.shape[0])
+        return frame[top:bottom, left:right]
+
+    def corners(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The corners (left, top) and (right, bottom) in an image of so many pixels."""
+        left, top, right, bottom = self.edges
+        return (round(left * width), round(top * height)), (round(right * width), round(bottom * height))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,11 @@ class PreparedTask:
     def classes(self) -> tuple[str, ...]:
         """The class names, sorted."""
         return tuple(sorted(set(self.train.labels)))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of training images of each class, sorted by name."""
+        return dict(sorted(Counter(self.train.labels).items()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from duallora_edge.errors import DataError
 from duallora_edge.files import cache_folder
+from duallora_edge.learner.data.boxes import find_crops, find_detection
 from duallora_edge.learner.data.folders import checked_name, find_in_folder
 from duallora_edge.learner.data.images import Stream
-from duallora_edge.learner.data.manifest import find_in_manifest
+from duallora_edge.learner.data.manifest import find_in_manifest, find_in_metadata
+from duallora_edge.learner.data.other_layouts import refuse_file
 from duallora_edge.learner.data.split import Found, FoundTask, Splits, by_classes
 from duallora_edge.learner.data.torchvision_sets import find_in_torchvision
 from duallora_edge.text import UNSAFE
@@ -29,16 +31,19 @@ def open_stream(
     test_fraction: float = 0.2,
     seed: int = 0,
     data_root: Path | None = None,
+    crop_boxes: bool = False,
 ) -> Stream:
     """Find out how ``source`` is laid out and list its tasks. No image is decoded here; see `prepare`.
 
     ``source`` is a folder (``<class>/*``, ``{train,val,test}/<class>/*`` or
-    ``<task>/{train,val,test}/<class>/*``), a CSV file (``path,label[,split][,task]``) or
-    ``torchvision:NAME`` (files under ``data_root``, by default in the cache folder).
+    ``<task>/{train,val,test}/<class>/*``), a folder with metadata.csv or metadata.jsonl (``file_name,label``), a CSV or
+    JSON lines file (``path,label[,split][,task]``) or ``torchvision:NAME`` (files under ``data_root``, by default in
+    the cache folder).
 
     * ``classes_per_task`` cuts a source that is one task into tasks of so many classes, in ``class_order``
       (``"alphabetical"`` or ``"seed:N"``); ``task_name`` then is the beginning of their names.
     * ``task_order`` picks and orders the tasks of a source that is a stream; the others are left out.
+    * ``crop_boxes`` makes an image of each box of a detection set (COCO or YOLO).
     * Validation images come from a ``val`` split, else ``validation_fraction`` of the training images of each
       class. Test images come from the source; where it knows no splits, ``test_fraction`` is split off.
 
@@ -46,7 +51,7 @@ def open_stream(
     """
     splits = Splits(validation_fraction, test_fraction, seed)
     task_name = None if task_name is None else checked_name(task_name)
-    found = _find(source, task_order, task_name, data_root)
+    found = _find(source, task_order, task_name, data_root, crop_boxes)
     tasks = found.tasks
     if classes_per_task is not None:
         if found.is_stream:
@@ -67,17 +72,37 @@ def _check_names(task: FoundTask) -> None:
                 raise DataError(f"The name {name[:40]!r} of a {what} must have 1 to {MAX_NAME} characters; rename it.")
 
 
-def _find(source: str, task_order: Sequence[str] | None, task_name: str | None, data_root: Path | None) -> Found:
+def _find(
+    source: str, task_order: Sequence[str] | None, task_name: str | None, data_root: Path | None, crop_boxes: bool
+) -> Found:
+    path = Path(source)
+    is_folder = not source.startswith(_TORCHVISION) and path.is_dir()
+    if crop_boxes and not is_folder:
+        raise DataError(f"{source} is not a folder with boxes (COCO or YOLO); leave out --crop-boxes.")
+    if is_folder:
+        return _find_in_folder(path, task_order, task_name or path.resolve().name or "task", crop_boxes)
     if source.startswith(_TORCHVISION):
         if task_order is not None:
             raise DataError("task_order needs a source with named tasks; a torchvision dataset has none.")
         name = source.removeprefix(_TORCHVISION)
         return find_in_torchvision(name, data_root or cache_folder() / "torchvision", task_name or name.lower())
-    path = Path(source)
-    if path.is_dir():
-        return find_in_folder(path, task_order, task_name or path.resolve().name or "task")
     if not path.exists():
         raise DataError(f"{source} does not exist; name a folder of images, a CSV file or torchvision:NAME.")
-    if path.suffix.lower() != ".csv" or not path.is_file():
-        raise DataError(f"{source} is neither a folder nor a .csv file; name a folder of images or a CSV manifest.")
+    if path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file():
+        refuse_file(path)
     return find_in_manifest(path, task_order, task_name or path.stem)
+
+
+def _find_in_folder(path: Path, task_order: Sequence[str] | None, task_name: str, crop_boxes: bool) -> Found:
+    if detection := find_detection(path):
+        if not crop_boxes:
+            raise DataError(
+                f"{path} is a {detection.kind} detection set ({detection.parts[0].labels}), whose classes belong to "
+                "boxes, not to images; give --crop-boxes to learn each box as an image of its class."
+            )
+        if task_order is not None:
+            raise DataError(f"task_order needs a source with named tasks; the detection set {path} is a single task.")
+        return find_crops(detection, task_name)
+    if crop_boxes:
+        raise DataError(f"{path} has no boxes (COCO or YOLO) to crop; leave out --crop-boxes.")
+    return find_in_metadata(path, task_order, task_name) or find_in_folder(path, task_order, task_name)

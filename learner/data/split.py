@@ -15,6 +15,11 @@ from duallora_edge.learner.data.images import ImageSet, TaskData
 from duallora_edge.learner.data.scenes import scenes
 
 MIN_TO_SPLIT = 5
+# What splits are called, in lower case, and which they are.
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def test_train_says_what_it_found_and_where_the_run_is(call: Call, tmp_path: Pat
     code, out, err = call("train", "--data", image_stream, "--run", tmp_path / "run", *QUICK)
     assert code == 0
     assert "task folders, 2 tasks" in err and "after 2 tasks: " in err
+    assert "  01-round: disc 9, square 9\n" in err
     assert "Last accuracy" in out
     assert out.splitlines()[-1] == f"Run: {tmp_path}/run  report: {tmp_path}/run/reports/report.html"
 
@@ -92,6 +93,7 @@ def test_status(call: Call, run: Path) -> None:
     assert (code, err) == (0, "")
     assert "dual_lora on embedded, 64 px: 2 task(s), 4 classes" in out and "Base adaptation: none\n" in out
     assert out.splitlines()[-1] == f"Run: {run}"
+    assert "\n  disc 9, square 9\n" in out
     value = json.loads(call("status", run, "--json")[1])
     assert [(task["name"], task["classes"]) for task in value["tasks"]] == [("01-round", 2), ("02-lines", 2)]
     assert value["digest"] == RunDirectory.open(run).digest() and value["in_training"] is None
@@ -102,10 +104,12 @@ def test_status_privacy_lists_every_file_of_the_tasks(call: Call, run: Path) -> 
     listed = {
         entry["file"]: entry["bytes"] for entry in json.loads(call("status", run, "--privacy", "--json")[1])["files"]
     }
-    for path in (run / "tasks").rglob("*.*"):
+    for path in [*(run / "tasks").rglob("*.*"), run / "reports" / "data.png"]:
         if path.is_file():
             assert listed[str(path.relative_to(run))] == path.stat().st_size
-    assert "No pixels" in call("status", run, "--privacy")[1]
+    assert "No pixels are stored in the run but thumbnails in reports/data.png," in call("status", run, "--privacy")[1]
+    (run / "reports" / "data.png").unlink()
+    assert "No pixels are stored in the run, and" in call("status", run, "--privacy")[1]
 
 
 def test_adapt_and_train_with_it(
@@ -164,6 +168,7 @@ def test_status_tells_of_interrupted_training(call: Call, run: Path) -> None:
 
 def test_rollback_until_nothing_is_left(call: Call, run: Path) -> None:
     assert "Undid 02-lines; 1 task(s) left" in call("rollback", run)[1]
+    assert not (run / "reports" / "data.png").exists()  # it showed the images of the task
     assert "Undid 01-round; 0 task(s) left" in call("rollback", run)[1]
     assert "has no task to undo" in failure(call("rollback", run))
     assert call("status", run)[0] == 0

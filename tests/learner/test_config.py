@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from duallora_edge.errors import ConfigError
-from duallora_edge.learner.config import MAX_YAML_BYTES, PER_CALL, SETTINGS, SOURCE, TrainConfig, load_config
+from duallora_edge.learner.config import PER_CALL, SETTINGS, SOURCE, TrainConfig, load_config
 from duallora_edge.learner.settings import GROUPS
+from duallora_edge.learner.yaml_files import MAX_YAML_BYTES
 
 
 def write(path: Path, text: str) -> Path:

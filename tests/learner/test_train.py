@@ -92,8 +92,9 @@ def test_a_stream_is_learned_and_reported(learned: tuple[Path, Notes]) -> None:
     path, notes = learned
     assert [record.info.name for record in RunDirectory.open(path).records()] == ["01-round", "02-lines"]
     assert notes.rows == [1, 2] and notes.stages == {"decode", "encode", "train"}
-    for name in ("report.html", "metrics.json", "rows.json"):
+    for name in ("report.html", "metrics.json", "rows.json", "data.png"):
         assert (path / "reports" / name).stat().st_size > 0
+    assert "  02-lines: cross 9, ring 9" in notes.lines
     assert not (path / "checkpoint").exists()
 
 
@@ -465,6 +466,51 @@ def test_a_single_class_and_a_known_class(run: Path, tmp_path: Path, image_task:
     assert any("one class gives no gradient" in line for line in notes.lines)
     records = RunDirectory.open(run).records()
     assert records[-1].info.classes == ("cross",) and len(records) == 3
+
+
+def test_the_only_class_of_a_run_is_said(tmp_path: Path, image_task: Callable[..., Path]) -> None:
+    notes = train(tmp_path / "run", image_task(tmp_path / "photos", {"images": 0}, train=4, test=1))
+    assert any("'images' is the only class" in line for line in notes.lines)
+    notes = train(tmp_path / "run", image_task(tmp_path / "more", {"cross": 2}, train=4, test=1))
+    assert not any("is the only class" in line for line in notes.lines)
+
+
+def write_boxes(root: Path, kind: str, shapes: Path) -> Path:
+    """Twelve pictures with a disc and a square side by side, as a COCO or YOLO detection set."""
+    (root / "images").mkdir(parents=True)
+    for number in range(12):
+        pair = [np.asarray(Image.open(shapes / "train" / name / f"{number:02d}.png")) for name in ("disc", "square")]
+        Image.fromarray(np.concatenate(pair, axis=1)).save(root / "images" / f"{number:02d}.png")
+    if kind == "YOLO":
+        (root / "labels").mkdir()
+        (root / "data.yaml").write_text("names: [disc, square]")
+        for number in range(12):
+            (root / "labels" / f"{number:02d}.txt").write_text("0 0.25 0.5 0.5 1\n1 0.75 0.5 0.5 1\n")
+    else:
+        value = {
+            "images": [{"id": n, "file_name": f"{n:02d}.png", "width": 128, "height": 64} for n in range(12)],
+            "categories": [{"id": 0, "name": "disc"}, {"id": 1, "name": "square"}],
+            "annotations": [
+                {"image_id": n, "category_id": k, "bbox": [64 * k, 0, 64, 64]} for n in range(12) for k in (0, 1)
+            ],
+        }
+        (root / "annotations.json").write_text(json.dumps(value))
+    return root
+
+
+@pytest.mark.parametrize("kind", ["COCO", "YOLO"])
+def test_a_detection_set_is_refused_or_learned_box_by_box(
+    tmp_path: Path, kind: str, image_task: Callable[..., Path]
+) -> None:
+    shapes = image_task(tmp_path / "shapes", {"disc": 0, "square": 1}, train=12)
+    data, path = write_boxes(tmp_path / "data", kind, shapes), tmp_path / "run"
+    with pytest.raises(DataError, match=f"is a {kind} detection set .* give --crop-boxes"):
+        train(path, data)
+    assert not path.exists()
+    train(path, data, crop_boxes=True)
+    (record,) = RunDirectory.open(path).records()
+    assert record.info.classes == ("disc", "square")
+    assert measure_run(RunDirectory.open(path), None, "cpu", None, Callback()).last.n == 4  # the crops are found again
 
 
 def test_five_images_a_class_and_no_test_images(tmp_path: Path, image_task: Callable[..., Path]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_without_splits_some_images_become_the_test_set(root: Path, make_images:
         ("x/000.png, ,train,t", "'label' is empty"),
         ("x/000.png,cat,,t", "'split' is empty"),
         ("x/000.png,cat,train,", "'task' is empty"),
-        ("x/000.png,cat,training,t", "the split is 'training'"),
+        ("x/000.png,cat,trian,t", "the split is 'trian'"),
         ("x/999.png,cat,train,t", "there is no file 'x/999.png'"),
         ("x,cat,train,t", "'x' has no suffix of an image"),
         (f"{'x' * 300}.png,cat,train,t", "there is no file"),
@@ -116,3 +117,94 @@ def test_limits(root: Path, make_images: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(manifest, "MAX_BYTES", 10)
     with pytest.raises(DataError, match="larger than"):
         open_stream(source)
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "notes"),
+    [
+        ("path,label", "x/000.png,cat", ()),
+        ("file_name,class", "x/000.png,cat", ()),
+        ("filename,category", "x/000.png,cat", ()),
+        ("id, Image ,Target,width", "7,x/000.png,cat,16", ("ignored: columns id, width",)),
+        ("image,id,choice,annotator", "x/000.png,1,cat,2", ("ignored: columns id, annotator",)),
+        ("file,label,split", "x/000.png,cat,Train", ()),
+    ],
+)
+def test_columns_of_other_tools(root: Path, make_images: Any, header: str, row: str, notes: tuple[str, ...]) -> None:
+    make_images("x", 1)
+    stream = open_stream(write(root, header, row))
+    assert stream.tasks[0].train.classes == ("cat",)
+    assert stream.notes == notes
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        ("path,file,label", "x/000.png,x/000.png,cat", "first line"),
+        ("path,label,class", "x/000.png,cat,cat", "first line"),
+        ("filename,class,xmin,ymin,xmax,ymax", "x/000.png,cat,1,1,2,2", "lists boxes .* give --crop-boxes"),
+        ("image,choice", "/data/upload/1/abc-000.png,cat", "is an address on a server; download the image"),
+        ("image,choice", "https://example.org/000.png,cat", "is an address on a server; download the image"),
+    ],
+)
+def test_columns_that_do_not_tell_one_class_per_image(
+    root: Path, make_images: Any, header: str, row: str, message: str
+) -> None:
+    make_images("x", 1)
+    with pytest.raises(DataError, match=message):
+        open_stream(write(root, header, row))
+
+
+def lines(labels: dict[str, object], suffix: str) -> str:
+    if suffix == "csv":
+        return "\n".join(["file_name,label", *(f"{name},{label}" for name, label in labels.items())])
+    return "\n".join(json.dumps({"file_name": name, "label": label}) for name, label in labels.items()) + "\n\n"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("splits", [(), ("train", "validation", "test")])
+def test_metadata_beside_the_images(root: Path, make_images: Any, suffix: str, splits: tuple[str, ...]) -> None:
+    for folder in splits or ("",):
+        paths = make_images(folder, 10 if folder != "test" else 4)
+        text = lines({path.name: index % 2 for index, path in enumerate(paths)}, suffix)
+        (root / folder / f"metadata.{suffix}").write_text(text)
+    stream = open_stream(str(root))
+    (task,) = stream.tasks
+    assert (stream.layout, task.name, task.train.classes) == ("folder with metadata", "data", ("0", "1"))
+    assert len(task.train) + len(task.validation) + len(task.test) == (24 if splits else 10)
+    assert len(task.test) == (4 if splits else 2)
+    assert task.test_given == bool(splits)
+
+
+def test_json_lines_as_a_list(root: Path, make_images: Any) -> None:
+    make_images("x", 2)
+    file = root / "list.jsonl"
+    file.write_text(lines({"x/000.png": "cat", "x/001.png": "dog"}, "jsonl"))
+    assert open_stream(str(file)).tasks[0].train.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"file_name": "000.png", "objects": {"bbox": []}}', "lists boxes"),
+        ('{"file_name": "000.png", "label": "a"}\n{"file_name": "001.png"}', "row 3: 'label' is empty"),
+        ('{"file_name": "000.png", "label": ["a"]}', "row 2: 'label' is empty"),
+        ('{"file_name": "000.png", "label": "a"}\n[1]', "not a JSON lines file in UTF-8 .*not an object"),
+        ('{"file_name": "000.png", "label": 1e999}', "not a JSON lines file"),
+        ("[" * 100_000, "not a JSON lines file"),
+    ],
+)
+def test_bad_json_lines(root: Path, make_images: Any, content: str, message: str) -> None:
+    make_images("", 2)
+    (root / "metadata.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_stream(str(root))
+
+
+@pytest.mark.parametrize("header", ["file_name,text", "image_id,label"])
+def test_metadata_without_labels_of_files_leaves_the_folders_as_they_are(
+    root: Path, make_images: Any, header: str
+) -> None:
+    make_images("cat", 2)
+    (root / "metadata.csv").write_text(f"{header}\ncat/000.png,a cat\n")
+    assert open_stream(str(root)).layout == "class folders"

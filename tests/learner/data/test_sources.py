@@ -43,6 +43,15 @@ def test_split_folders_use_a_val_folder_and_ignore_what_is_no_image(root: Path, 
     assert stream.notes == ("ignored: 1 files that are not images", "ignored: 2 hidden files or folders")
 
 
+def test_other_names_of_splits(root: Path, make_images: Any) -> None:
+    make_images("Train/a", 6)
+    make_images("valid/a", 2)
+    assert sizes(open_stream(str(root)).tasks[0]) == (6, 2, 0)
+    make_images("val/a", 2)
+    with pytest.raises(DataError, match="are both for val; make one folder of them"):
+        open_stream(str(root))
+
+
 def test_a_class_may_be_called_train(root: Path, make_images: Any) -> None:
     make_images("train", 3)
     make_images("bus", 3)
