@@ -192,6 +192,7 @@ def test_the_broker_tells_of_a_process_that_died(broker: Mosquitto, reader: Read
 
 
 @needs_broker
+@pytest.mark.skipif(shutil.which("mosquitto_passwd") is None, reason="mosquitto_passwd is not installed")
 def test_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["mosquitto_passwd", "-b", "-c", str(tmp_path / "users"), "camera", "secret"], check=True)
     (tmp_path / "users").chmod(0o644)
