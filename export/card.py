@@ -18,7 +18,7 @@ README = "README.md"
 def front_matter(run: RunDirectory, library: str, task: str, tags: list[str], metrics: Metrics | None = None) -> str:
     """YAML between two lines of dashes: library and task of a model, what it was made of, and ``metrics`` of it.
 
-    There is no license, since nobody said which one the images and the run have. Metrics are left out where a part of
+    The license is left out, because only the owner of the images knows it. Metrics are left out where a part of
     the training images took the place of the test images.
     """
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "tags": ["duallora-edge", *tags]}

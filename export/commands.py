@@ -100,7 +100,7 @@ def export(
     if form == "peft":
         if delta_from or target or jetpack or graphs or bundle_version or as_json:
             raise click.UsageError(
-                "With --format peft there is no bundle; of the other options only --task and --weights fit."
+                "--format peft writes no bundle: besides -o, only --task and --weights can be given with it."
             )
         _export_peft(run, output, task, weights)
         return

@@ -298,7 +298,7 @@ def _read_yolo(part: _Part, names: list[str], has_key_points: bool, ignored: Cou
         for line in filter(None, map(str.split, lines)):
             box = _yolo_box(line, names, has_key_points)
             if box is None:
-                ignored["lines that are no box of a named class"] += 1
+                ignored["lines that are not a box of a named class"] += 1
             else:
                 boxes.append(box)
         yield _Boxes(part.images / name, (1, 1), tuple(boxes))

@@ -238,7 +238,7 @@ def label(keep: Path, output: Path | None, listen: tuple[str, int]) -> None:
     with LabelServer(keep, output, *listen) as server:
         click.echo(f"Open {server.url} in a browser; Ctrl-C ends.")
         if not server.is_local:
-            click.echo("There is no encryption: anyone who sees the address or the traffic can use it.", err=True)
+            click.echo("This is not encrypted: anyone who sees the address or the traffic can use it.", err=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
     click.echo(escaped(f"Folder: {output}"))

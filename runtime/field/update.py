@@ -229,6 +229,8 @@ def _downloads(path: Path) -> Iterator[Path]:
 
     What a killed update left there is deleted, but for a part of a file, with which the next one goes on.
     """
+    if path.is_symlink():
+        raise StoreError(f"{path} is a link, and what it leads to is not ours to clear; delete the link.")
     path.mkdir(exist_ok=True)
     with open_lock(path / ".lock") as lock:
         try:

@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ class LabelServer(WebServer):
         return super().url + self._path[1:]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Frames that were named or discarded, the files that were written of them, and the folder that was made."""
+
+    frames: list[Kept]
+    paths: list[Path] = field(default_factory=list)
+    made: Path | None = None
+
+
 class _LabelSite(Site):
     """The frames that are left, the steps that can be undone, and what is served of them.
 
@@ -54,7 +64,7 @@ class _LabelSite(Site):
         self._keep, self._output = keep, output
         self._changing = threading.Lock()  # guards the two below
         self._frames: dict[int, Kept] = {}
-        self._steps: list[tuple[list[Kept], list[Path]]] = []
+        self._steps: list[_Step] = []
 
     def get(self, path: str, query: Mapping[str, str]) -> Reply | None:
         head, rest = path[: len(self.path)], path[len(self.path) :]
@@ -120,18 +130,19 @@ class _LabelSite(Site):
         folder = self._output / check_name(name)
         with self._changing:
             frames = self._chosen(body)
+            made = None if folder.exists() else folder
             folder.mkdir(parents=True, exist_ok=True)
             paths = [folder / file_name(frame) for frame in frames]
             for frame, path in zip(frames, paths, strict=True):
                 write_atomic(path, frame.jpeg)
-            self._take(frames, paths)
+            self._take(_Step(frames, paths, made))
         return {"named": len(frames)}
 
     def _discard(self, body: dict[str, Any]) -> dict[str, Any]:
         """Delete frames."""
         with self._changing:
             frames = self._chosen(body)
-            self._take(frames, [])
+            self._take(_Step(frames))
         return {"discarded": len(frames)}
 
     def _undo(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -139,16 +150,16 @@ class _LabelSite(Site):
         with self._changing:
             if not self._steps:
                 raise DataError("There is nothing to undo.")
-            frames, paths = self._steps[-1]
-            put_back(self._keep, frames)
-            for path in paths:
+            step = self._steps[-1]
+            put_back(self._keep, step.frames)
+            for path in step.paths:
                 path.unlink(missing_ok=True)
-            for folder in {path.parent for path in paths}:
-                with suppress(OSError):
-                    folder.rmdir()  # a class without images is none
-            self._frames |= {frame.id: frame for frame in frames}
+            if step.made is not None:
+                with suppress(OSError):  # other images are in it by now
+                    step.made.rmdir()
+            self._frames |= {frame.id: frame for frame in step.frames}
             self._steps.pop()
-        return {"back": len(frames)}
+        return {"back": len(step.frames)}
 
     def _chosen(self, body: dict[str, Any]) -> list[Kept]:
         ids = body.get("ids")
@@ -158,8 +169,8 @@ class _LabelSite(Site):
             raise DataError("Some of these frames are gone; load the page again.")
         return [self._frames[each] for each in dict.fromkeys(ids)]
 
-    def _take(self, frames: list[Kept], paths: list[Path]) -> None:
-        remove_kept(self._keep, [frame.id for frame in frames])
-        for frame in frames:
+    def _take(self, step: _Step) -> None:
+        remove_kept(self._keep, [frame.id for frame in step.frames])
+        for frame in step.frames:
             del self._frames[frame.id]
-        self._steps = [*self._steps, (frames, paths)][-UNDO:]
+        self._steps = [*self._steps, step][-UNDO:]

@@ -57,8 +57,8 @@ class LiveServer(WebServer):
     ) -> None:
         """Listen at the address or name ``host``, on ``port`` (0: any that is free).
 
-        Without ``pictures`` there is no page, picture or teaching. Raises `ServerError` when the address or the port is
-        not available.
+        Without ``pictures``, the page, the pictures and teaching are left out. Raises `ServerError` when the address or
+        the port is not available.
         """
         site = _LiveSite(monitor, pictures, recorder)
         super().__init__(site, host, port)

@@ -224,7 +224,7 @@ def test_an_adapter_is_replaced_and_nothing_else(stored: Callable[..., Any], tmp
 @pytest.mark.parametrize("arguments", [("--split",), ("--target", "x86-cpu"), ("--batch", 1), ("--json",)], ids=str)
 def test_options_of_bundles_are_refused(call: Call, tmp_path: Path, arguments: tuple[object, ...]) -> None:
     code, out, err = call("export", tmp_path, "-o", tmp_path / "adapter", "--format", "peft", *arguments)
-    assert (code, out) == (2, "") and "there is no bundle" in err
+    assert (code, out) == (2, "") and "writes no bundle" in err
     code, _, err = call("export", tmp_path, "-o", tmp_path / "adapter", "--task", "t0")
     assert code == 2 and "--task is for --format peft" in err
 

@@ -235,7 +235,7 @@ def test_lines_of_yolo_labels(root: Path, line: str, size: tuple[int, int] | Non
     stream = open_stream(str(root), crop_boxes=True, test_fraction=0.0, validation_fraction=0.0)
     sizes = {image.name: image.read().shape[1::-1] for image in stream.tasks[0].train.images}
     assert sizes.get("images/000.png#0") == size
-    assert ("ignored: 1 lines that are no box of a named class" in stream.notes) == (size is None)
+    assert ("ignored: 1 lines that are not a box of a named class" in stream.notes) == (size is None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ tuf = pytest.importorskip("tuf")
 
 from tuf.api.metadata import Metadata  # noqa: E402
 
-from duallora_edge.errors import UpdateError  # noqa: E402
+from duallora_edge.errors import StoreError, UpdateError  # noqa: E402
 from duallora_edge.files import read_json  # noqa: E402
 from duallora_edge.runtime.bundle import Bundle  # noqa: E402
 from duallora_edge.runtime.field import channel as publishing  # noqa: E402
@@ -271,6 +271,16 @@ def test_over_http(store: Store, channel: Channel, bundles: list[Bundle]) -> Non
         channel.publish(bundles[1].path)
         assert update(store, address) == "b"
         server.shutdown()
+
+
+def test_downloads_do_not_follow_a_link(store: Store, channel: Channel, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    shutil.rmtree(store.path / ".download")
+    (store.path / ".download").symlink_to(tmp_path / "mine")
+    with pytest.raises(StoreError, match="is a link"):
+        take(store, channel)
+    assert (tmp_path / "mine" / "file").read_text() == "precious"
 
 
 # -- the channel ----------------------------------------------------------------------------------------------
