@@ -91,7 +91,8 @@ class Publisher(Closing):
             raise ConfigError(f"--mqtt needs paho-mqtt ({error}): {install_hint('mqtt')}.") from error
         self._say = say
         self._said = ""
-        self._lost = 0
+        self._lost = 0  # only grows, so that two threads cannot count against each other
+        self._lost_said = 0
         self._lines: queue.Queue[str | None] = queue.Queue(WAITING)
         self._in_flight: set[int] = set()
         self._acknowledged: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -136,9 +137,9 @@ class Publisher(Closing):
             # Not for the thread of the client, which may stand still in a dead connection.
             self._disconnected.wait(CLOSE_S / 2)
         self._client.disconnect()
-        lost = self._lost + len(self._in_flight) + sum(line is not None for line in self._lines.queue)
+        lost = self._lost - self._lost_said + len(self._in_flight) + sum(line is not None for line in self._lines.queue)
         if lost:
-            self._say(f"{lost} answers did not reach the MQTT broker {self.broker}")
+            self._say(f"answers that did not reach the MQTT broker {self.broker}: {lost}")
 
     @property
     def _status(self) -> str:
@@ -179,8 +180,9 @@ class Publisher(Closing):
         if reason.is_failure:
             return self._tell(f"the MQTT broker {self.broker} refuses ({reason}); trying again")
         client.publish(self._status, "online", qos=1, retain=True)
-        lost, self._lost = self._lost, 0
-        self._tell(f"connected to the MQTT broker {self.broker}" + (f"; {lost} answers were lost" if lost else ""))
+        lost = self._lost - self._lost_said
+        self._lost_said += lost
+        self._tell(f"connected to the MQTT broker {self.broker}" + (f"; answers lost: {lost}" if lost else ""))
 
     def _on_connect_fail(self, client: Any, userdata: Any) -> None:
         # It is called while the client handles the error, which it does not pass on.

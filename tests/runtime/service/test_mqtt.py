@@ -56,6 +56,11 @@ class Mosquitto:
             return True
         return False
 
+    def end(self) -> None:
+        """Stop as a service is stopped: it writes down what it keeps for those who are away."""
+        self.process.terminate()
+        self.process.wait()
+
     def stop(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
@@ -70,16 +75,15 @@ def broker(tmp_path: Path) -> Iterator[Mosquitto]:
 
 
 class Reader:
-    """Somebody who subscribed to everything."""
+    """Somebody who subscribed to everything; with a name, the broker keeps what comes while they are away."""
 
-    def __init__(self, broker: Mosquitto, user: str | None = None, password: str | None = None) -> None:
+    def __init__(self, broker: Mosquitto, name: str = "") -> None:
         self.messages: list[tuple[str, str]] = []
-        self.client = client.Client(enums.CallbackAPIVersion.VERSION2)
+        self.client = client.Client(enums.CallbackAPIVersion.VERSION2, name, clean_session=not name)
         self.client.on_message = lambda _, __, message: self.messages.append((message.topic, message.payload.decode()))
         ready = threading.Event()
         self.client.on_connect = lambda *_: self.client.subscribe("#", 1)
         self.client.on_subscribe = lambda *_: ready.set()
-        self.client.username_pw_set(user, password)
         self.client.connect("127.0.0.1", broker.port)
         self.client.loop_start()
         assert ready.wait(10)
@@ -120,26 +124,36 @@ def test_every_line_arrives_in_order(broker: Mosquitto, reader: Reader) -> None:
 
 
 @needs_broker
-def test_a_broker_that_comes_back(broker: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broker_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits has an end; the newest lines stay, and arrive."""
     monkeypatch.setattr(mqtt, "MAX_PAUSE_S", 1)
+    keeps = ["persistence true", f"persistence_location {tmp_path}/", "max_queued_messages 0"]
+    broker = Mosquitto(tmp_path, "allow_anonymous true", *keeps)
     said: list[str] = []
-    with Publisher(address(broker), said.append) as publisher:
-        until(lambda: said)
-        broker.stop()
-        until(lambda: len(said) == 3)
-        assert said[1].endswith("is lost; trying again") and "Connection refused" in said[2]
-        for number in range(3 * WAITING):
-            publisher.write(str(number))
-        broker.start()
-        until(lambda: len(said) == 4)
-        reader = Reader(broker)
-        publisher.write("last")
+    try:
+        Reader(broker, "reader").close()
+        with Publisher(address(broker), said.append) as publisher:
+            until(lambda: said)
+            broker.end()
+            until(lambda: len(said) == 3)
+            assert said[1].endswith("is lost; trying again") and "Connection refused" in said[2]
+            for number in range(3 * WAITING):
+                publisher.write(str(number))
+            broker.start()
+            until(lambda: len(said) == 4)
+            publisher.write("last")
+        reader = Reader(broker, "reader")
         until(lambda: "last" in reader.lines())
         reader.close()
-    lost = re.fullmatch(r"connected to the MQTT broker [\d.:]+; (\d+) answers were lost", said[3])
-    assert lost and 2 * WAITING - IN_FLIGHT - 1 <= int(lost[1]) <= 2 * WAITING
-    assert reader.lines() == [*map(str, range(3 * WAITING + 1 - len(reader.lines()), 3 * WAITING)), "last"]
+    finally:
+        broker.stop()
+    lost = re.fullmatch(r"connected to the MQTT broker [\d.:]+; answers lost: (\d+)", said[3])
+    *numbers, last = reader.lines()
+    seen = [int(line) for line in numbers]
+    assert lost and last == "last"
+    newest = [*range(2 * WAITING + 10, 3 * WAITING)]  # a few more go where the sender takes one at the same time
+    assert seen == sorted(set(seen)) and seen[-len(newest) :] == newest
+    assert 0 <= 3 * WAITING - len(seen) - int(lost[1]) <= 2  # "last" may have found the queue full, after the count
 
 
 @needs_broker
@@ -175,7 +189,7 @@ def test_closing_does_not_wait_for_a_broker(broker: Mosquitto, how: str) -> None
     closing.start()
     closing.join(10)
     assert not closing.is_alive()
-    assert said[-1] == f"30 answers did not reach the MQTT broker 127.0.0.1:{broker.port}"
+    assert said[-1] == f"answers that did not reach the MQTT broker 127.0.0.1:{broker.port}: 30"
     publisher.close()
 
 
