@@ -41,9 +41,7 @@ def fill(folder: Path, count: int) -> None:
             values = np.array([0.6, 0.4], np.float32)
             keeper.add(
                 pixels,
-                Prediction(
-                    "dog", 0.6, "t", 1, rng.random(), None, Timings(0, 0, 0), "b", 1, values, ("dog",), features
-                ),
+                Prediction("dog", 0.6, "t", 1, rng.random(), None, Timings(0, 0, 0), "b", 1, values, ("dog",), features),
             )
 
 
@@ -112,18 +110,11 @@ def test_discarded_frames_are_gone_and_each_step_can_be_undone(server: LabelServ
     assert sorted((frame.id, frame.jpeg, frame.features.tobytes()) for frame in kept_frames(tmp_path)) == before
 
 
-def test_undo_leaves_a_folder_that_was_there(server: LabelServer, tmp_path: Path) -> None:
-    (tmp_path / "labelled" / "cup").mkdir(parents=True)
-    assert ask(server, "name", {"ids": ids_of(server, "cup"), "name": "cup"})[0] == 200
-    assert ask(server, "undo", {})[0] == 200
-    assert list((tmp_path / "labelled").iterdir()) == [tmp_path / "labelled" / "cup"] and labelled(tmp_path) == {}
-
-
 @pytest.mark.parametrize(
     ("path", "content", "words"),
     [
         ("name", {"ids": [1]}, "A name is needed"),
-        ("name", {"ids": [1], "name": "x/../y"}, "slashes"),
+        ("name", {"ids": [1], "name": "../x"}, "slashes"),
         ("name", {"ids": [1], "name": " "}, "cannot name a class"),
         ("name", {"ids": [], "name": "x"}, "Frames are needed"),
         ("name", {"ids": [True], "name": "x"}, "Frames are needed"),

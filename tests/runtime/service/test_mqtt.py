@@ -27,7 +27,7 @@ MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/
 needs_broker = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed (apt-get install mosquitto)")
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -111,7 +111,8 @@ def address(broker: Mosquitto) -> str:
 
 
 @needs_broker
-def test_every_line_arrives_in_order(broker: Mosquitto, reader: Reader) -> None:
+def test_every_line_arrives_in_order(broker: Mosquitto, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt, "CLOSE_S", 60)
     said: list[str] = []
     lines = [f"line {number}" for number in range(300)]
     with Publisher(address(broker), said.append) as publisher:
@@ -140,14 +141,14 @@ def test_a_broker_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             for number in range(3 * WAITING):
                 publisher.write(str(number))
             broker.start()
-            until(lambda: len(said) == 4)
+            until(lambda: len(said) > 3 and said[-1].startswith("connected"))
             publisher.write("last")
         reader = Reader(broker, "reader")
         until(lambda: "last" in reader.lines())
         reader.close()
     finally:
         broker.stop()
-    lost = re.fullmatch(r"connected to the MQTT broker [\d.:]+; answers lost: (\d+)", said[3])
+    lost = re.search(r"connected to the MQTT broker [\d.:]+; answers lost: (\d+)", "\n".join(said))
     *numbers, last = reader.lines()
     seen = [int(line) for line in numbers]
     assert lost and last == "last"
