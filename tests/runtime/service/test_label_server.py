@@ -41,7 +41,9 @@ def fill(folder: Path, count: int) -> None:
             values = np.array([0.6, 0.4], np.float32)
             keeper.add(
                 pixels,
-                Prediction("dog", 0.6, "t", 1, rng.random(), None, Timings(0, 0, 0), "b", 1, values, ("dog",), features),
+                Prediction(
+                    "dog", 0.6, "t", 1, rng.random(), None, Timings(0, 0, 0), "b", 1, values, ("dog",), features
+                ),
             )
 
 
