@@ -206,7 +206,7 @@ class ImageSet:
 class TaskData:
     """The images of one task. ``validation`` is held back from training; ``test`` chooses nothing and may be empty.
 
-    ``test_given`` tells whether the source says which images are for the test.
+    ``test_given`` and ``validation_given`` tell whether the source says which images these are.
     """
 
     name: str
@@ -215,6 +215,7 @@ class TaskData:
     test: ImageSet
     notes: tuple[str, ...] = ()
     test_given: bool = True
+    validation_given: bool = True
 
 
 @dataclass(frozen=True)

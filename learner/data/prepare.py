@@ -74,8 +74,8 @@ class PreparedTask:
 
     ``digest`` (hexadecimal SHA-256) identifies what the task teaches: the class names and full-size pixels of
     its readable training and validation images. It does not depend on paths, file times, order, the way they
-    are split, copies, the preprocessing, or the other tasks of the stream. ``test_given`` tells whether the source
-    says which images are for the test.
+    are split, copies, the preprocessing, or the other tasks of the stream. ``test_given`` and ``validation_given`` tell
+    whether the source says which images these are.
     """
 
     name: str
@@ -85,6 +85,7 @@ class PreparedTask:
     digest: str
     notes: tuple[str, ...] = ()
     test_given: bool = True
+    validation_given: bool = True
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -110,8 +111,16 @@ class PreparedStream:
         train, validation, test = (
             PixelSet.joined([getattr(task, split) for task in self.tasks]) for split in ("train", "validation", "test")
         )
-        given = all(task.test_given for task in self.tasks)
-        return PreparedStream((PreparedTask("all", train, validation, test, digest, test_given=given),), self.health)
+        merged = PreparedTask(
+            "all",
+            train,
+            validation,
+            test,
+            digest,
+            test_given=all(task.test_given for task in self.tasks),
+            validation_given=all(task.validation_given for task in self.tasks),
+        )
+        return PreparedStream((merged,), self.health)
 
     def for_development(self, seed: int, share: float = 0.2) -> PreparedStream:
         """A stream to choose settings on: a run of each class's training images, placed by ``seed``, is its test."""
@@ -165,6 +174,7 @@ def prepare(
             digest=_digest(task, own),
             notes=task.notes,
             test_given=task.test_given,
+            validation_given=task.validation_given,
             **{
                 split: _usable(images, *splits[split], verdict[split], cache) for split, images in _splits(task).items()
             },

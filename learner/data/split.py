@@ -73,7 +73,9 @@ class Splits:
                     f"Task {task.name!r} has {split} images but no training images of {_some(unknown)}; "
                     f"add training images or remove the class."
                 )
-        return TaskData(task.name, train, validation, test, tuple(notes), task.test is not None)
+        return TaskData(
+            task.name, train, validation, test, tuple(notes), task.test is not None, task.validation is not None
+        )
 
 
 def hold_back(images: ImageSet, fraction: float, seed: int, purpose: str) -> tuple[ImageSet, ImageSet]:

@@ -196,7 +196,9 @@ class Method(ABC):
     ) -> TaskRecord:
         """The record of a trained task: statistics and calibration in the finished network, under its gates.
 
-        Validation images are used for calibration first and join the statistics afterwards. Where they are few,
+        Validation images are used for calibration first and join the statistics afterwards. Where whole domains were
+        held back, the confidence is that of images of learned domains, since it falls by itself with the distance
+        (`Classifier.evidence`), and the novelty is that of the domains held back. Where validation images are few,
         training images calibrate as well, each by statistics of those that are not its neighbours. Adapters that were
         trained on them make them look easier than new images are, so together they count as no more than
         `LEARNED_COUNT_AS` validation images.
@@ -237,11 +239,19 @@ class Method(ABC):
         classifier, scores = self._uncalibrated(known, infos, head, statistics, ridge_sums)
         catalogue = Catalogue.of(infos)
         truth = torch.tensor([catalogue.classes.index(name) for name in info.classes])
-        curve = CalibrationCurve.of(
-            classifier.evidence(validation_features), classifier.class_sums, truth[validation.labels]
-        )
+        evidence = classifier.evidence(validation_features)
+        accuracy = CalibrationCurve.of(evidence, classifier.class_sums, truth[validation.labels]).accuracy
         novelty = [classifier.raw_novelty(validation_features)]
-        accuracy = curve.accuracy
+        fold = lesson.domain_folds
+        for number in range(int(fold.amax()) + 1 if len(fold) else 0):
+            out = fold == number
+            rest = (validation_features[~out], validation.labels[~out], classes)
+            joined = (seen + ClassStatistics.of(*rest)).compressed(STORED_DIRECTIONS)
+            joined_sums = ridge_sums + RidgeSums.of(*rest) if ridge_sums else None
+            evidence[out] = self._uncalibrated(known, infos, head, joined, joined_sums)[0].evidence(
+                validation_features[out]
+            )
+        curve = CalibrationCurve.of(evidence, classifier.class_sums, truth[validation.labels])
         if len(validation) < ENOUGH:
             trained = any(len(block.orthogonal.q_down) + len(block.residual.q_down) for block in blocks)
             weight = min(1.0, LEARNED_COUNT_AS / max(train.images, 1)) if trained else 1.0

@@ -16,7 +16,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.dynamic_memory import DynamicMemory
 from duallora_edge.learner.network.prefix_cache import Encoded
 from duallora_edge.learner.network.task_record import TaskRecord
-from duallora_edge.learner.statistics.calibration import TEMPERATURES
+from duallora_edge.learner.statistics.calibration import TEMPERATURES, neighbour_folds
 from duallora_edge.learner.statistics.gaussian import STORED_DIRECTIONS, ClassStatistics, GaussianClassifier
 from duallora_edge.learner.timing import phase, timed
 
@@ -85,6 +85,21 @@ class Lesson:
             new = self.statistics(self.train.phi)
             known = summary_statistics(self.past, self.backbone)
             return GaussianClassifier.fit([*known, new.compressed(STORED_DIRECTIONS)], inflation=False)
+
+    @property
+    def domain_folds(self) -> Tensor:
+        """The fold of each validation image, int64 [n] (see `neighbour_folds`), -1 where its class has none.
+
+        A class has folds where a whole domain of it was held back: `hold_back` goes beyond twice what it is to hold
+        only for a scene of that size, and images that differ so much are more than a scene. Validation images that the
+        user gave are what is to come, and have none.
+        """
+        labels, classes = self.validation.labels, len(self.task.classes)
+        held = labels.bincount(minlength=classes)
+        learned = self.train.labels[: self.train.images].bincount(minlength=classes)
+        wanted = (self.config.validation_fraction * (held + learned)).round().clamp(min=1)
+        broad = (held > 2 * wanted) & torch.tensor(not self.task.validation_given)
+        return torch.where(broad[labels], neighbour_folds(labels), -1)
 
     @cached_property
     def gate_validation(self) -> GateValidation:

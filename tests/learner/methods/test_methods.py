@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.data import PreparedTask
-from duallora_edge.learner.methods import METHODS, compose, learn_task
+from duallora_edge.learner.data import PixelSet, PreparedTask
+from duallora_edge.learner.methods import METHODS, base, compose, learn_task
 from duallora_edge.learner.methods.dual_lora import DualLora
 from duallora_edge.learner.methods.lesson import Lesson
 from duallora_edge.learner.methods.losses import Loss, distilled_cross_entropy
@@ -25,6 +26,7 @@ from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.network.dynamic_memory import gate_matrix
 from duallora_edge.learner.network.network import run_suffix
 from duallora_edge.learner.network.task_record import BlockRecord, KeptImages, TaskRecord
+from duallora_edge.learner.statistics import calibration
 from duallora_edge.learner.statistics.calibration import CalibrationCurve, best_mixture
 from duallora_edge.learner.statistics.gaussian import ClassStatistics
 
@@ -93,6 +95,31 @@ def test_records_survive_their_tensors(
             for records in (learned(method), [TaskRecord.from_tensors(r.info, r.tensors()) for r in learned(method)])
         )
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("classifier", "held"), [("lda", 30), ("lda", 8), ("ridge", 30)])
+def test_a_whole_domain_held_back_is_calibrated_by_those_learned(
+    make_task: MakeTask, learn: Learn, monkeypatch: pytest.MonkeyPatch, classifier: str, held: int
+) -> None:
+    """Each fold of the domain is measured as if the others had been learned; the novelty knows nothing of them."""
+    monkeypatch.setattr(base, "ENOUGH", 0)
+    monkeypatch.setattr(calibration, "FOLDS", 2)
+    settings = {"method": "frozen", "classifier": classifier, "views": 0}
+    given = make_task("one", ["a", "b"], [0, 1], train=40, validation=held)
+    (plain,), (found,) = (learn([task], **settings) for task in (given, replace(given, validation_given=False)))
+    assert torch.equal(found.novelty, plain.novelty) and found.info == plain.info
+    expected = plain.curve
+    if held > 2 * 0.1 * (40 + held):
+        expected = CalibrationCurve.empty()
+        folds = np.arange(2 * held) % held * 2 // held
+        for number in range(2):
+            out = folds == number
+            learned = PixelSet.joined([given.train, given.validation.where(~out)])
+            (record,) = learn([replace(given, train=learned, validation=given.validation.where(out))], **settings)
+            expected = expected + record.curve
+        assert not torch.allclose(expected.nll, plain.curve.nll, rtol=0.01)
+    for name in ("nll", "confidence", "counts"):
+        torch.testing.assert_close(getattr(found.curve, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
 
 
 def test_training_needs_no_gradients_switched_on(tasks: list[PreparedTask], learn: Learn) -> None:
