@@ -55,5 +55,5 @@ def test_kinds_are_apart() -> None:
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
-    with pytest.raises(StoreError, match=r"pip install 'duallora-edge\[label\]'"):
+    with pytest.raises(StoreError, match="pip install 'scipy>="):
         grouped(frames_of({1: 3}))

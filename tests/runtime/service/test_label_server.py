@@ -112,11 +112,18 @@ def test_discarded_frames_are_gone_and_each_step_can_be_undone(server: LabelServ
     assert sorted((frame.id, frame.jpeg, frame.features.tobytes()) for frame in kept_frames(tmp_path)) == before
 
 
+def test_undo_leaves_a_folder_that_was_there(server: LabelServer, tmp_path: Path) -> None:
+    (tmp_path / "labelled" / "cup").mkdir(parents=True)
+    assert ask(server, "name", {"ids": ids_of(server, "cup"), "name": "cup"})[0] == 200
+    assert ask(server, "undo", {})[0] == 200
+    assert list((tmp_path / "labelled").iterdir()) == [tmp_path / "labelled" / "cup"] and labelled(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
     ("path", "content", "words"),
     [
         ("name", {"ids": [1]}, "A name is needed"),
-        ("name", {"ids": [1], "name": "../x"}, "slashes"),
+        ("name", {"ids": [1], "name": "x/../y"}, "slashes"),
         ("name", {"ids": [1], "name": " "}, "cannot name a class"),
         ("name", {"ids": [], "name": "x"}, "Frames are needed"),
         ("name", {"ids": [True], "name": "x"}, "Frames are needed"),
