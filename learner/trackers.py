@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -131,6 +132,8 @@ class MLflow(Tracker):
     module = "mlflow"
 
     def _open(self, settings: Mapping[str, Any]) -> None:
+        # Learning waits for a server that is away; by default for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self.library.start_run(run_name=self.run.name, nested=True)
         self.library.log_params(settings)
 
