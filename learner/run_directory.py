@@ -373,8 +373,8 @@ class RunDirectory:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             (self.path / PICTURES).unlink()
         kept = self.delete_dropped()
-        names = {self.read_info(task).name for task in tasks}
-        with contextlib.suppress(OSError, RunError):  # a full disk, or a file of somebody else
+        with contextlib.suppress(OSError, RunError):  # a full disk, or something damaged: the rest is done
+            names = {self.read_info(task).name for task in tasks}
             keep_lines(self.path, lambda line: line["task"] in names)
         keep_spare(self.path / SPARE)
         return kept
