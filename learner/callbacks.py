@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from duallora_edge import interrupts
@@ -11,7 +12,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from duallora_edge.learner.config import TrainConfig
-    from duallora_edge.learner.report.metrics import Metrics, Row
+    from duallora_edge.learner.report.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Point:
+    """The training of a task at one of at most a hundred of its steps, which its history consists of.
+
+    Attributes:
+        task: The name of the task.
+        step: The number of the step, counted from 1.
+        steps: The number of steps of this task.
+        loss: The mean loss of the batch before the step.
+        learning_rate: The learning rate of the step.
+        images_per_second: The images and views trained per second since the point before, the measuring left out.
+        validation_accuracy: The share of validation images that the head in training gets right among the classes of
+            its task, 0..1. It is measured at a few of the points and None at the others, and evenly spaced images are
+            taken where there are many of them.
+    """
+
+    task: str
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    images_per_second: float
+    validation_accuracy: float | None
 
 
 class Callback:
@@ -36,11 +62,14 @@ class Callback:
             rate: The learning rate of the step.
         """
 
+    def trained(self, point: Point) -> None:
+        """The training of a task has come to a point of its history; after a kill it may come to it again."""
+
     def learned(self, task: str, seconds: float) -> None:
         """A task was learned and committed."""
 
-    def measured(self, tasks: int, row: Row) -> None:
-        """The state after ``tasks`` tasks was measured: one cell for each of them."""
+    def measured(self, metrics: Metrics) -> None:
+        """A state was measured: the metrics of the run as it was after the last of their tasks."""
 
     def end(self, metrics: Metrics) -> None:
         """Learning or measuring is done, and the report is written."""
@@ -67,13 +96,17 @@ class Callbacks(Callback):
         for callback in self.callbacks:
             callback.step(step, steps, loss, rate)
 
+    def trained(self, point: Point) -> None:
+        for callback in self.callbacks:
+            callback.trained(point)
+
     def learned(self, task: str, seconds: float) -> None:
         for callback in self.callbacks:
             callback.learned(task, seconds)
 
-    def measured(self, tasks: int, row: Row) -> None:
+    def measured(self, metrics: Metrics) -> None:
         for callback in self.callbacks:
-            callback.measured(tasks, row)
+            callback.measured(metrics)
 
     def end(self, metrics: Metrics) -> None:
         for callback in self.callbacks:

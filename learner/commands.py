@@ -20,9 +20,11 @@ from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import FLAGS, MethodsCommand, setting_options
 from duallora_edge.learner.run_directory import BASE, PICTURES, RunDirectory
+from duallora_edge.learner.trackers import TRACKERS
 from duallora_edge.text import escaped
 
 if TYPE_CHECKING:
+    from duallora_edge.learner.callbacks import Callback
     from duallora_edge.learner.report.metrics import Metrics
 
 
@@ -61,6 +63,10 @@ as_json = output("--json", "as_json", is_flag=True, help="Print JSON for program
 @output(
     "--evaluate/--no-evaluate", default=True, help="Measure after each task, or leave it to 'evaluate'. [default: yes]"
 )  # fmt: skip
+@output(
+    "--track", "trackers", multiple=True, type=click.Choice(list(TRACKERS)),
+    help="Also log to TensorBoard, MLflow or Weights & Biases; may be given several times."
+)  # fmt: skip
 @output("--profile", "profiled", is_flag=True, help="Show where the time goes; kept in reports/profile.json.")
 @as_json
 def train(
@@ -68,6 +74,7 @@ def train(
     config_path: Path | None,
     again: str | None,
     evaluate: bool,
+    trackers: tuple[str, ...],
     profiled: bool,
     as_json: bool,
     **flags: Any,
@@ -91,7 +98,10 @@ def train(
     from duallora_edge.learner.timing import profiling
 
     with distributed.process_group():
-        callbacks = [TerminalCallback()] if distributed.is_main() else []
+        callbacks: list[Callback] = []
+        if distributed.is_main():
+            terminal = TerminalCallback()
+            callbacks = [terminal, *(TRACKERS[name](run_path, terminal.say) for name in dict.fromkeys(trackers))]
         learner = Learner(run_path, config=config_path, callbacks=callbacks, **flags)
         if profiled and distributed.is_main():
             with profiling(pick_device(learner.config.device)) as profile:
@@ -236,7 +246,10 @@ def remove(run: Path, task: str) -> None:
 
 
 def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[str, Metrics]] = ()) -> None:
-    """Print the headline numbers with one column for each run, or everything as JSON."""
+    """Print the headline numbers with one column for each run, or everything as JSON.
+
+    After one task those that compare tasks say nothing new.
+    """
     from duallora_edge.learner.report.definitions import DEFINITIONS, span
 
     if as_json:
@@ -247,7 +260,10 @@ def show_metrics(metrics: Metrics, as_json: bool, comparisons: Sequence[tuple[st
     width = max(len(definition.title) for definition in DEFINITIONS.values())
     if comparisons:
         echo(" " * width + "".join(f"  {one_line(name) or 'this run':>15}" for name in names))
+    several = any(len(column.tasks) > 1 for column in columns)
     for key, definition in DEFINITIONS.items():
+        if definition.several_tasks and not several:
+            continue
         values = "".join(f"  {definition.headline(c.summary[key], c.intervals[key]):>15}" for c in columns)
         ends = "" if comparisons or metrics.intervals[key] is None else f"  ({span(metrics.intervals[key])})"
         echo(f"{definition.title:<{width}}{values}{ends}")

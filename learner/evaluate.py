@@ -104,10 +104,12 @@ class Tests:
         return Cell.from_predictions(predictions, columns)
 
 
-def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row: Callable[[int, Row], None]) -> Metrics:
+def evaluate_run(
+    run: RunDirectory, tests: Tests | None, *, reuse: bool, on_state: Callable[[Metrics], None]
+) -> Metrics:
     """Measure every state of the run on every task it knows.
 
-    With ``reuse`` rows measured earlier on the same state are taken over; ``on_row(k, row)`` is called for each
+    With ``reuse`` rows measured earlier on the same state are taken over; ``on_state(metrics)`` is called for each
     state that is measured now. Without ``tests`` nothing is measured, and the cells of other states stay empty.
     """
     active = run.active_tasks()
@@ -115,6 +117,8 @@ def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row:
         raise RunError(f"The run {run.path} has learned no task yet; 'duallora-edge train' teaches it one.")
     known = measured_rows(run) if reuse else {}
     records = run.records(active) if tests else []
+    infos = map(run.read_info, active)
+    tasks = tuple(TaskClasses(info.name, info.classes) for info in infos)
     rows: dict[str, Row] = {}
     for k in range(1, len(active) + 1):
         state = run.digest(active[:k])
@@ -124,11 +128,10 @@ def evaluate_run(run: RunDirectory, tests: Tests | None, *, reuse: bool, on_row:
             rows[state] = tuple(Cell() for _ in range(k))
         else:
             rows[state] = tests.row(records[:k])
-            on_row(k, rows[state])
+            on_state(Metrics(tasks[:k], tuple(rows.values())))
     if tests is not None:
         write_rows(run, rows)
-    infos = map(run.read_info, active)
-    return Metrics(tuple(TaskClasses(info.name, info.classes) for info in infos), tuple(rows.values()))
+    return Metrics(tasks, tuple(rows.values()))
 
 
 @distributed.main_only
@@ -207,7 +210,7 @@ def measure_run(
         backbone = run.backbone(weights).to(pick_device(device))
         tests = Tests(backbone, run.config.precision)
         add_tests(run, tests, callback, data=data)
-        metrics = evaluate_run(run, tests, reuse=False, on_row=callback.measured)
+        metrics = evaluate_run(run, tests, reuse=False, on_state=callback.measured)
         report(run, metrics, callback, comparisons)
     callback.end(metrics)
     return metrics

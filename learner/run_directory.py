@@ -43,6 +43,7 @@ from duallora_edge.files import (
 from duallora_edge.folder_kind import folder_kind
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig, sort_out
 from duallora_edge.learner.distributed import held_by_main, main_first, main_only
+from duallora_edge.learner.history import HISTORY, keep_lines
 from duallora_edge.learner.methods import METHODS, VARIABLE
 from duallora_edge.learner.network.backbone_info import BackboneInfo
 from duallora_edge.learner.network.base_adaptation import MAX_BYTES, BaseAdaptation, read_made_from
@@ -67,8 +68,8 @@ _LOCK = ".lock"
 _WRITTEN = (
     "HEAD.json", "run.yaml", "backbone.json", BASE, "sources.json", "memory_budget.json", SPARE,
     "checkpoint/state.safetensors",
-    "reports/rows.json", "reports/metrics.json", "reports/profile.json", "reports/report.html", "reports/accuracy.png",
-    "reports/matrix.png", "reports/reliability.png", PICTURES,
+    "reports/rows.json", "reports/metrics.json", "reports/profile.json", HISTORY, "reports/report.html",
+    "reports/accuracy.png", "reports/matrix.png", "reports/reliability.png", PICTURES,
 )  # fmt: skip
 FILES = tuple(
     f"{name}.safetensors"
@@ -365,13 +366,16 @@ class RunDirectory:
 
         The checkpoint goes too: training that began on another state cannot continue on this one. Works on a full
         disk. Returns the folders of deleted tasks that stay, as they hold something that the task did not write.
-        The picture sheet goes as well: it may show their images.
+        The picture sheet goes as well: it may show their images. So do their lines of the history.
         """
         self._write_active_tasks(tasks, dropped=[task for task in self.active_tasks() if task not in tasks])
         self._delete_checkpoint()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             (self.path / PICTURES).unlink()
         kept = self.delete_dropped()
+        with contextlib.suppress(OSError, RunError):  # a full disk, or something damaged: the rest is done
+            names = {self.read_info(task).name for task in tasks}
+            keep_lines(self.path, lambda line: line["task"] in names)
         keep_spare(self.path / SPARE)
         return kept
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from duallora_edge.learner.callbacks import Callback
+from duallora_edge.learner.callbacks import Callback, Point
 from duallora_edge.learner.report.definitions import DEFINITIONS, span
 from duallora_edge.learner.report.intervals import is_too_wide
-from duallora_edge.learner.report.metrics import Row, pool
+from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.text import escaped
 
 STAGES = {
@@ -24,37 +25,58 @@ STAGES = {
 PLAIN_INTERVAL = 10.0
 
 
+class FactsColumn(ProgressColumn):
+    """How a training goes, as far as it fits into the line; a bar where nothing is known yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar = BarColumn(bar_width=None)  # what the line has left
+
+    def render(self, task: Task) -> RenderableType:
+        facts = task.fields["facts"]
+        return Text(facts, no_wrap=True) if facts else self.bar.render(task)
+
+
 class TerminalCallback(Callback):
-    """Lines and progress bars on standard error: bars on a terminal, a plain line every few seconds elsewhere."""
+    """Lines and progress on standard error: a line that is updated on a terminal, one every few seconds elsewhere."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, emoji=False)
-        self.bars = Progress(
-            TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(), console=self.console, transient=True,
+        self.line = Progress(
+            TextColumn("  {task.description}"), TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(compact=True), FactsColumn(), console=self.console, transient=True,
         )  # fmt: skip
-        self.bar: TaskID | None = None
         self.stage = ""
         self.last = time.monotonic()
+        self.facts: list[str] = []
+        self.validation: list[str] = []
 
     def say(self, text: str) -> None:
         self._finish()
         self.console.print(escaped(text), markup=False, soft_wrap=True)
 
+    def trained(self, point: Point) -> None:
+        if point.validation_accuracy is not None:
+            self.validation = [f"valid. {100 * point.validation_accuracy:.1f} %"]
+        rate = f"rate {point.learning_rate:.1e}".replace("e-0", "e-")
+        self.facts = [f"loss {point.loss:.3g}", *self.validation, f"{point.images_per_second:.0f} images/s", rate]
+
     def progress(self, stage: str, done: int, total: int) -> None:
+        if stage != "train":
+            self.facts, self.validation = [], []
         if self.console.is_terminal:
             if stage != self.stage:
                 self._finish()
-                self.bars.start()
-                self.bar, self.stage = self.bars.add_task(STAGES[stage], total=total), stage
-            if self.bar is not None:
-                self.bars.update(self.bar, completed=done, total=total)
+                self.line.start()
+                self.line.add_task(STAGES[stage], total=total, facts="")
+                self.stage = stage
+            self.line.update(self.line.task_ids[0], completed=done, total=total, facts=self._fitting(stage, total))
         elif time.monotonic() - self.last > PLAIN_INTERVAL:
             self.last = time.monotonic()
-            self.console.print(f"  {STAGES[stage]} {done}/{total}")
+            self.console.print(", ".join([f"  {STAGES[stage]} {done}/{total}", *self.facts]), soft_wrap=True)
 
-    def measured(self, tasks: int, row: Row) -> None:
-        cell = pool(row)
+    def measured(self, metrics: Metrics) -> None:
+        cell, tasks = metrics.last, len(metrics.tasks)
         interval = cell.interval("correct")
         if interval is None:
             return
@@ -65,8 +87,16 @@ class TerminalCallback(Callback):
             found = DEFINITIONS["last_accuracy"].format(cell.accuracy)
             self.say(f"{state}{found} ({span(interval)}) of {cell.n} test images")
 
+    def _fitting(self, stage: str, total: int) -> str:
+        """The facts that fit beside the other columns, which are separated by one space; the last ones go first."""
+        room = self.console.width - len(f"  {STAGES[stage]} {total}/{total} 0:00:00 ")
+        facts = list(self.facts)
+        while facts and len("  ".join(facts)) > room:
+            facts.pop()
+        return "  ".join(facts)
+
     def _finish(self) -> None:
-        if self.bar is not None:
-            self.bars.remove_task(self.bar)
-            self.bars.stop()
-            self.bar, self.stage = None, ""
+        if self.stage:
+            self.line.remove_task(self.line.task_ids[0])
+            self.line.stop()
+            self.stage = ""

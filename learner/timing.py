@@ -17,8 +17,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PHASES = (
-    "decode", "base adaptation", "frozen prefix", "suffix forward", "suffix backward", "optimiser", "bases",
-    "statistics", "evaluation", "checkpoint", "rest",
+    "decode", "base adaptation", "frozen prefix", "suffix forward", "suffix backward", "optimiser", "validation",
+    "bases", "statistics", "evaluation", "checkpoint", "rest",
 )  # fmt: skip
 BEFORE = "(before)"
 _OFF = nullcontext()

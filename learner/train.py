@@ -16,13 +16,14 @@ from duallora_edge.errors import ConfigError, DataError, RunError
 from duallora_edge.files import write_atomic
 from duallora_edge.learner import distributed, memory_budget
 from duallora_edge.learner.adapt import base_for
-from duallora_edge.learner.callbacks import Callback
+from duallora_edge.learner.callbacks import Callback, Callbacks
 from duallora_edge.learner.config import PER_CALL, SOURCE, TrainConfig
 from duallora_edge.learner.data import PreparedStream, PreparedTask
 from duallora_edge.learner.data.class_counts import concerns, describe_counts
 from duallora_edge.learner.data.kept_split import keep_apart
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import Tests, add_tests, evaluate_run, report
+from duallora_edge.learner.history import History
 from duallora_edge.learner.methods import METHODS, learn_task
 from duallora_edge.learner.network.backbone import Backbone, load_backbone, relative_work
 from duallora_edge.learner.network.base_adaptation import BaseAdaptation, read_base
@@ -158,6 +159,8 @@ def train_run(
         replaced = run.find_removable(again) if again is not None and again not in known else None
         # Until it is learned again, that task has the source of its old version.
         run.remember_source([name for name in names if known.get(name, name != again)], config)
+        if distributed.is_main():
+            callback = Callbacks([History(path), callback])
         callback.start(config, names)
         if plan:
             memory_budget.remember(plan, config.batch_size, path)
@@ -169,7 +172,7 @@ def train_run(
             add_tests(run, tests, callback, skip=set(names) - set(known))
         metrics = None
         if known and not replaced:
-            metrics = evaluate_run(run, tests, reuse=True, on_row=callback.measured)
+            metrics = evaluate_run(run, tests, reuse=True, on_state=callback.measured)
         # New tasks come after the one that is learned again, as if it had been removed before.
         for task in sorted(stream.tasks, key=lambda task: task.name != again):
             if task.name in known:
@@ -189,7 +192,7 @@ def train_run(
                 run.remember_source([again], config)
             if tests:
                 tests.add(task.name, task.test, task.classes)
-            metrics = evaluate_run(run, tests, reuse=True, on_row=callback.measured)
+            metrics = evaluate_run(run, tests, reuse=True, on_state=callback.measured)
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")
         report(run, metrics, callback)

@@ -17,6 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from duallora_edge.cli import main
+from duallora_edge.learner.history import HISTORY
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.runtime.device.cuda import CUDA_PYTHON
@@ -139,6 +140,7 @@ def test_every_key_of_a_run_and_a_bundle_is_explained(readme: tuple[Path, list[s
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     explained = set(re.split(r"[\s`,:;/|()]+", text))
     found: dict[str, set[str]] = {}
+    found["history.jsonl"] = set(json.loads((run / HISTORY).read_text(encoding="utf-8").splitlines()[0]))
     for path in [*run.rglob("*.json"), *bundle.rglob("*.json")]:
         value = json.loads(path.read_text(encoding="utf-8"))
         found[path.name] = set(keys(list(value.values()) if path.name == "sources.json" else value))  # tasks by name
@@ -234,4 +236,5 @@ def test_the_code_of_the_python_page_runs(
     finally:
         METHODS.pop("free", None)
     said = capfd.readouterr().out
-    assert "['photos', 'new-products']" in said and "learned new-products in" in said and "loss " in said
+    assert "['photos', 'new-products']" in said and "learned new-products in" in said
+    assert "new-products: " in said and "loss " in said

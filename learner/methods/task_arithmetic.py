@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from duallora_edge.errors import RunError
+from duallora_edge.learner.callbacks import Callbacks, Point
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.methods.base import Method
 from duallora_edge.learner.methods.lesson import Lesson
@@ -38,6 +39,13 @@ class NoCheckpoint:
         return None
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        pass
+
+
+class FineTuning(Callbacks):
+    """Hears of the fine-tuning, but for points: the history is that of the task's own training."""
+
+    def trained(self, point: Point) -> None:
         pass
 
 
@@ -69,7 +77,7 @@ class TaskArithmetic(Method):
                 updates = [task.blocks[index].orthogonal for task in lesson.past] + [blocks[index].orthogonal]
                 block.weight = fold_all(block.weight, updates)
             images = _encode(lesson, [*(task.kept_images for task in lesson.past), kept])
-            tuning = replace(lesson, train=images, checkpoint=NoCheckpoint())
+            tuning = replace(lesson, train=images, checkpoint=NoCheckpoint(), callback=FineTuning([lesson.callback]))
             tuned, head = _train(tuning, merged, head, cross_entropy)
             blocks = tuple(replace(b, residual=new.orthogonal) for b, new in zip(blocks, tuned, strict=True))
         return self.finish(lesson, blocks, head, kept_images=kept)

@@ -15,6 +15,7 @@ from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import report_progress
 from duallora_edge.learner.methods.lesson import Checkpoint, Lesson
 from duallora_edge.learner.methods.losses import Loss, cross_entropy
+from duallora_edge.learner.methods.watching import Watcher, validation_accuracy
 from duallora_edge.learner.network.adapters import AdaptedBlock, Adapter
 from duallora_edge.learner.network.backbone import Backbone, autocast
 from duallora_edge.learner.network.network import run_suffix
@@ -103,7 +104,10 @@ def train_adapters(
         f = run_suffix(backbone, blocks, tokens, recompute=lesson.config.recompute)[0].float()
         return loss(head_logits(f, trained), labels[batch].to(device), f, features_before[batch].to(device))
 
-    optimise(lesson, [trained, *(a.q_up for a in adapters), *(a.v_up for a in adapters)], loss_of)
+    def accuracy(limit: int) -> float | None:
+        return validation_accuracy(lesson, blocks, lambda f: head_logits(f, trained), limit)
+
+    optimise(lesson, [trained, *(a.q_up for a in adapters), *(a.v_up for a in adapters)], loss_of, accuracy)
     records = [_block_record(adapter, down) for adapter, down in zip(adapters, downs, strict=True)]
     return tuple(records), trained.detach().cpu()
 
@@ -126,8 +130,15 @@ def head_logits(f: Tensor, head: Tensor) -> Tensor:
     return F.linear(f, head[:, :-1], head[:, -1])
 
 
-def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+def optimise(
+    lesson: Lesson,
+    parameters: Sequence[Tensor],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    accuracy: Callable[[int], float | None],
+) -> None:
     """Adam with a cosine rate over shuffled epochs; ``loss_of`` takes image numbers [B] and tokens [B, L, d].
+
+    ``accuracy`` is what a `Watcher` measures meanwhile.
 
     An epoch takes as many images and views as there are images.
 
@@ -143,6 +154,7 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
     train.share_tokens()
     order, generator = torch.empty(0, dtype=torch.long), torch.Generator()
     micro = config.micro_batch or config.batch_size
+    watcher = Watcher(lesson, total, accuracy)
     for step in range(start, total):
         epoch, position = divmod(step, epoch_steps)
         if position == 0 or step == start:
@@ -151,8 +163,9 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
             )
         batch = order[position * config.batch_size :][: config.batch_size]
         own = batch[distributed.own_rows(len(batch))]
+        rate = cosine_rate(config.learning_rate, step, total)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(config.learning_rate, step, total)
+            group["lr"] = rate
         if len(own):
             tokens = train.batch(own)
             micro, loss = accumulate_gradients(lesson, optimizer, loss_of, own, tokens, len(batch), micro)
@@ -162,10 +175,11 @@ def optimise(lesson: Lesson, parameters: Sequence[Tensor], loss_of: Callable[[Te
         distributed.all_reduce_gradients(parameters)
         with phase("optimiser"):
             optimizer.step()
+        watcher.step(step + 1, len(batch), loss, rate)  # before the checkpoint, from which no earlier point is told
         if (step + 1) % config.checkpoint_steps == 0:
             save_progress(lesson.checkpoint, step + 1, optimizer, parameters)
         report_progress(lesson.callback, "train", step + 1, total)
-        lesson.callback.step(step + 1, total, loss, optimizer.param_groups[0]["lr"])
+        lesson.callback.step(step + 1, total, loss, rate)
 
 
 def accumulate_gradients(

@@ -213,9 +213,15 @@ class Encoded:
             tokens = self.tokens.rows(indices - self._first)
         return tokens.to(self.backbone.device).float()
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(indices, tokens, phi) of all images in order, or of those of this process where there are several."""
-        for indices in self._own:
+    def batches(self, stride: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(indices, tokens, phi) of all images in order, or of those of this process where there are several.
+
+        Of ``stride`` images only the first one is taken.
+        """
+        for batch in self._own:
+            indices = batch[batch % stride == 0]
+            if not len(indices):
+                continue
             yield indices, self.batch(indices), self.phi[indices].to(self.backbone.device)
 
     def _batches(self) -> Sequence[Tensor]:

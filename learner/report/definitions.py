@@ -18,13 +18,17 @@ def span(interval: Interval | None) -> str:
 
 
 class Definition(NamedTuple):
-    """What one number of `Metrics.summary` means. In formulas ``_{...}`` marks an index."""
+    """What one number of `Metrics.summary` means. In formulas ``_{...}`` marks an index.
+
+    ``several_tasks``: after one task it is missing, trivial or the last accuracy once more.
+    """
 
     title: str
     formula: str
     meaning: str
     higher_is_better: bool
     points: bool = False
+    several_tasks: bool = False
 
     def format(self, value: float | None) -> str:
         """A fraction as text for people: ``0.881`` is "88.1 %", or "88.1 points" for a difference."""
@@ -49,6 +53,7 @@ DEFINITIONS = {
         "mean over i ≤ T of a_{T,i}",
         "Every task counts once, however many test images it has.",
         True,
+        several_tasks=True,
     ),
     "last_accuracy_task_given": Definition(
         "Last accuracy, task given",
@@ -56,12 +61,14 @@ DEFINITIONS = {
         "What would be reached if confusion between tasks were impossible. Only the choice of the class is"
         " limited; the network is not told the task.",
         True,
+        several_tasks=True,
     ),
     "average_incremental_accuracy": Definition(
         "Average incremental accuracy",
         "mean over k ≤ T of A_{k}, where A_{k} is the accuracy after task k over all images of tasks 1..k",
         "Accuracy over the whole life of the model, not only at its end (Rebuffi et al. 2017, iCaRL).",
         True,
+        several_tasks=True,
     ),
     "forgetting_from_best": Definition(
         "Forgetting from the best",
@@ -70,6 +77,7 @@ DEFINITIONS = {
         " Walk). Negative when earlier tasks improved.",
         False,
         points=True,
+        several_tasks=True,
     ),
     "forgetting_since_learned": Definition(
         "Forgetting since learned",
@@ -78,6 +86,7 @@ DEFINITIONS = {
         " backward transfer with its sign turned.",
         False,
         points=True,
+        several_tasks=True,
     ),
     "forgetting_task_given": Definition(
         "Forgetting, task given",
@@ -86,6 +95,7 @@ DEFINITIONS = {
         " away, so what is left is the drift of the network and its classifier.",
         False,
         points=True,
+        several_tasks=True,
     ),
     "backward_transfer": Definition(
         "Backward transfer",
@@ -94,6 +104,7 @@ DEFINITIONS = {
         " are forgetting.",
         True,
         points=True,
+        several_tasks=True,
     ),
     "task_accuracy": Definition(
         "Task identity",
@@ -101,6 +112,7 @@ DEFINITIONS = {
         "How often the model finds by itself which task an image comes from. Ambiguous where a class"
         " appears in several tasks: the class can be right while the task is not.",
         True,
+        several_tasks=True,
     ),
     "calibration_error": Definition(
         "Calibration error (ECE)",
@@ -121,5 +133,6 @@ DEFINITIONS = {
         "images called novel by the model before their task was learned / test images of tasks with new classes",
         "How many images of classes that the model does not know yet it says so of.",
         True,
+        several_tasks=True,
     ),
 }

@@ -62,6 +62,13 @@ def test_train_says_what_it_found_and_where_the_run_is(call: Call, tmp_path: Pat
     assert out.splitlines()[-1] == f"Run: {tmp_path}/run  report: {tmp_path}/run/reports/report.html"
 
 
+def test_after_one_task_no_number_is_printed_twice(call: Call, tmp_path: Path, image_stream: Path) -> None:
+    code, out, _ = call("train", "--data", image_stream / "01-round", "--run", tmp_path / "run", *QUICK)
+    assert code == 0
+    titles = [re.split(r"  |\.|:", line)[0] for line in out.splitlines()]
+    assert titles == ["Last accuracy", "Calibration error (ECE)", "Known images called novel", "In brackets", "Run"]
+
+
 def test_measuring_can_wait(call: Call, tmp_path: Path, learned: Path, image_stream: Path) -> None:
     path = tmp_path / "run"
     code, out, err = call("train", "--data", image_stream, "--run", path, *QUICK, "--no-evaluate")

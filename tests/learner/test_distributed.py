@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from torch.distributed import TCPStore
 from duallora_edge.errors import ConfigError
 from duallora_edge.learner import distributed
 from duallora_edge.learner.device import pick_device
+from duallora_edge.learner.history import HISTORY
 from duallora_edge.learner.methods import compose
 from duallora_edge.learner.network.adapters import Adapter
 from duallora_edge.learner.run_directory import RunDirectory
@@ -131,6 +133,10 @@ def probabilities(path: Path, images: Path) -> torch.Tensor:
         return model(torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))).probabilities
 
 
+def history(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / HISTORY).read_text().splitlines()]
+
+
 def checkpointed(run: Path, started: Started) -> None:
     """Wait until training is under way."""
     deadline = time.monotonic() + 60
@@ -152,6 +158,9 @@ def test_two_ranks_give_the_result_of_one(learned: dict[int, Path], image_stream
                 for update, same in zip(*updates, strict=True):
                     assert float((update - same).abs().max()) <= bound * float(update.abs().max())
     assert one.records()[0].info == two.records()[0].info
+    for line, other in zip(*(history(run.path) for run in (one, two)), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=0.05)  # of all images, not of those of a rank
+        assert line["validation_accuracy"] == other["validation_accuracy"]
     expected, found = (probabilities(run.path, image_stream) for run in (one, two))
     assert float((expected - found).abs().max()) < 1e-4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from duallora_edge.cli import main
 from duallora_edge.errors import RunError
+from duallora_edge.learner.history import HISTORY
 from duallora_edge.learner.run_directory import RunDirectory
 
 KILLS = 5
@@ -69,6 +71,13 @@ def test_killed_training_ends_in_the_same_state(
     assert len(killed.active_tasks()) == 2 and killed.digest() == whole_run.digest()
     left = {path.relative_to(killed.path) for path in killed.path.rglob("*")}
     assert left == {path.relative_to(whole_run.path) for path in whole_run.path.rglob("*")}
+    assert history(killed.path) == history(whole_run.path) and len(history(killed.path)) == 2 * 24
+
+
+def history(run: Path) -> list[dict[str, object]]:
+    """The lines of the history but for the speed."""
+    lines = map(json.loads, (run / HISTORY).read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 def test_the_lock_names_its_process_and_dies_with_it(

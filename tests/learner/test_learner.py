@@ -13,7 +13,7 @@ from torch import Tensor
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner import Callback, Learner
 from duallora_edge.learner.config import TrainConfig
-from duallora_edge.learner.report.metrics import Metrics, Row
+from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -46,9 +46,9 @@ class Notes(Callback):
     def learned(self, task: str, seconds: float) -> None:
         self.note(f"learned {task}")
 
-    def measured(self, tasks: int, row: Row) -> None:
-        self.rows.append(len(row))
-        self.note(f"measured {tasks}")
+    def measured(self, metrics: Metrics) -> None:
+        self.rows.append(len(metrics.rows[-1]))
+        self.note(f"measured {len(metrics.tasks)}")
 
     def end(self, metrics: Metrics) -> None:
         self.note(f"end {len(metrics.tasks)}")

@@ -24,7 +24,7 @@ from duallora_edge.learner.evaluate import measure_run
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.network.answers import Catalogue
 from duallora_edge.learner.network.backbone import load_backbone
-from duallora_edge.learner.report.metrics import Row
+from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.train import describe_size, train_run
 
@@ -64,8 +64,8 @@ class Notes(Callback):
         assert 0 < done <= total
         self.stages.add(stage)
 
-    def measured(self, tasks: int, row: Row) -> None:
-        self.rows.append(tasks)
+    def measured(self, metrics: Metrics) -> None:
+        self.rows.append(len(metrics.tasks))
 
 
 def train(
