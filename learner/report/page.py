@@ -20,6 +20,7 @@ from duallora_edge.learner.report.definitions import DEFINITIONS, TOO_FEW, span
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.report.plots import (
     MOST_CELLS,
+    MOST_NUMBERS,
     RIGHT,
     WRONG,
     accuracy_svg,
@@ -132,6 +133,7 @@ def _of_answers(metrics: Metrics, answers: Answers) -> dict[str, Any]:
         "across": sum(pair.images for pair in pairs if pair.answer_task != pair.task),
         "wrong": sum(pair.images for pair in pairs),
         "confusion": _confusion(metrics, answers),
+        "most_numbers": MOST_NUMBERS,
         "of_classes": len(metrics.classes) <= MOST_CLASSES,
         "steps": {"wrong": (0, *WRONG), "right": (0, *RIGHT)},
         "side": SIDE,
