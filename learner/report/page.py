@@ -97,8 +97,8 @@ def _page(metrics: Metrics, about: About, comparisons: Comparisons, answers: Ans
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     # Every name from outside goes through one of these two.
     environment.filters.update(
-        line=printable, short=partial(printable, limit=60), count=_count, percent=_percent, points=_points, span=span,
-        formula=_formula, split=_split,
+        line=printable, short=partial(printable, limit=60), number="{:,}".format, count=_count, percent=_percent,
+        points=_points, span=span, formula=_formula, split=_split,
     )  # fmt: skip
     template, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("report.html", "report.css"))
     several = len(metrics.tasks) > 1
@@ -118,6 +118,8 @@ def _page(metrics: Metrics, about: About, comparisons: Comparisons, answers: Ans
         reliability=reliability_svg(metrics.last),
         earlier_classes=earlier,
         most_rows=MOST_ROWS,
+        most_numbers=MOST_NUMBERS,
+        numbered_tasks=list(enumerate(metrics.per_task, 1)),
         **_of_change(metrics, answers),
         **(_of_answers(metrics, answers) if answers else {"answers": None}),
     )
@@ -133,7 +135,6 @@ def _of_answers(metrics: Metrics, answers: Answers) -> dict[str, Any]:
         "across": sum(pair.images for pair in pairs if pair.answer_task != pair.task),
         "wrong": sum(pair.images for pair in pairs),
         "confusion": _confusion(metrics, answers),
-        "most_numbers": MOST_NUMBERS,
         "of_classes": len(metrics.classes) <= MOST_CLASSES,
         "steps": {"wrong": (0, *WRONG), "right": (0, *RIGHT)},
         "side": SIDE,
