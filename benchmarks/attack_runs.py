@@ -36,10 +36,8 @@ from safetensors.torch import load_file, save, save_file
 from duallora_edge.cli import COMMANDS
 from duallora_edge.cli import main as command_line
 from duallora_edge.demo import write_digits
-from duallora_edge.learner.report import page
 
 SECONDS = 300
-PLOTTED = 10  # one mutated run in so many gets its plots
 TENSOR_TYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3, 2**63, 10**40, 0.5, -0.5, 1e308, "", "x", "../..", "/", "0001-a\0b", "\u202e\x1b[2J", "\n",
@@ -63,7 +61,6 @@ def main(count: int = 2000, seed: int = 0) -> Counter[str]:
         importlib.import_module(COMMANDS[name][0].split(":")[0])
     for name in ("train", "evaluate", "learner", "terminal", "methods.learning"):
         importlib.import_module(f"duallora_edge.learner.{name}")
-    plots = {name: getattr(page, name) for name in ("accuracy_png", "matrix_png", "reliability_png")}
     outcomes: Counter[str] = Counter()
     largest, slowest = (0.0, ""), (0.0, "")
     with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +73,6 @@ def main(count: int = 2000, seed: int = 0) -> Counter[str]:
             shutil.copytree(base, run, copy_function=os.link)
             (run / ".lock").unlink()  # it is written in place
             what = mutate(run, rng)
-            for name, plot in plots.items():  # which take most of the time
-                setattr(page, name, (lambda *_: b"") if number % PLOTTED else plot)
             for words in pick_commands(run, root, rng):
                 outcome, line, megabytes, seconds = execute(words, root / "out.txt")
                 outcomes[f"{words[0]}: {outcome}"] += 1

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from duallora_edge.compare import single_image_times
 from duallora_edge.files import read_json, write_atomic
-from duallora_edge.learner.report.plots import BLUE, GREY, INK, style_axes, to_png
+from duallora_edge.learner.report.comparison import BLUE, GREY, style_axes, to_png
+from duallora_edge.learner.report.picture_sheet import INK
 from duallora_edge.learner.run_directory import RunDirectory
 
 

@@ -19,7 +19,7 @@ from duallora_edge.files import cache_folder, write_json
 from duallora_edge.learner.config import SETTINGS
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.options import FLAGS, MethodsCommand, setting_options
-from duallora_edge.learner.run_directory import BASE, PICTURES, RunDirectory
+from duallora_edge.learner.run_directory import ANSWERS, BASE, PICTURES, REPORT, RunDirectory
 from duallora_edge.learner.trackers import TRACKERS
 from duallora_edge.text import escaped
 
@@ -166,7 +166,7 @@ def adapt(images: str, output: Path, count: int | None, **flags: Any) -> None:
 def evaluate(
     run: Path, data: str | None, device: str, weights: str | None, others: tuple[Path, ...], as_json: bool
 ) -> None:
-    """Measure the run after each of its tasks, and write metrics.json, plots and report.html.
+    """Measure the run after each of its tasks, and write metrics.json and report.html.
 
     \b
     Example:
@@ -362,6 +362,7 @@ STORED = {
 def privacy_list(run: RunDirectory) -> dict[str, Any]:
     """Everything the run stores about images, in files with sizes, and what is stored outside of it."""
     files = []
+    shown = ", and test images as thumbnails; delete it as you like" if run.config.pictures else ""
     for entry in run.active_tasks():
         for path in sorted((run.path / "tasks" / entry.folder).iterdir()):
             what = STORED.get(path.name, "unknown")
@@ -372,13 +373,16 @@ def privacy_list(run: RunDirectory) -> dict[str, Any]:
         ("checkpoint/state.safetensors", "updates of the task in training"),
         ("reports/rows.json", "counts of right and wrong answers on test images"),
         (PICTURES, "training images as thumbnails, for people; delete it as you like"),
+        (ANSWERS, f"counts of answers by class{shown}"),
+        (REPORT, f"what was measured, for people{shown}"),
     ):
         if (run.path / name).is_file():
             files.append({"file": name, "bytes": (run.path / name).stat().st_size, "what": what})
     kept = METHODS[run.config.method].keeps_images and run.config.kept_images_per_class > 0
-    thumbnails = (run.path / PICTURES).is_file()
+    pictures = (PICTURES, ANSWERS, REPORT) if run.config.pictures else (PICTURES,)
+    thumbnails = [name for name in pictures if (run.path / name).is_file()]
     return {
-        "pixels": kept or thumbnails,
+        "pixels": kept or bool(thumbnails),
         "kept_images": kept,
         "thumbnails": thumbnails,
         "files": files,
@@ -389,7 +393,7 @@ def privacy_list(run: RunDirectory) -> dict[str, Any]:
 def privacy_text(value: dict[str, Any]) -> str:
     pixels = "TRAINING IMAGES ARE STORED in the run" if value["kept_images"] else "No pixels are stored in the run"
     if value["thumbnails"]:
-        pixels += f"{',' if value['kept_images'] else ' but'} thumbnails in {PICTURES}"
+        pixels += f"{',' if value['kept_images'] else ' but'} thumbnails in {', '.join(value['thumbnails'])}"
     lines = [
         f"{pixels}, and features only as means over the images of a class (which for a class "
         "of one image is that image's feature). About the images it holds:"

@@ -100,6 +100,10 @@ class TrainConfig:
         False, "Measure on a fifth of the training images and leave the test images alone, to choose settings.",
         "Data", flag=False,
     )  # fmt: skip
+    pictures: bool = setting(
+        True, "Show small pictures of training images, and of test images with wrong answers, in the run's reports.",
+        "Data",
+    )  # fmt: skip
 
     rank_orthogonal: int = setting(
         8, "Rank of the adapters that leave earlier tasks untouched; a higher rank learns more and stores more.",

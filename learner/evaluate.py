@@ -19,7 +19,7 @@ from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.data.kept_split import measurable
 from duallora_edge.learner.device import pick_device
 from duallora_edge.learner.doubts import doubts
-from duallora_edge.learner.measurements import measured_rows, write_rows
+from duallora_edge.learner.measurements import measured_rows, stored_answers, write_answers, write_rows
 from duallora_edge.learner.methods import METHODS, compose
 from duallora_edge.learner.network.answers import NOVELTY_THRESHOLD, ComposedModel, Outputs
 from duallora_edge.learner.network.backbone import Backbone
@@ -27,6 +27,7 @@ from duallora_edge.learner.network.features import collect_features
 from duallora_edge.learner.network.prefix_cache import BATCH, Encoded, PrefixCache
 from duallora_edge.learner.network.task_record import TaskRecord
 from duallora_edge.learner.reading import read_images, source_groups
+from duallora_edge.learner.report.answers import Answers
 from duallora_edge.learner.report.metrics import Cell, Metrics, Predictions, Row, TaskClasses
 from duallora_edge.learner.report.page import About, write_report
 from duallora_edge.learner.run_directory import RunDirectory
@@ -63,18 +64,22 @@ class Tests:
 
     @timed("evaluation")
     @torch.no_grad()
-    def row(self, tasks: Sequence[TaskRecord]) -> Row:
-        """The cells of the state after the last of ``tasks``; empty cells where there are no test images."""
+    def row(self, tasks: Sequence[TaskRecord], *, pictures: bool = False) -> tuple[Row, Answers]:
+        """The cells of the state after the last of ``tasks``, and its answers with or without ``pictures``.
+
+        Cells of tasks without test images are empty.
+        """
         if not any(len(self._encoded.get(task.info.name, ())) for task in tasks):
-            return tuple(Cell() for _ in tasks)
+            return tuple(Cell() for _ in tasks), Answers({})
         model = compose(self.backbone, tasks)
-        *earlier, newest = (self._cell(model, tasks, index) for index in range(len(tasks)))
+        cells, answers = zip(*(self._cell(model, tasks, index, pictures) for index in range(len(tasks))), strict=True)
+        *earlier, newest = cells
         known = {name for task in tasks[:-1] for name in task.info.classes}
         if known and newest.n and not known.intersection(tasks[-1].info.classes):
             before = compose(self.backbone, tasks[:-1])
             novel = self._answers(before, tasks[-1].info.name).novelty > NOVELTY_THRESHOLD
             newest = replace(newest, novel_before=int(novel.sum()))
-        return (*earlier, newest)
+        return (*earlier, newest), Answers.joined(answers)
 
     def _answers(self, model: ComposedModel, task: str) -> Outputs:
         """The answers on the test images of a task, on the CPU."""
@@ -84,11 +89,13 @@ class Tests:
             **{f.name: torch.cat([getattr(answer, f.name) for answer in answers]).cpu() for f in fields(Outputs)}
         )
 
-    def _cell(self, model: ComposedModel, tasks: Sequence[TaskRecord], index: int) -> Cell:
+    def _cell(
+        self, model: ComposedModel, tasks: Sequence[TaskRecord], index: int, pictures: bool
+    ) -> tuple[Cell, Answers]:
         info = tasks[index].info
         encoded = self._encoded.get(info.name)
         if encoded is None or not len(encoded):
-            return Cell()
+            return Cell(), Answers({})
         answers = self._answers(model, info.name)
         if not bool(torch.isfinite(answers.probabilities).all()):
             raise RunError("The run is damaged (its answers are not numbers); restore it from a copy.")
@@ -101,7 +108,8 @@ class Tests:
             novel=(answers.novelty > NOVELTY_THRESHOLD).numpy(),
             scenes=self._scenes[info.name],
         )
-        return Cell.from_predictions(predictions, columns)
+        frames = (lambda numbers: encoded.frames(torch.from_numpy(numbers))) if pictures else None
+        return Cell.from_predictions(predictions, columns), Answers.of_task(predictions, frames)
 
 
 def evaluate_run(
@@ -127,7 +135,9 @@ def evaluate_run(
         elif tests is None:
             rows[state] = tuple(Cell() for _ in range(k))
         else:
-            rows[state] = tests.row(records[:k])
+            newest = k == len(active)
+            rows[state], answers = tests.row(records[:k], pictures=newest and run.config.pictures)
+            write_answers(run, state, run.digest(active[: k - 1]), answers)
             on_state(Metrics(tasks[:k], tuple(rows.values())))
     if tests is not None:
         write_rows(run, rows)
@@ -144,7 +154,8 @@ def report(
     for line in found:
         callback.say(line)
     about = About(run.path.name, run.config.method, details(run), found)
-    return write_report(run.path / "reports", metrics, about, comparisons)
+    answers = stored_answers(run, run.digest())
+    return write_report(run.path / "reports", metrics, about, comparisons, answers)
 
 
 def details(run: RunDirectory) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The run directory: tasks written once, one HEAD that names the active ones, a lock, a checkpoint.
 
 Every state is committed by rename, so a kill at any moment leaves the last committed state or a checkpoint that can
-be continued. Nothing is pickled, and no pixel is stored but for the thumbnails of the picture sheet.
+be continued. Nothing is pickled, and no pixel is stored but for the thumbnails in the reports.
 
 Only an empty folder becomes a run. An empty file, `MARKER`, then says that it is ours, so that a creation that was
 killed can be done again; a run.yaml with backbone.json and HEAD.json says the same of runs made before there was one.
@@ -63,13 +63,14 @@ MARKER = ".duallora-edge-run"
 SPARE = ".duallora-edge-spare"
 BASE = "base.safetensors"
 PICTURES = "reports/data.png"
+ANSWERS = "reports/answers.json"
+REPORT = "reports/report.html"
 _LOCK = ".lock"
 # What is written under a temporary name first, which a kill leaves.
 _WRITTEN = (
     "HEAD.json", "run.yaml", "backbone.json", BASE, "sources.json", "memory_budget.json", SPARE,
     "checkpoint/state.safetensors",
-    "reports/rows.json", "reports/metrics.json", "reports/profile.json", HISTORY, "reports/report.html",
-    "reports/accuracy.png", "reports/matrix.png", "reports/reliability.png", PICTURES,
+    "reports/rows.json", "reports/metrics.json", "reports/profile.json", HISTORY, REPORT, ANSWERS, PICTURES,
 )  # fmt: skip
 FILES = tuple(
     f"{name}.safetensors"
@@ -366,12 +367,14 @@ class RunDirectory:
 
         The checkpoint goes too: training that began on another state cannot continue on this one. Works on a full
         disk. Returns the folders of deleted tasks that stay, as they hold something that the task did not write.
-        The picture sheet goes as well: it may show their images. So do their lines of the history.
+        The picture sheet, the answers and the report go as well: they may show their images. So do their lines of the
+        history.
         """
         self._write_active_tasks(tasks, dropped=[task for task in self.active_tasks() if task not in tasks])
         self._delete_checkpoint()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (self.path / PICTURES).unlink()
+        for name in (PICTURES, ANSWERS, REPORT):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (self.path / name).unlink()
         kept = self.delete_dropped()
         with contextlib.suppress(OSError, RunError):  # a full disk, or something damaged: the rest is done
             names = {self.read_info(task).name for task in tasks}

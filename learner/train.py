@@ -196,7 +196,8 @@ def train_run(
         if metrics is None:
             raise DataError(f"{config.data} holds no task.")
         report(run, metrics, callback)
-        _write_pictures(run, stream)
+        if config.pictures:
+            _write_pictures(run, stream)
     callback.end(metrics)
     return metrics
 

@@ -83,17 +83,6 @@ def few_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "RANDOM_FEATURES", 200)
 
 
-@pytest.fixture(scope="module")
-def no_plots() -> Iterator[None]:
-    """Reports without plots, which take as long as learning so little; the tests of the reports draw them."""
-    from duallora_edge.learner.report import page
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("accuracy_png", "matrix_png", "reliability_png"):
-            patch.setattr(page, name, lambda *_: b"")
-        yield
-
-
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder with real images and weights."""

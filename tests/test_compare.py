@@ -16,8 +16,6 @@ from duallora_edge.compare import GROUPS, Variant
 from duallora_edge.errors import ConfigError, RunError
 from duallora_edge.learner.report.comparison import Result, comparison_png, markdown
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 ENDS = {"last_accuracy": (0.8, 0.9)}
 RESULT = Result(0.9, 0.95, 0.02, 0.01, 0.0, 0.03, 0.99, 0.05, 0.9, 36_864, 2e6, 90, ENDS)
 JOINT = Result(0.92, None, None, None, None, 0.02, None, 0.05, None, 36_864, 2e6, 60, ENDS)

@@ -222,7 +222,6 @@ def test_the_code_of_the_readme_runs(readme: tuple[Path, list[str]]) -> None:
     assert readme[1] == ["train", "train", "status", "export", "predict", "python"]
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_the_code_of_the_python_page_runs(
     image_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,6 @@ from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.field.store import Store
 from duallora_edge.runtime.preprocess import read_image
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 SETTINGS = {"size": 32, "rank_orthogonal": 2, "rank_residual": 2, "summaries": 1, "epochs": 2, "min_steps": 20}
 Call = Callable[..., tuple[int, str, str]]
 

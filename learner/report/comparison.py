@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -14,7 +18,12 @@ from duallora_edge.errors import RunError
 from duallora_edge.learner.report.definitions import span
 from duallora_edge.learner.report.intervals import Interval, mean_of_same
 from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.report.plots import BLUE, GREY, GRID, INK, ORANGE, printable, style_axes, to_png
+from duallora_edge.learner.report.picture_sheet import INK, MUTED
+from duallora_edge.learner.report.plots import printable
+
+DPI = 240
+# The colours of Okabe and Ito (2008), which colour-blind people can tell apart.
+BLUE, ORANGE, GREY, GRID = "#0072B2", "#D55E00", "#9aa5b1", "#d9dee3"
 
 
 @dataclass(frozen=True)
@@ -154,3 +163,23 @@ def comparison_png(name: str, results: Mapping[str, Sequence[Result]]) -> bytes:
     style_axes(left, f"Last accuracy, {printable(name, 24)}")
     style_axes(right, "Forgetting, given")
     return to_png(figure)
+
+
+def style_axes(axes: Axes, title: str) -> None:
+    """The look that all PNG plots share."""
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+    axes.set_axisbelow(True)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    FigureCanvasAgg(figure)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # names may be in a script that the font lacks; a box in the plot is enough, the table has the name
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(file, format="png", dpi=DPI, facecolor="white")
+    return file.getvalue()

@@ -297,10 +297,24 @@ class Metrics:
         """All test images, answered by the last state."""
         return pool(self.rows[-1])
 
+    @cached_property
+    def first_tasks(self) -> dict[str, int]:
+        """The different classes in the order in which they appear, each with the index of its first task."""
+        first: dict[str, int] = {}
+        for i, task in enumerate(self.tasks):
+            for name in task.classes:
+                first.setdefault(name, i)
+        return first
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The different classes over all tasks, in the order in which they appear."""
+        return tuple(self.first_tasks)
+
     @property
     def class_count(self) -> int:
         """Number of different classes over all tasks."""
-        return len({name for task in self.tasks for name in task.classes})
+        return len(self.classes)
 
     @property
     def shares_classes(self) -> bool:

@@ -1,31 +1,52 @@
-"""The report of a run: metrics.json, three plots, and one HTML page that needs no other file, no network."""
+"""The report of a run: metrics.json, and one HTML page that needs no other file, no script and no network."""
 
 from __future__ import annotations
 
-import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from string import Template
+from typing import Any, TypeVar
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from duallora_edge.files import write_atomic, write_json
+from duallora_edge.learner.report.answers import SIDE, Answers, Change, by_class, changes, confused_pairs
 from duallora_edge.learner.report.definitions import DEFINITIONS, TOO_FEW, span
-from duallora_edge.learner.report.metrics import Metrics, TaskResult
-from duallora_edge.learner.report.plots import accuracy_png, matrix_png, printable, reliability_png
+from duallora_edge.learner.report.metrics import Metrics
+from duallora_edge.learner.report.plots import (
+    MOST_CELLS,
+    MOST_NUMBERS,
+    RIGHT,
+    WRONG,
+    accuracy_svg,
+    confusion_svg,
+    matrix_svg,
+    printable,
+    reliability_svg,
+    swatch_svg,
+)
 
 Comparisons = Sequence[tuple[str, Metrics]]
+Row = TypeVar("Row")
 
-_CARDS = (
-    "last_accuracy",
-    "average_incremental_accuracy",
-    "forgetting_since_learned",
-    "forgetting_task_given",
-    "task_accuracy",
-    "calibration_error",
-)
+MOST_CLASSES = 200  # of a matrix of classes; more of them are a matrix of tasks
+MOST_ROWS = 1000  # of a table
+MOST_PAIRS = 100  # of classes, those confused most
+_FIRST_ROWS = 10  # of a long table that are shown, while the others are folded
+_CARDS = {
+    "last_accuracy": "task not given",
+    "average_incremental_accuracy": "mean over the states after each task",
+    "forgetting_since_learned": "more classes compete, and drift",
+    "forgetting_task_given": "drift alone",
+    "task_accuracy": "found by the model itself",
+    "calibration_error": "confidence against right answers",
+}
+_ONLY_OF_SEVERAL = ("average_incremental_accuracy", "task_accuracy")  # with one task they say nothing
 _COMPARED = (
     "last_accuracy",
     "last_accuracy_task_given",
@@ -51,21 +72,17 @@ class About:
     doubts: Sequence[str] = ()
 
 
-def write_report(folder: Path, metrics: Metrics, about: About, comparisons: Comparisons = ()) -> Path:
-    """Write metrics.json, matrix.png, accuracy.png, reliability.png and report.html into ``folder``.
+def write_report(
+    folder: Path, metrics: Metrics, about: About, comparisons: Comparisons = (), answers: Answers | None = None
+) -> Path:
+    """Write metrics.json and report.html into ``folder``.
 
-    ``comparisons`` are other methods on the same stream, each with its name. Everything is drawn before
+    ``comparisons`` are other methods on the same stream, each with its name. ``answers`` are those that the last row of
+    the metrics counts; without them, or with others, the page has no classes and no pictures. It is made before
     anything is written, and each file appears whole; report.html comes last. Returns its path.
     """
-    images = {
-        "accuracy.png": accuracy_png(metrics, about.method, comparisons),
-        "matrix.png": matrix_png(metrics),
-        "reliability.png": reliability_png(metrics.last),
-    }
-    page = _page(metrics, about, comparisons, images)
+    page = _page(metrics, about, comparisons, answers if answers and answers.fits(metrics) else None)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in images.items():
-        write_atomic(folder / name, content)
     stored = {
         "about": asdict(about),
         **metrics.to_json(),
@@ -76,24 +93,94 @@ def write_report(folder: Path, metrics: Metrics, about: About, comparisons: Comp
     return folder / "report.html"
 
 
-def _page(metrics: Metrics, about: About, comparisons: Comparisons, images: Mapping[str, bytes]) -> str:
-    title = _text(about.run)
-    sections = [
-        _header(metrics, about),
-        _cards(metrics),
-        _figures(metrics, about, comparisons, images),
-        _comparison_table(metrics, about, comparisons) if comparisons else "",
-        _task_table(metrics),
-        _class_names(metrics),
-        _definitions(metrics),
-    ]
+def _page(metrics: Metrics, about: About, comparisons: Comparisons, answers: Answers | None) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    # Every name from outside goes through one of these two.
+    environment.filters.update(
+        line=printable, short=partial(printable, limit=60), number="{:,}".format, count=_count, percent=_percent,
+        points=_points, span=span, formula=_formula, split=_split,
+    )  # fmt: skip
     template, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("report.html", "report.css"))
-    return Template(template).substitute(title=title, style=style, sections="".join(sections))
+    several = len(metrics.tasks) > 1
+    earlier = {name for task in metrics.tasks[:-1] for name in task.classes}
+    return environment.from_string(template).render(
+        style=Markup(style),
+        about=about,
+        metrics=metrics,
+        comparisons=[(about.method, metrics), *comparisons],
+        definitions=DEFINITIONS,
+        cards=[(DEFINITIONS[key], *_number(metrics, key), _CARDS[key]) for key in _CARDS if _has_card(metrics, key)],
+        compared={key: DEFINITIONS[key] for key in _COMPARED},
+        accuracy=accuracy_svg(metrics, comparisons) if several or comparisons else "",
+        swatch=swatch_svg,
+        matrix=matrix_svg(metrics) if several else "",
+        matrix_step=-(-len(metrics.tasks) // MOST_CELLS),
+        reliability=reliability_svg(metrics.last),
+        earlier_classes=earlier,
+        most_rows=MOST_ROWS,
+        most_numbers=MOST_NUMBERS,
+        numbered_tasks=list(enumerate(metrics.per_task, 1)),
+        **_of_change(metrics, answers),
+        **(_of_answers(metrics, answers) if answers else {"answers": None}),
+    )
 
 
-def _text(name: str, limit: int | None = None) -> str:
-    """A name from outside as HTML: one line, every markup character escaped."""
-    return escape(printable(name, limit))
+def _of_answers(metrics: Metrics, answers: Answers) -> dict[str, Any]:
+    """What the page shows of single classes and images."""
+    pairs = confused_pairs(metrics, answers)
+    return {
+        "answers": answers,
+        "classes": by_class(metrics, answers),
+        "pairs": pairs[:MOST_PAIRS],
+        "across": sum(pair.images for pair in pairs if pair.answer_task != pair.task),
+        "wrong": sum(pair.images for pair in pairs),
+        "confusion": _confusion(metrics, answers),
+        "of_classes": len(metrics.classes) <= MOST_CLASSES,
+        "steps": {"wrong": (0, *WRONG), "right": (0, *RIGHT)},
+        "side": SIDE,
+    }
+
+
+def _confusion(metrics: Metrics, answers: Answers) -> Markup | str:
+    """The matrix of classes, by tasks where each class has one; of many classes that of tasks, if there are several."""
+    counts, of_task = answers.confusion(metrics), list(metrics.first_tasks.values())
+    first = [] if metrics.shares_classes else [i for i, task in enumerate(of_task) if i == 0 or task != of_task[i - 1]]
+    if len(counts) <= MOST_CLASSES:
+        label = "Classes of the images (rows) and of the answers (columns)"
+        return confusion_svg(counts, metrics.classes, first, label) if len(counts) > 1 else ""
+    if len(first) < 2:
+        return ""
+    counts = np.add.reduceat(np.add.reduceat(counts, first, axis=0), first, axis=1)
+    names = [metrics.tasks[of_task[i]].name for i in first]
+    return confusion_svg(counts, names, (), "Tasks of the images (rows) and of the answers (columns)")
+
+
+def _of_change(metrics: Metrics, answers: Answers | None) -> dict[str, Any]:
+    """What the last task changed, as far as the number of test images can tell."""
+    kinds = dict(zip(("tasks", "classes"), changes(metrics, answers), strict=True))
+
+    def told(kind: Sequence[Change]) -> list[Change]:
+        return [change for change in kind if change.is_told]
+
+    return {"changes": {name: (len(kind), told(kind)) for name, kind in kinds.items()}}
+
+
+def _has_card(metrics: Metrics, key: str) -> bool:
+    return key == "last_accuracy" or (
+        metrics.summary[key] is not None and (len(metrics.tasks) > 1 or key not in _ONLY_OF_SEVERAL)
+    )
+
+
+def _number(metrics: Metrics, key: str) -> tuple[str, str, str]:
+    """The number, its unit and its interval."""
+    text = DEFINITIONS[key].headline(metrics.summary[key], metrics.intervals[key])
+    number, _, unit = (text, "", "") if text == TOO_FEW else text.partition(" ")
+    return number, unit, span(metrics.intervals[key])
+
+
+def _split(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+    """The rows that are shown, and those that are folded."""
+    return rows[:_FIRST_ROWS], rows[_FIRST_ROWS:MOST_ROWS]
 
 
 def _count(number: int, noun: str) -> str:
@@ -101,175 +188,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {plural}"
 
 
-def _header(metrics: Metrics, about: About) -> str:
-    facts = {"Method": about.method, **about.details}
-    items = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>\n" for k, v in facts.items())
-    counts = ", ".join(
-        [
-            _count(len(metrics.tasks), "task"),
-            _count(metrics.class_count, "class"),
-            _count(metrics.last.n, "test image"),
-        ]
-    )
-    notices = about.doubts if metrics.last.n else ["Without test images nothing could be measured."]
-    notice = "".join(f'<p class="notice">{_text(line)}.</p>\n' for line in (text.rstrip(".") for text in notices))
-    return f"""<header>
-<p class="kicker">Continual learning report</p>
-<h1>{_text(about.run)}</h1>
-<p class="counts">{counts}</p>
-{notice}<dl class="facts">
-{items}</dl>
-</header>
-"""
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"
 
 
-def _cards(metrics: Metrics) -> str:
-    classes = _count(metrics.class_count, "class")
-    notes = {
-        "last_accuracy": f"{classes}, task not given",
-        "average_incremental_accuracy": "mean over the states after each task",
-        "forgetting_since_learned": "more classes compete, and drift",
-        "forgetting_task_given": "drift alone",
-        "task_accuracy": "found by the model itself",
-        "calibration_error": "confidence against right answers",
-    }
-    cards = []
-    for key in _CARDS:
-        interval = metrics.intervals[key]
-        text = DEFINITIONS[key].headline(metrics.summary[key], interval)
-        number, _, unit = (text, "", "") if text == TOO_FEW else text.partition(" ")
-        ends = f'<p class="note">95 % interval: {span(interval)}</p>' if interval else ""
-        cards.append(
-            f'<div class="card"><h2>{DEFINITIONS[key].title}</h2>'
-            f'<p class="number">{number}<span class="unit"> {unit}</span></p>'
-            f'<p class="note">{notes[key]}</p>{ends}</div>\n'
-        )
-    return f'<section aria-label="Headline numbers">\n<div class="cards">\n{"".join(cards)}</div>\n</section>\n'
+def _points(value: float) -> str:
+    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
-def _figures(metrics: Metrics, about: About, comparisons: Comparisons, images: Mapping[str, bytes]) -> str:
-    last = DEFINITIONS["last_accuracy"].format(metrics.summary["last_accuracy"])
-    error = DEFINITIONS["calibration_error"].format(metrics.summary["calibration_error"])
-    beside = " and ".join(name for name, _ in comparisons)
-    alts = {
-        "accuracy.png": f"Accuracy over all classes after each task of {about.method}"
-        + (f" beside {beside}" if beside else "")
-        + f"; {last} at the end.",
-        "matrix.png": "Heat map of the accuracy on each task (columns) after each task (rows). The diagonal"
-        " and the last row are in the table of tasks.",
-        "reliability.png": f"Share of right answers by stated confidence; calibration error {error}.",
-    }
-    captions = {
-        "accuracy.png": "Each point: the test images of all tasks so far, with all their classes competing.",
-        "matrix.png": "Down a column: what later tasks did to one task. Values in percent.",
-        "reliability.png": "Dots on the dashed line: the confidence can be taken at its word.",
-    }
-    figures = "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(images[name]).decode()}"'
-        f' alt="{_text(alts[name])}"><figcaption>{captions[name]}</figcaption></figure>\n'
-        for name in captions
-    )
-    return f'<section>\n<h2>What happened</h2>\n<div class="figures">\n{figures}{_reading()}</div>\n</section>\n'
-
-
-def _reading() -> str:
-    return """<div class="reading">
-<h3>Why accuracy falls even where nothing is forgotten</h3>
-<p>After each task, more classes compete for every image. A picture that was recognised among 10 classes can
-be taken for one of 40 although no weight has moved. Part of the drop of an old task is therefore the harder
-question, not a worse network.</p>
-<p><strong>Forgetting, task given</strong> keeps the question the same: the choice stays limited to the task’s
-own classes. What is left is the drift of the network. The difference between the two kinds of forgetting is
-confusion between tasks.</p>
-</div>
-"""
-
-
-def _table(label: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table inside a box that scrolls by itself; cells are HTML, the first of each row is its heading."""
-    columns = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">\n<table>\n'
-        f"<thead><tr>{columns}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
-    )
-
-
-def _comparison_table(metrics: Metrics, about: About, comparisons: Comparisons) -> str:
-    header = ["Method"] + [
-        f"{DEFINITIONS[key].title}&nbsp;{'↑' if DEFINITIONS[key].higher_is_better else '↓'}" for key in _COMPARED
-    ]
-    rows = [
-        [_text(name, 60), *(DEFINITIONS[key].format(other.summary[key]) for key in _COMPARED)]
-        for name, other in [(about.method, metrics), *comparisons]
-    ]
-    return (
-        "<section>\n<h2>Beside other methods</h2>\n<p>The same stream and the same test images. ↑ higher is"
-        f" better, ↓ lower is better.</p>\n{_table('Comparison of methods', header, rows)}</section>\n"
-    )
-
-
-def _task_table(metrics: Metrics) -> str:
-    header = ["Task", "Classes", "Images", "Just learned", "Now", "Forgotten"]
-    header += ["Just learned, task given", "Now, task given", "Forgotten, task given"]
-    rows = [_task_row(i, task) for i, task in enumerate(metrics.per_task)]
-    return (
-        "<section>\n<h2>Tasks</h2>\n<p>Accuracy in percent, in brackets its interval of 95 %; forgotten in points since"
-        " the task had just been learned. <em>Task given</em>: the choice limited to the task’s own classes.</p>\n"
-        f"{_table('Tasks', header, rows)}</section>\n"
-    )
-
-
-def _task_row(i: int, task: TaskResult) -> list[str]:
-    values = (
-        task.learned,
-        task.now,
-        task.forgetting_since_learned,
-        task.learned_task_given,
-        task.now_task_given,
-        task.forgetting_task_given,
-    )
-    numbers = ["–" if value is None else f"{round(100 * value, 1) + 0.0:.1f}" for value in values]
-    if task.now_interval:
-        numbers[1] += f" ({span(task.now_interval)})"
-    return [f"{i + 1}. {_text(task.name, 60)}", f"{task.classes:,}", f"{task.n:,}", *numbers]
-
-
-def _class_names(metrics: Metrics) -> str:
-    items = "".join(
-        f"<dt>{_text(task.name)}</dt><dd>{', '.join(map(_text, task.classes))}</dd>\n" for task in metrics.tasks
-    )
-    return (
-        "<section>\n<details>\n<summary>Names of the classes</summary>\n"
-        f'<dl class="names">\n{items}</dl>\n</details>\n</section>\n'
-    )
-
-
-def _definitions(metrics: Metrics) -> str:
-    shared = (
-        "<p>In this stream some classes appear in several tasks, so the task of an image is ambiguous and"
-        " <em>task identity</em> is left out.</p>\n"
-        if metrics.shares_classes
-        else ""
-    )
-    items = "".join(
-        f"<div><dt>{d.title}</dt><dd class='value'>{d.format(metrics.summary[key])}</dd>"
-        f"<dd class='formula'>{_formula(d.formula)}</dd><dd>{d.meaning}</dd></div>\n"
-        for key, d in DEFINITIONS.items()
-    )
-    notation = _formula(
-        "T: number of tasks. a_{k,i}: accuracy on the test images of task i with the model as it was after"
-        " task k, all classes known by then competing. b_{k,i}: the same with the choice limited to the"
-        " classes of task i. Tasks without test images are left out of every mean."
-    )
-    return (
-        f"<section>\n<h2>Definitions</h2>\n<p>{notation}</p>\n{shared}"
-        f'<dl class="definitions">\n{items}</dl>\n</section>\n'
-    )
-
-
-def _formula(text: str) -> str:
-    return re.sub(r"_\{([^}]*)\}", r"<sub>\1</sub>", escape(text))
+def _formula(text: str) -> Markup:
+    return Markup(re.sub(r"_\{([^}]*)\}", r"<sub>\1</sub>", str(escape(text))))

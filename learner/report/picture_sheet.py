@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from duallora_edge.learner.report.plots import INK, MUTED, printable
+from duallora_edge.learner.report.plots import printable
 
+INK, MUTED = "#1f2933", "#52606d"
 SIDE = 72  # pixels of a thumbnail
 EACH = 4  # images of a class at most
 MOST = 400  # thumbnails at most

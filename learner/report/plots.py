@@ -1,32 +1,34 @@
-"""The plots of a report as PNG files.
+"""The plots of a report as SVG. Their colours are classes of report.css, which follows the dark mode of the reader.
 
-Drawn small with large type: the figures are less than 4 inches wide, so they stay readable at 400 pixels.
-Colours are those of Okabe and Ito (2008), which colour-blind people can tell apart; markers differ too.
+Text is as large as the plot allows at 400 pixels. Lines differ in their markers too.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+import numpy.typing as npt
+from markupsafe import Markup
 
 from duallora_edge.learner.report.metrics import BINS, Cell, Metrics
 
-DPI = 240
-FIGSIZE = (3.8, 3.6)  # inches
-BLUE, SKY, ORANGE = "#0072B2", "#56B4E9", "#D55E00"
-INK, MUTED, GREY, GRID = "#1f2933", "#52606d", "#9aa5b1", "#d9dee3"
-OTHERS = [(ORANGE, "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), (SKY, "P")]
-MOST_NUMBERS = 10  # tasks up to which numbers fit into the cells, and names beside them
-MOST_NAMES = 12
+WIDTH, HEIGHT = 440, 330  # of a plot with axes, in its own units
+MOST_CELLS = 60  # rows and columns of the accuracy matrix
+MOST_NUMBERS = 25  # rows and columns of a matrix up to which numbers fit into its cells, and names beside it
+# Shapes around the point where a path is.
+MARKERS = (
+    "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "m-3.5-3.5h7v7h-7z",
+    "m0-4.5l4.5 8h-9z",
+    "m0-5l5 5-5 5-5-5z",
+    "m0 4.5l4.5-8h-9z",
+    "m-1.5-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
+)
+_LEFT, _TOP, _RIGHT, _BOTTOM = 48, 12, WIDTH - 22, HEIGHT - 44
+
+Point = tuple[float, float]
 
 
 def printable(name: str, limit: int | None = None) -> str:
@@ -38,135 +40,187 @@ def printable(name: str, limit: int | None = None) -> str:
     return f"{line[: limit - 1 - tail]}…{line[-tail:]}"
 
 
-def matrix_png(metrics: Metrics) -> bytes:
-    """Heat map of the accuracy matrix: one row for the state after each task, one column for each task."""
-    size = len(metrics.tasks)
-    figure = Figure(figsize=FIGSIZE, layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(metrics.accuracy_matrix, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    if size <= MOST_NUMBERS:
-        _write_numbers(axes, metrics)
-    if size <= MOST_NAMES:
-        names = [printable(task.name, 15) for task in metrics.tasks]
-        axes.set_xticks(range(size), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
-        axes.set_yticks(range(size), names, parse_math=False)
-    else:
-        ticks = range(math.ceil(size / 10) - 1, size, math.ceil(size / 10))
-        axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
-        axes.set_yticks(ticks, [str(tick + 1) for tick in ticks])
-    axes.set_xlabel("accuracy on task", fontsize=9, color=MUTED)
-    axes.set_ylabel("after task", fontsize=9, color=MUTED)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, format=PercentFormatter(1, decimals=0))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
-    style_axes(axes, "Accuracy matrix")
-    axes.spines[:].set_visible(False)
-    return to_png(figure)
-
-
-def _write_numbers(axes: Axes, metrics: Metrics) -> None:
-    size = len(metrics.tasks)
-    for k, row in enumerate(metrics.rows):
-        for i, cell in enumerate(row):
-            if cell.accuracy is None:
-                axes.text(i, k, "–", ha="center", va="center", fontsize=9, color=MUTED)
-                continue
-            text = f"{100 * cell.accuracy:.{1 if size <= 5 else 0}f}"
-            color = "white" if cell.accuracy > 0.65 else INK
-            axes.text(i, k, text, ha="center", va="center", fontsize=9 if size <= 7 else 8, color=color)
-
-
-def accuracy_png(metrics: Metrics, name: str, comparisons: Sequence[tuple[str, Metrics]] = ()) -> bytes:
+def accuracy_svg(metrics: Metrics, comparisons: Sequence[tuple[str, Metrics]] = ()) -> Markup:
     """Accuracy over all classes so far after each task, for the run and what it is compared with.
 
-    Thin grey lines follow the single tasks of the run. ``name`` labels the run in the legend.
+    Thin lines follow the single tasks of the run, of many tasks some.
     """
-    figure = Figure(figsize=FIGSIZE, layout="constrained")
-    axes = figure.add_subplot()
-    lines = [_line(axes, metrics, name, BLUE, "o", "-")]
-    lines[0].set_zorder(4)
-    for index, (other, found) in enumerate(comparisons):
-        color, marker = OTHERS[index % len(OTHERS)]
-        lines.append(_line(axes, found, other, color, marker, "-" if index < len(OTHERS) else "--"))
-    if len(metrics.tasks) > 1:
-        lines.append(_single_tasks(axes, metrics, name))
-    columns = 2 if max(len(str(line.get_label())) for line in lines) <= 22 else 1
-    legend = figure.legend(
-        handles=lines, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, labelcolor=INK
+    longest = max(len(m.tasks) for m in (metrics, *(other for _, other in comparisons)))
+
+    def points(values: Iterable[float | None], first: int = 0) -> list[Point]:
+        """Accuracies from the state after task ``first`` on."""
+        return [
+            (x(k), math.nan if value is None else _BOTTOM - (_BOTTOM - _TOP) * value)
+            for k, value in enumerate(values, first)
+        ]
+
+    def x(k: int) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * (k + 0.5) / longest
+
+    ticks = range(0, longest, _step(longest, 12))
+    parts = [_axes(), *(_text(x(i), _BOTTOM + 18, f"{i + 1}") for i in ticks)]
+    parts.append(_text((_LEFT + _RIGHT) / 2, HEIGHT - 8, "tasks learned", "label"))
+    matrix = metrics.accuracy_matrix
+    followed = range(0, len(matrix), _step(len(matrix), MOST_CELLS))
+    parts += [Markup('<path class="single" d="{0}"/>').format(_path(points(matrix[i:, i], i))) for i in followed]
+    for index, (_, other) in reversed(list(enumerate([("", metrics), *comparisons]))):
+        found = points(other.incremental_accuracy)
+        parts.append(_series(found, found if len(found) <= MOST_CELLS else (), index))
+    return _svg(WIDTH, HEIGHT, parts, "Accuracy over all classes after each task")
+
+
+def swatch_svg(index: int) -> Markup:
+    """A piece of a line of `accuracy_svg` for its legend: 0 is the run, the others are what it is compared with."""
+    return Markup('<svg class="swatch" width="28" height="12" aria-hidden="true">{0}</svg>').format(
+        _series([(0, 6), (14, 6), (28, 6)], [(14, 6)], index)
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    longest = max([len(metrics.tasks), *(len(found.tasks) for _, found in comparisons)])
-    axes.set_xlim(0.7, longest + 0.3)
-    axes.set_ylim(0, 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("tasks learned", fontsize=9, color=MUTED)
-    axes.grid(axis="y", color=GRID, lw=0.6)
-    style_axes(axes, "Accuracy over all classes so far")
-    return to_png(figure)
 
 
-def _line(axes: Axes, metrics: Metrics, name: str, color: str, marker: str, dashes: str) -> Line2D:
-    values = np.array([np.nan if a is None else a for a in metrics.incremental_accuracy])
-    label = printable(name, 40).lstrip("_") or "–"  # matplotlib hides labels with a leading underscore
-    size = 5 if len(values) <= 20 else 3
-    steps = range(1, len(values) + 1)
-    return axes.plot(steps, values, color=color, marker=marker, ms=size, lw=2, ls=dashes, label=label)[0]
+def _series(points: Sequence[Point], marked: Sequence[Point], index: int) -> Markup:
+    """A line in the colour and with the markers that belong to its number."""
+    style = index and 1 + (index - 1) % (len(MARKERS) - 1)
+    dots = "".join(f"M{x:.1f} {y:.1f}{MARKERS[style]}" for x, y in marked if not math.isnan(y))
+    return Markup('<g class="line{0}{1}"><path class="stroke" d="{2}"/><path d="{3}"/></g>').format(
+        style, " again" if index >= len(MARKERS) else "", _path(points), dots
+    )
 
 
-def _single_tasks(axes: Axes, metrics: Metrics, name: str) -> Line2D:
-    size = len(metrics.tasks)
-    width, marker = (0.8, ".") if size <= MOST_NAMES else (0.35, "")
-    for i, column in enumerate(metrics.accuracy_matrix.T):
-        axes.plot(range(i + 1, size + 1), column[i:], color=GREY, lw=width, marker=marker, ms=3, zorder=1)
-    return Line2D([], [], color=GREY, lw=width, marker=marker, ms=3, label=f"each task of {printable(name, 32)}")
+def _path(points: Sequence[Point]) -> str:
+    """A line through points, with gaps where one is NaN."""
+    pen, parts = "M", []
+    for x, y in points:
+        if math.isnan(y):
+            pen = "M"
+            continue
+        parts.append(f"{pen}{x:.1f} {y:.1f}")
+        pen = "L"
+    return "".join(parts)
 
 
-def reliability_png(cell: Cell) -> bytes:
+def reliability_svg(cell: Cell) -> Markup:
     """Reliability diagram of ``cell``: share of right answers, and number of images, by confidence."""
-    figure = Figure(figsize=FIGSIZE, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    edges = np.linspace(0, 1, BINS + 1)
-    counts = np.array(cell.bin_count)
-    filled = counts > 0
-    centres, width = (edges[:-1] + edges[1:])[filled] / 2, 0.92 / BINS
-    accuracy = np.array(cell.bin_correct)[filled] / counts[filled]
-    upper.plot([0, 1], [0, 1], color=INK, lw=1, ls="--", zorder=3)
-    upper.bar(centres, accuracy, width, color=SKY)
-    confidence = np.array(cell.bin_confidence)[filled] / counts[filled]
-    upper.plot(confidence, accuracy, ls="", marker="o", ms=4, mfc=ORANGE, mec="white", mew=0.6, zorder=4)
-    lower.bar(centres, counts[filled], width, color=GREY)
-    lower.set_ylim(0, 1.05 * max(1, counts.max()))
-    upper.set_ylim(0, 1.02)
-    upper.set_ylabel("right answers", fontsize=9, color=MUTED)
-    upper.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    lower.set_xlim(0, 1)
-    lower.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    lower.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-    lower.set_xlabel("confidence", fontsize=9, color=MUTED)
-    lower.set_ylabel("images", fontsize=9, color=MUTED)
-    error = cell.calibration_error
-    style_axes(upper, "Reliability, no test images" if error is None else f"Reliability, ECE = {100 * error:.1f} %")
-    style_axes(lower, "")
-    return to_png(figure)
+    parts, most, foot = [], max(1, *cell.bin_count), 50
+    bottom = _BOTTOM - foot - 14
+    parts.append(_axes(bottom))
+    width, height = (_RIGHT - _LEFT) / BINS, bottom - _TOP
+    for m, (count, right, confidence) in enumerate(
+        zip(cell.bin_count, cell.bin_correct, cell.bin_confidence, strict=True)
+    ):
+        if count:
+            x, tall, few = _LEFT + m * width, height * right / count, foot * count / most
+            parts.append(_rect(x + 1, bottom - tall, width - 2, tall, "bar"))
+            parts.append(_rect(x + 1, _BOTTOM - few, width - 2, few, "count"))
+            dot = f"M{_LEFT + (_RIGHT - _LEFT) * confidence / count:.1f} {bottom - tall:.1f}{MARKERS[0]}"
+            parts.append(Markup('<path class="dot" d="{0}"/>').format(dot))
+    parts.append(Markup('<path class="ideal" d="M{0} {1}L{2} {3}"/>').format(_LEFT, bottom, _RIGHT, _TOP))
+    shares = range(0, 101, 20)
+    parts += [_text(_LEFT + (_RIGHT - _LEFT) * share / 100, _BOTTOM + 18, f"{share} %") for share in shares]
+    parts.append(_text(_LEFT - 6, _BOTTOM - foot + 10, f"{most:,}", "end"))
+    parts.append(_text((_LEFT + _RIGHT) / 2, HEIGHT - 8, "confidence; below, number of images", "label"))
+    return _svg(WIDTH, HEIGHT, parts, "Share of right answers by confidence")
 
 
-def style_axes(axes: Axes, title: str) -> None:
-    """The look that all plots share."""
-    axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRID)
-    axes.set_axisbelow(True)
+def matrix_svg(metrics: Metrics) -> Markup:
+    """Heat map of the accuracy matrix: one row for the state after each task, one column for each task.
+
+    Of more than `MOST_CELLS` tasks some are shown.
+    """
+    step = _step(len(metrics.tasks), MOST_CELLS)
+    shown = range(0, len(metrics.tasks), step)
+    shares = metrics.accuracy_matrix[::step, ::step]
+    levels = np.where(np.isnan(shares), 0, 1 + np.floor(np.nan_to_num(shares) * 9.99)).astype(np.int64)
+    names = [(i + 1, metrics.tasks[i].name) for i in shown]
+    return _matrix(names, levels, "acc", shares, "Accuracy on each task (columns) after each task (rows)")
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    FigureCanvasAgg(figure)
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # names may be in a script that the font lacks; a box in the plot is enough, the page has the name
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(file, format="png", dpi=DPI, facecolor="white")
-    return file.getvalue()
+def confusion_svg(counts: npt.NDArray[np.int64], names: Sequence[str], groups: Sequence[int], label: str) -> Markup:
+    """Heat map of who is taken for whom, by shares of each row of ``counts`` [N, N].
+
+    ``names`` are those of the rows; a group of rows begins at each of ``groups``.
+    """
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
+    known = np.nan_to_num(shares)
+    wrong = np.where(known > 0, 1 + np.searchsorted(WRONG, known, side="right"), 0)
+    right = np.where(totals > 0, 11 + np.searchsorted(RIGHT, known, side="right"), 0)
+    levels = np.where(np.eye(len(counts), dtype=bool), right, wrong)
+    return _matrix(list(enumerate(names, 1)), levels, "conf", np.where(counts > 0, shares, np.nan), label, groups)
+
+
+WRONG, RIGHT = (0.05, 0.1, 0.2), (0.5, 0.75, 0.9)  # shares at which the colours of `confusion_svg` change
+
+
+def _matrix(
+    names: Sequence[tuple[int, str]],
+    levels: npt.NDArray[np.int64],
+    kind: str,
+    shares: npt.NDArray[np.float64],
+    label: str,
+    groups: Sequence[int] = (),
+) -> Markup:
+    """Cells of classes ``kind`` with the number of their level, no cell for level 0; lines begin groups of rows."""
+    size = len(names)
+    numbers = size <= MOST_NUMBERS
+    side, left, top = (min(max(34, 240 / size), 60), 150, 24) if numbers else (600 / size, 60, 24)
+    parts = []
+    for level in np.unique(levels[levels > 0]).tolist():
+        path = "".join(f"M{c} {r}h1v1h-1z" for r, c in np.argwhere(levels == level).tolist())
+        parts.append(Markup('<path class="{0}{1}{2}" d="{3}"/>').format(kind, level, " apart" if numbers else "", path))
+    borders = "".join(f"M0 {g}h{size}M{g} 0v{size}" for g in groups)
+    parts.append(Markup('<path class="border" d="{0}"/>').format(borders))
+    cells = Markup('<g transform="translate({0} {1}) scale({2:.4f})">{3}</g>').format(
+        left, top, side, Markup("").join(parts)
+    )
+    texts = []
+    if numbers:
+        for row, (number, name) in enumerate(names):
+            middle = top + side * (row + 0.5) + 4
+            texts.append(_text(left - 8, middle, f"{printable(name, 16)} {number}", "end"))
+            texts.append(_text(left + side * (row + 0.5), top - 8, f"{number}"))
+            for column in range(size):
+                if not math.isnan(shares[row, column]):
+                    strong = " strong" if levels[row, column] in _STRONG[kind] else ""
+                    value = f"{100 * shares[row, column]:.0f}"
+                    texts.append(_text(left + side * (column + 0.5), middle, value, f"value{strong}"))
+    else:
+        for row in range(0, size, _step(size, 10)):
+            at = side * (row + 0.5)
+            texts.append(_text(left - 8, top + at + 7, f"{names[row][0]}", "end large"))
+            texts.append(_text(left + at, top - 8, f"{names[row][0]}", "large"))
+    width, height = left + side * size + 8, top + side * size + 8
+    return _svg(width, height, [cells, *texts], label, fixed=numbers)
+
+
+_STRONG = {"acc": range(8, 11), "conf": (3, 4, 13, 14)}  # levels on which text has the colour of the paper
+
+
+def _step(count: int, most: int) -> int:
+    """Of ``count`` things every how many are shown, so that they are at most ``most``."""
+    return math.ceil(count / most)
+
+
+def _svg(width: float, height: float, parts: Iterable[Markup], label: str, *, fixed: bool = False) -> Markup:
+    size = Markup(' width="{0:.0f}" height="{1:.0f}"').format(width, height) if fixed else ""
+    return Markup('<svg viewBox="0 0 {0:.0f} {1:.0f}"{2} role="img" aria-label="{3}">{4}</svg>').format(
+        width, height, size, label, Markup("").join(parts)
+    )
+
+
+def _text(x: float, y: float, text: str, kind: str = "tick") -> Markup:
+    return Markup('<text x="{0:.1f}" y="{1:.1f}" class="{2}">{3}</text>').format(x, y, kind, text)
+
+
+def _rect(x: float, y: float, width: float, height: float, kind: str) -> Markup:
+    return Markup('<rect x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}" class="{4}"/>').format(
+        x, y, width, height, kind
+    )
+
+
+def _axes(bottom: float = _BOTTOM) -> Markup:
+    """The scale of accuracies, from 0 at ``bottom`` to 1 at the top."""
+    parts = []
+    for share in range(0, 101, 20):
+        y = bottom - (bottom - _TOP) * share / 100
+        parts.append(Markup('<path class="grid" d="M{0} {1:.1f}H{2}"/>').format(_LEFT, y, _RIGHT))
+        parts.append(_text(_LEFT - 6, y + 4, f"{share} %", "end"))
+    return Markup("").join(parts)

@@ -27,8 +27,6 @@ from duallora_edge.runtime.graph_weights import WEIGHTS
 from duallora_edge.runtime.preprocess import read_image
 from duallora_edge.runtime.tensor_file import TensorFile
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 SETTINGS = {"size": 32, "rank_orthogonal": 2, "rank_residual": 2, "summaries": 1, "epochs": 1, "min_steps": 4}
 
 

@@ -15,8 +15,6 @@ from duallora_edge.runtime import Bundle, Classifier
 from duallora_edge.runtime.bundle import MANIFEST, MODEL, MODEL_FP16
 from duallora_edge.runtime.preprocess import read_image
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 Call = Callable[..., tuple[int, str, str]]
 TRAIN = ("--size", 32, "--rank-orthogonal", 2, "--rank-residual", 2, "--summaries", 1, "--epochs", 1)
 TRAIN = (*TRAIN, "--min-steps", 4, "--device", "cpu")

@@ -229,7 +229,6 @@ def test_options_of_bundles_are_refused(call: Call, tmp_path: Path, arguments: t
     assert code == 2 and "--task is for --format peft" in err
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_the_readme_loads_what_the_command_wrote(peft: Any, call: Call, image_stream: Path, tmp_path: Path) -> None:
     """The embedded backbone at another size than its own, with its base adaptation."""
     settings: dict[str, Any] = {"size": 32, "summaries": 1, "epochs": 1, "min_steps": 4, "device": "cpu"}

@@ -30,7 +30,7 @@ from duallora_edge.learner.run_directory import BASE, FileCheckpoint, RunDirecto
 from duallora_edge.runtime.preprocess import Preprocessing
 from duallora_edge.runtime.sources import open_source
 
-pytestmark = pytest.mark.usefixtures("no_plots", "quick")
+pytestmark = pytest.mark.usefixtures("quick")
 
 Bytes = npt.NDArray[np.uint8]
 SIZE = 32  # the embedded backbone was trained at 64

@@ -20,8 +20,6 @@ from duallora_edge.learner import terminal
 from duallora_edge.learner.commands import folder_bytes
 from duallora_edge.learner.run_directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("--rank-orthogonal", 2, "--rank-residual", 2, "--epochs", 1, "--min-steps", 4, "--precision", "fp32")
 QUICK = (*QUICK, "--summaries", 1, "--device", "cpu")
@@ -111,11 +109,14 @@ def test_status_privacy_lists_every_file_of_the_tasks(call: Call, run: Path) -> 
     listed = {
         entry["file"]: entry["bytes"] for entry in json.loads(call("status", run, "--privacy", "--json")[1])["files"]
     }
-    for path in [*(run / "tasks").rglob("*.*"), run / "reports" / "data.png"]:
+    pictures = [run / "reports" / name for name in ("data.png", "answers.json", "report.html")]
+    for path in [*(run / "tasks").rglob("*.*"), *pictures]:
         if path.is_file():
             assert listed[str(path.relative_to(run))] == path.stat().st_size
     assert "No pixels are stored in the run but thumbnails in reports/data.png," in call("status", run, "--privacy")[1]
-    (run / "reports" / "data.png").unlink()
+    for path in pictures:
+        assert f"reports/{path.name}" in call("status", run, "--privacy")[1].split(", and features")[0]
+        path.unlink()
     assert "No pixels are stored in the run, and" in call("status", run, "--privacy")[1]
 
 
@@ -175,7 +176,8 @@ def test_status_tells_of_interrupted_training(call: Call, run: Path) -> None:
 
 def test_rollback_until_nothing_is_left(call: Call, run: Path) -> None:
     assert "Undid 02-lines; 1 task(s) left" in call("rollback", run)[1]
-    assert not (run / "reports" / "data.png").exists()  # it showed the images of the task
+    for name in ("data.png", "answers.json", "report.html"):
+        assert not (run / "reports" / name).exists()  # it showed images of the task
     assert "Undid 01-round; 0 task(s) left" in call("rollback", run)[1]
     assert "has no task to undo" in failure(call("rollback", run))
     assert call("status", run)[0] == 0

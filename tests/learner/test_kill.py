@@ -21,14 +21,12 @@ from duallora_edge.learner.run_directory import RunDirectory
 KILLS = 5
 PROGRAM = """
 from duallora_edge.cli import main
-from duallora_edge.learner.report import page
-page.accuracy_png = page.matrix_png = page.reliability_png = lambda *_: b""
 main(arguments)
 """
 
 
 def spawn(processes: ForkServerContext, *arguments: str) -> BaseProcess:
-    """The command line in a process of its own; its reports have no plots."""
+    """The command line in a process of its own."""
     process = processes.Process(target=exec, args=(PROGRAM, {"arguments": list(arguments)}))
     process.start()
     return process

@@ -16,8 +16,6 @@ from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.learner.run_directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 QUICK = {"device": "cpu", "precision": "fp32", "epochs": 1, "min_steps": 4, "batch_size": 16, "summaries": 1}
 
 

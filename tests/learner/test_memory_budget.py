@@ -17,8 +17,6 @@ from duallora_edge.learner.memory_budget import Cost, live_peak, make_plan, pars
 from duallora_edge.learner.network.backbone import Backbone
 from duallora_edge.learner.run_directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 MB = 1 << 20
 BASE = 100 * MB
 

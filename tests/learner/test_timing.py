@@ -13,8 +13,6 @@ import torch
 from duallora_edge.learner.run_directory import RunDirectory
 from duallora_edge.learner.timing import BEFORE, PHASES, Profile, phase, profiling, start_task, timed
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 CPU = torch.device("cpu")
 
 

@@ -174,7 +174,6 @@ def test_a_library_that_is_missing_is_said_before_anything_is_read(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_tracking_a_training_changes_no_bit(
     call: Callable[..., tuple[int, str, str]], tmp_path: Path, image_stream: Path
 ) -> None:

@@ -21,14 +21,14 @@ from duallora_edge.learner.config import TrainConfig
 from duallora_edge.learner.data.fingerprint import resembling
 from duallora_edge.learner.device import pick_device, pick_precision
 from duallora_edge.learner.evaluate import measure_run
+from duallora_edge.learner.measurements import stored_answers, stored_metrics
 from duallora_edge.learner.methods import METHODS
 from duallora_edge.learner.network.answers import Catalogue
 from duallora_edge.learner.network.backbone import load_backbone
+from duallora_edge.learner.report.answers import MOST
 from duallora_edge.learner.report.metrics import Metrics
-from duallora_edge.learner.run_directory import RunDirectory
+from duallora_edge.learner.run_directory import ANSWERS, PICTURES, REPORT, RunDirectory
 from duallora_edge.learner.train import describe_size, train_run
-
-pytestmark = pytest.mark.usefixtures("no_plots")
 
 QUICK = TrainConfig(
     device="cpu",
@@ -92,15 +92,40 @@ def test_a_stream_is_learned_and_reported(learned: tuple[Path, Notes]) -> None:
     path, notes = learned
     assert [record.info.name for record in RunDirectory.open(path).records()] == ["01-round", "02-lines"]
     assert notes.rows == [1, 2] and notes.stages == {"decode", "encode", "train"}
-    for name in ("report.html", "metrics.json", "rows.json", "data.png"):
+    for name in ("report.html", "metrics.json", "rows.json", "answers.json", "data.png"):
         assert (path / "reports" / name).stat().st_size > 0
     assert "  02-lines: cross 9, ring 9" in notes.lines
     assert not (path / "checkpoint").exists()
 
 
+def test_the_answers_are_those_of_the_newest_state_beside_the_one_before(run: Path, image_stream: Path) -> None:
+    opened = RunDirectory.open(run)
+    answers, row = stored_answers(opened, opened.digest()), stored_metrics(opened).rows[-1]
+    assert answers is not None and answers.fits(stored_metrics(opened)) and len(row) == 2
+    assert stored_answers(opened, opened.digest(opened.active_tasks()[:1])) is None
+    assert answers.right_before is not None and {task for task, _ in answers.right_before} == {0}
+    assert len(answers.mistakes) == min(MOST, sum(cell.n - cell.correct for cell in row))
+    measure_run(opened, None, "cpu", None, Notes())
+    assert stored_answers(opened, opened.digest()) == answers
+    (run / ANSWERS).write_text('{"state": ')
+    train(run, image_stream)  # nothing is measured, and the page does without
+    assert "The answers of this state are not at hand" in (run / REPORT).read_text("utf-8")
+
+
+def test_a_run_without_pictures(tmp_path: Path, image_stream: Path) -> None:
+    train(tmp_path / "run", image_stream, pictures=False)
+    run = RunDirectory.open(tmp_path / "run")
+    measure_run(run, None, "cpu", None, Notes())
+    answers = stored_answers(run, run.digest())
+    assert answers is not None and answers.counts and not answers.mistakes and not answers.novel
+    assert not (run.path / PICTURES).exists() and "<img" not in (run.path / REPORT).read_text("utf-8")
+
+
 def test_the_same_call_again_learns_nothing(run: Path, image_stream: Path) -> None:
     before = RunDirectory.open(run).digest()
+    report = (run / REPORT).read_bytes()
     notes = train(run, image_stream)
+    assert (run / REPORT).read_bytes() == report
     for name in ("01-round", "02-lines"):
         assert f"Task {name} is already learned from these images" in notes.lines
     assert notes.rows == [] and RunDirectory.open(run).digest() == before
