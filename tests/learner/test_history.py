@@ -18,7 +18,6 @@ from duallora_edge.learner.callbacks import Point
 from duallora_edge.learner.history import HISTORY, History
 from duallora_edge.learner.run_directory import RunDirectory
 
-
 QUICK = {"device": "cpu", "precision": "fp32", "epochs": 1, "min_steps": 10, "batch_size": 16, "summaries": 1}
 QUICK = {**QUICK, "checkpoint_steps": 4, "rank_orthogonal": 2, "rank_residual": 2}
 POINT = Point("a", 1, 4, 0.5, 1e-3, 100.0, None)
