@@ -79,17 +79,28 @@ def demo(folder: Path, seed: int, field: bool) -> None:
     echo(f"Bundle: {folder / 'bundle'}  report: {page}")
 
 
-def write_digits(folder: Path) -> None:
-    """Write scikit-learn's digits as PNG files, as a stream of five tasks; every fourth image is for testing."""
+def write_digits(folder: str | Path, *, classes: int = 10, images: int | None = None) -> None:
+    """Write scikit-learn's digits as PNG files, as a stream of tasks of two classes; every fourth image is for testing.
+
+    Args:
+        folder: Where the tasks go, as ``digits-0-1/train/0/0010.png``.
+        classes: How many digits, from 0 on.
+        images: How many images of each digit at most; None: all of them, some 180.
+    """
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
+    written = [0] * 10
     for index, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+        if digit >= classes or written[digit] == images:
+            continue
+        written[digit] += 1
         first = digit // CLASSES_PER_TASK * CLASSES_PER_TASK
         split = "test" if index % 4 == 0 else "train"
-        target = folder / f"digits-{first}-{first + CLASSES_PER_TASK - 1}" / split / str(digit) / f"{index:04d}.png"
+        task = Path(folder) / f"digits-{first}-{first + CLASSES_PER_TASK - 1}"
+        target = task / split / str(digit) / f"{index:04d}.png"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
