@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -127,7 +128,8 @@ def serve(port: int, frames: Path, minutes: float, ends: threading.Event) -> Non
 @click.option("--threads", default=2, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(bundle: Path, images: Path, minutes: float, batch: int, threads: int, json_path: Path | None) -> None:
-    ends, memory, waits = threading.Event(), list[tuple[float, int]](), dict[str, list[float]]()
+    ends, memory = threading.Event(), list[tuple[float, int]]()
+    waits: dict[str, array[float]] = {}
     last, order = dict.fromkeys(CAMERAS, -1), 0
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -156,7 +158,7 @@ def main(bundle: Path, images: Path, minutes: float, batch: int, threads: int, j
             now = time.monotonic()
             order += answer.frame.sequence <= last[answer.camera]
             last[answer.camera] = answer.frame.sequence
-            waits.setdefault(answer.camera, []).append(answer.age_ms)
+            waits.setdefault(answer.camera, array("f")).append(answer.age_ms)
             if now - sampled >= SAMPLE_S:
                 sampled = now
                 memory.append((now - begin, read_pss().bytes or 0))

@@ -23,6 +23,13 @@ from duallora_edge.learner.run_directory import ANSWERS, BASE, PICTURES, REPORT,
 from duallora_edge.learner.trackers import TRACKERS
 from duallora_edge.text import escaped
 
+# Below this accuracy a larger backbone is worth naming (benchmarks/RESULTS.md, "Few images").
+GOOD = 0.95
+LARGER_BACKBONE = (
+    "The embedded backbone is small: on ten photos a class a ViT-Ti was right for 13 to 20 of 100 images more "
+    "(--backbone vit_tiny_patch16_224 --weights FILE, in a new run)."
+)
+
 if TYPE_CHECKING:
     from duallora_edge.learner.callbacks import Callback
     from duallora_edge.learner.report.metrics import Metrics
@@ -113,6 +120,8 @@ def train(
         if distributed.is_main():
             if evaluate or as_json:
                 show_metrics(metrics, as_json)
+                if learner.config.backbone == "embedded" and (metrics.summary["last_accuracy"] or 1) < GOOD:
+                    echo(LARGER_BACKBONE, err=as_json)
             else:
                 echo(f"Not measured; 'duallora-edge evaluate {run_path}' does it.")
             echo(f"Run: {run_path}  report: {run_path / 'reports' / 'report.html'}", err=as_json)

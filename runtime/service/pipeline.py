@@ -19,12 +19,16 @@ from duallora_edge.runtime.bundle import FloatArray
 from duallora_edge.runtime.classifier import Classifier, Prepared
 from duallora_edge.runtime.closing import Closing
 from duallora_edge.runtime.prediction import Prediction
+from duallora_edge.runtime.process_memory import give_back_memory
 from duallora_edge.runtime.sources.frame import Frame
 from duallora_edge.runtime.sources.source import EndOfStream, Source
 
 # After this many failures of the device in a row, no more frames are tried.
 MAX_FAILURES = 10
 _POLL_S = 0.2
+# Frames are made in one thread and let go in another, which the C library's pools are not made for: four cameras held
+# 35 MB that nobody used (benchmarks/RUNTIME.md, "Several cameras").
+GIVE_BACK_S = 30.0
 
 Smoothing = Callable[[Prediction, float], Prediction]
 
@@ -215,11 +219,14 @@ class Pipeline(Closing):
             SourceError: A source broke.
             BackendError: The device failed `MAX_FAILURES` times in a row.
         """
-        failures = 0
+        failures, given_back = 0, time.monotonic()
         while not self._stop.is_set():
             taken = self._take()
             if taken is None:
                 return
+            if time.monotonic() - given_back > GIVE_BACK_S:
+                give_back_memory(collect=False)
+                given_back = time.monotonic()
             if not taken:
                 continue
             try:

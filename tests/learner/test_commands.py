@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from duallora_edge.learner import adapt as base_adaptation
-from duallora_edge.learner import terminal
+from duallora_edge.learner import commands, terminal
 from duallora_edge.learner.commands import folder_bytes
 from duallora_edge.learner.run_directory import RunDirectory
 
@@ -49,6 +49,15 @@ def failure(result: tuple[int, str, str]) -> str:
     message = err.strip().splitlines()[-1]
     assert message.startswith("Error: ") and message.endswith(".")
     return message
+
+
+@pytest.mark.parametrize(("good", "named"), [(0.0, False), (1.01, True)])
+def test_a_larger_backbone_is_named_where_the_embedded_one_errs(
+    call: Call, tmp_path: Path, image_stream: Path, monkeypatch: pytest.MonkeyPatch, good: float, named: bool
+) -> None:
+    monkeypatch.setattr(commands, "GOOD", good)
+    _, out, _ = call("train", "--data", image_stream / "01-round", "--run", tmp_path / "run", *QUICK)
+    assert (commands.LARGER_BACKBONE in out.splitlines()) == named
 
 
 def test_train_says_what_it_found_and_where_the_run_is(call: Call, tmp_path: Path, image_stream: Path) -> None:
