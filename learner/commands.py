@@ -110,8 +110,9 @@ def train(
             terminal = TerminalCallback()
             callbacks = [terminal, *(TRACKERS[name](run_path, terminal.say) for name in dict.fromkeys(trackers))]
         learner = Learner(run_path, config=config_path, callbacks=callbacks, **flags)
+        config = learner.config  # all processes read it together
         if profiled and distributed.is_main():
-            with profiling(pick_device(learner.config.device)) as profile:
+            with profiling(pick_device(config.device)) as profile:
                 metrics = learner.learn(again=again, evaluate=evaluate)
             write_json(run_path / "reports" / "profile.json", profile.to_json())
             echo(profile.table(), err=True)
@@ -120,7 +121,7 @@ def train(
         if distributed.is_main():
             if evaluate or as_json:
                 show_metrics(metrics, as_json)
-                if learner.config.backbone == "embedded" and (metrics.summary["last_accuracy"] or 1) < GOOD:
+                if config.backbone == "embedded" and (metrics.summary["last_accuracy"] or 1) < GOOD:
                     echo(LARGER_BACKBONE, err=as_json)
             else:
                 echo(f"Not measured; 'duallora-edge evaluate {run_path}' does it.")
