@@ -23,10 +23,10 @@ from duallora_edge.learner.run_directory import ANSWERS, BASE, PICTURES, REPORT,
 from duallora_edge.learner.trackers import TRACKERS
 from duallora_edge.text import escaped
 
-# Below this accuracy a larger backbone is worth naming (benchmarks/RESULTS.md, "Few images").
+# Below this accuracy a larger backbone is worth naming (benchmarks/RESULTS.md, "Few images: which backbone").
 GOOD = 0.95
 LARGER_BACKBONE = (
-    "The embedded backbone is small: on ten photos a class a ViT-Ti was right for 13 to 20 of 100 images more "
+    "The embedded backbone is small: on ten photos a class a ViT-Ti was right for 13 to 21 of 100 images more "
     "(--backbone vit_tiny_patch16_224 --weights FILE, in a new run)."
 )
 
