@@ -575,7 +575,10 @@ def test_one_capture_at_a_time(trt: Imitation, built: Bundle) -> None:
     trt.cuda.capture_s = 0.01
     batches = [frames(1 + index % 8, index) for index in range(64)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda job: assert_right(backends[job[0] % 2], trt.compute, job[1]), enumerate(batches)))
+        for _ in range(20):  # one round may be over within few captures
+            list(pool.map(lambda job: assert_right(backends[job[0] % 2], trt.compute, job[1]), enumerate(batches)))
+            if trt.cuda.captures > 4:
+                break
     assert trt.cuda.captures > 4 and trt.cuda.most_captures == 1
 
 
