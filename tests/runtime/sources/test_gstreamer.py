@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,12 +29,12 @@ STALLS = f"{LIVE} ! queue ! valve drop=true"
 
 
 def children(parent: int | None = None) -> list[int]:
-    """The processes that a process has started; not the fork server of other tests."""
+    """The processes that a process has started; not the fork server and the browser of other tests."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            if b"multiprocessing" in (entry / "cmdline").read_bytes():
+            if re.search(rb"multiprocessing|playwright", (entry / "cmdline").read_bytes()):
                 continue
         except OSError:
             continue
