@@ -23,16 +23,16 @@ from duallora_edge.learner.run_directory import ANSWERS, BASE, PICTURES, REPORT,
 from duallora_edge.learner.trackers import TRACKERS
 from duallora_edge.text import escaped
 
-# Below this accuracy a larger backbone is worth naming (benchmarks/RESULTS.md, "Few images: which backbone").
-GOOD = 0.95
-LARGER_BACKBONE = (
-    "The embedded backbone is small: on ten photos a class a ViT-Ti was right for 13 to 21 of 100 images more "
-    "(--backbone vit_tiny_patch16_224 --weights FILE, in a new run)."
-)
-
 if TYPE_CHECKING:
     from duallora_edge.learner.callbacks import Callback
     from duallora_edge.learner.report.metrics import Metrics
+
+# Below this accuracy a larger backbone is worth naming (benchmarks/RESULTS.md, "Few images: which backbone").
+GOOD = 0.95
+LARGER_BACKBONE = (
+    "The embedded backbone is small: from ten photos a class, a ViT-Ti got 13 to 21 of 100 images more right "
+    "(--backbone vit_tiny_patch16_224 --weights FILE, in a new run)."
+)
 
 
 def echo(text: str, *, err: bool = False) -> None:
@@ -121,7 +121,8 @@ def train(
         if distributed.is_main():
             if evaluate or as_json:
                 show_metrics(metrics, as_json)
-                if config.backbone == "embedded" and (metrics.summary["last_accuracy"] or 1) < GOOD:
+                accuracy = metrics.summary["last_accuracy"]
+                if config.backbone == "embedded" and accuracy is not None and accuracy < GOOD:
                     echo(LARGER_BACKBONE, err=as_json)
             else:
                 echo(f"Not measured; 'duallora-edge evaluate {run_path}' does it.")

@@ -48,7 +48,7 @@ class History(Callback):
 
 
 def keep_lines(run_path: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Keep these lines of the history of a run, and none that is broken; without lines there is no file.
+    """Drop the other lines of the history of a run, and broken ones; a history that is left empty is deleted.
 
     Raises `RunError` when it cannot be read.
     """

@@ -248,9 +248,8 @@ class Method(ABC):
             rest = (validation_features[~out], validation.labels[~out], classes)
             joined = (seen + ClassStatistics.of(*rest)).compressed(STORED_DIRECTIONS)
             joined_sums = ridge_sums + RidgeSums.of(*rest) if ridge_sums else None
-            evidence[out] = self._uncalibrated(known, infos, head, joined, joined_sums)[0].evidence(
-                validation_features[out]
-            )
+            fitted, _ = self._uncalibrated(known, infos, head, joined, joined_sums)
+            evidence[out] = fitted.evidence(validation_features[out])
         curve = CalibrationCurve.of(evidence, classifier.class_sums, truth[validation.labels])
         if len(validation) < ENOUGH:
             trained = any(len(block.orthogonal.q_down) + len(block.residual.q_down) for block in blocks)

@@ -58,7 +58,7 @@ class Answers:
 
     @classmethod
     def of_task(cls, predictions: Predictions, frames: Frames | None) -> Answers:
-        """The answers on the test images of one task; without ``frames`` there are no pictures."""
+        """The answers on the test images of one task, with pictures where ``frames`` are given."""
         answers, labels = predictions.probabilities.argmax(axis=1), predictions.labels
         counts = Counter((predictions.task, *pair) for pair in zip(labels.tolist(), answers.tolist(), strict=True))
         if frames is None:

@@ -46,7 +46,6 @@ _CARDS = {
     "task_accuracy": "found by the model itself",
     "calibration_error": "confidence against right answers",
 }
-_ONLY_OF_SEVERAL = ("average_incremental_accuracy", "task_accuracy")  # with one task they say nothing
 _COMPARED = (
     "last_accuracy",
     "last_accuracy_task_given",
@@ -167,7 +166,7 @@ def _of_change(metrics: Metrics, answers: Answers | None) -> dict[str, Any]:
 
 def _has_card(metrics: Metrics, key: str) -> bool:
     return key == "last_accuracy" or (
-        metrics.summary[key] is not None and (len(metrics.tasks) > 1 or key not in _ONLY_OF_SEVERAL)
+        metrics.summary[key] is not None and (len(metrics.tasks) > 1 or not DEFINITIONS[key].several_tasks)
     )
 
 

@@ -26,8 +26,8 @@ from duallora_edge.runtime.sources.source import EndOfStream, Source
 # After this many failures of the device in a row, no more frames are tried.
 MAX_FAILURES = 10
 _POLL_S = 0.2
-# Frames are made in one thread and let go in another, which the C library's pools are not made for: four cameras held
-# 35 MB that nobody used (benchmarks/RUNTIME.md, "Several cameras").
+# Frames are made in one thread and let go in another, which the C library's pools are not made for: with four cameras
+# they came to hold some 30 MB that nobody used (benchmarks/RUNTIME.md, "Several cameras").
 GIVE_BACK_S = 30.0
 
 Smoothing = Callable[[Prediction, float], Prediction]
@@ -221,12 +221,12 @@ class Pipeline(Closing):
         """
         failures, given_back = 0, time.monotonic()
         while not self._stop.is_set():
-            taken = self._take()
-            if taken is None:
-                return
             if time.monotonic() - given_back > GIVE_BACK_S:
                 give_back_memory(collect=False)
                 given_back = time.monotonic()
+            taken = self._take()
+            if taken is None:
+                return
             if not taken:
                 continue
             try:

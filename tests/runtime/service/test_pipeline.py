@@ -16,6 +16,7 @@ from duallora_edge.errors import BackendError, SourceError
 from duallora_edge.runtime import Classifier, Prediction
 from duallora_edge.runtime.classifier import Prepared
 from duallora_edge.runtime.prediction import Timings
+from duallora_edge.runtime.service import pipeline as pipeline_module
 from duallora_edge.runtime.service.pipeline import MAX_FAILURES, ExponentialSmoothing, Pipeline, Region
 from duallora_edge.runtime.sources import Frame, open_source
 
@@ -53,6 +54,18 @@ def test_every_frame_of_a_file_in_order(classifier: Classifier, every: int, expe
     assert [answer.prediction.label for answer in answers] == [names[index] for index in expected]
     assert all(answer.age_ms >= 0 and answer.instant is answer.prediction for answer in answers)
     assert pipeline.cameras[0].dropped == 0
+
+
+@pytest.mark.parametrize(("pause", "times"), [(0.0, 41), (3600.0, 0)])
+def test_what_is_left_of_frames_is_given_back_now_and_then(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch, pause: float, times: int
+) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(pipeline_module, "GIVE_BACK_S", pause)
+    monkeypatch.setattr(pipeline_module, "give_back_memory", lambda collect: given_back.append(collect))
+    with Pipeline(open_source([picture("red")] * 40), classifier) as pipeline:
+        assert len(list(pipeline)) == 40
+    assert not any(given_back) and (len(given_back) >= times if times else not given_back)
 
 
 def test_a_slow_reader_of_a_camera_gets_the_newest(classifier: Classifier) -> None:
