@@ -107,7 +107,7 @@ def train(
     with distributed.process_group():
         callbacks: list[Callback] = []
         if distributed.is_main():
-            terminal = TerminalCallback()
+            terminal = TerminalCallback(summary_follows=True)
             callbacks = [terminal, *(TRACKERS[name](run_path, terminal.say) for name in dict.fromkeys(trackers))]
         learner = Learner(run_path, config=config_path, callbacks=callbacks, **flags)
         config = learner.config  # all processes read it together

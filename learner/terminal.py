@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -13,6 +14,9 @@ from duallora_edge.learner.report.definitions import DEFINITIONS, span
 from duallora_edge.learner.report.intervals import is_too_wide
 from duallora_edge.learner.report.metrics import Metrics
 from duallora_edge.text import escaped
+
+if TYPE_CHECKING:
+    from duallora_edge.learner.config import TrainConfig
 
 STAGES = {
     "decode": "reading images",
@@ -38,9 +42,12 @@ class FactsColumn(ProgressColumn):
 
 
 class TerminalCallback(Callback):
-    """Lines and progress on standard error: a line that is updated on a terminal, one every few seconds elsewhere."""
+    """Lines and progress on standard error: a line that is updated on a terminal, one every few seconds elsewhere.
 
-    def __init__(self) -> None:
+    ``summary_follows``: the last state is not told, since somebody else does.
+    """
+
+    def __init__(self, *, summary_follows: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False, emoji=False)
         self.line = Progress(
             TextColumn("  {task.description}"), TextColumn("{task.completed}/{task.total}"),
@@ -50,6 +57,11 @@ class TerminalCallback(Callback):
         self.last = time.monotonic()
         self.facts: list[str] = []
         self.validation: list[str] = []
+        self.summary_follows = summary_follows
+        self.last_task: str | None = None
+
+    def start(self, config: TrainConfig, tasks: tuple[str, ...]) -> None:
+        self.last_task = tasks[-1] if self.summary_follows else None
 
     def say(self, text: str) -> None:
         self._finish()
@@ -78,7 +90,7 @@ class TerminalCallback(Callback):
     def measured(self, metrics: Metrics) -> None:
         cell, tasks = metrics.last, len(metrics.tasks)
         interval = cell.interval("correct")
-        if interval is None:
+        if interval is None or metrics.tasks[-1].name == self.last_task:
             return
         state = f"  after {tasks} task{'s' if tasks > 1 else ''}: "
         if is_too_wide(interval):
