@@ -106,6 +106,7 @@ def _page(metrics: Metrics, about: About, comparisons: Comparisons, answers: Ans
         style=Markup(style),
         about=about,
         metrics=metrics,
+        several=several,
         comparisons=[(about.method, metrics), *comparisons],
         definitions=DEFINITIONS,
         cards=[(DEFINITIONS[key], *_number(metrics, key), _CARDS[key]) for key in _CARDS if _has_card(metrics, key)],
