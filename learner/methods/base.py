@@ -198,10 +198,10 @@ class Method(ABC):
 
         Validation images are used for calibration first and join the statistics afterwards. Where whole domains were
         held back, the confidence is that of images of learned domains, since it falls by itself with the distance
-        (`Classifier.evidence`), and the novelty is that of the domains held back. Where validation images are few,
-        training images calibrate as well, each by statistics of those that are not its neighbours. Adapters that were
-        trained on them make them look easier than new images are, so together they count as no more than
-        `LEARNED_COUNT_AS` validation images.
+        (`Classifier.evidence`), and the novelty is that of the domains held back. Where validation images are few, or
+        are of domains held back and no adapter was trained, training images calibrate as well, each by statistics of
+        those that are not its neighbours. Adapters that were trained on them make them look easier than new images are,
+        so together they count as no more than `LEARNED_COUNT_AS` validation images.
 
         Args:
             lesson: the task.
@@ -251,12 +251,14 @@ class Method(ABC):
             fitted, _ = self._uncalibrated(known, infos, head, joined, joined_sums)
             evidence[out] = fitted.evidence(validation_features[out])
         curve = CalibrationCurve.of(evidence, classifier.class_sums, truth[validation.labels])
-        if len(validation) < ENOUGH:
-            trained = any(len(block.orthogonal.q_down) + len(block.residual.q_down) for block in blocks)
+        trained = any(len(block.orthogonal.q_down) + len(block.residual.q_down) for block in blocks)
+        is_few, is_new_domain = len(validation) < ENOUGH, bool((fold >= 0).any())
+        if is_few or (is_new_domain and not trained):
             weight = min(1.0, LEARNED_COUNT_AS / max(train.images, 1)) if trained else 1.0
             for part, scores_left_out in self._left_out(lesson, infos, head, features, ridge_sums):
                 curve = curve + part.scaled(weight)
-                novelty.append(scores_left_out)
+                if is_few:
+                    novelty.append(scores_left_out)
         factor = overconfidence(scores, catalogue, statistics, lesson.number)
         if len(validation):
             seen = seen + ClassStatistics.of(validation_features, validation.labels, classes)

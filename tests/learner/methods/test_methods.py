@@ -101,7 +101,10 @@ def test_records_survive_their_tensors(
 def test_a_whole_domain_held_back_is_calibrated_by_those_learned(
     make_task: MakeTask, learn: Learn, monkeypatch: pytest.MonkeyPatch, classifier: str, held: int
 ) -> None:
-    """Each fold of the domain is measured as if the others had been learned; the novelty knows nothing of them."""
+    """Each fold is measured as if the others had been learned, of the domain and, where nothing was trained, of the rest.
+
+    The novelty knows nothing of them.
+    """
     monkeypatch.setattr(base, "ENOUGH", 0)
     monkeypatch.setattr(calibration, "FOLDS", 2)
     settings = {"method": "frozen", "classifier": classifier, "views": 0}
@@ -111,15 +114,26 @@ def test_a_whole_domain_held_back_is_calibrated_by_those_learned(
     expected = plain.curve
     if held > 2 * 0.1 * (40 + held):
         expected = CalibrationCurve.empty()
-        folds = np.arange(2 * held) % held * 2 // held
-        for number in range(2):
-            out = folds == number
-            learned = PixelSet.joined([given.train, given.validation.where(~out)])
-            (record,) = learn([replace(given, train=learned, validation=given.validation.where(out))], **settings)
-            expected = expected + record.curve
+        for images, others in ((given.validation, given.train), (given.train, given.train.where(np.zeros(80, bool)))):
+            folds = np.arange(len(images)) % (len(images) // 2) * 4 // len(images)
+            for number in range(2):
+                out = folds == number
+                learned = PixelSet.joined([others, images.where(~out)])
+                (record,) = learn([replace(given, train=learned, validation=images.where(out))], **settings)
+                expected = expected + record.curve
         assert not torch.allclose(expected.nll, plain.curve.nll, rtol=0.01)
     for name in ("nll", "confidence", "counts"):
         torch.testing.assert_close(getattr(found.curve, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "images"), [("frozen", 140), ("sequential", 60)])
+def test_images_that_were_trained_on_do_not_calibrate_beside_a_domain(
+    make_task: MakeTask, learn: Learn, monkeypatch: pytest.MonkeyPatch, method: str, images: int
+) -> None:
+    monkeypatch.setattr(base, "ENOUGH", 60)
+    task = replace(make_task("one", ["a", "b"], [0, 1], train=40, validation=30), validation_given=False)
+    (record,) = learn([task], method=method, **QUICK)
+    assert record.curve.counts[0] == images
 
 
 def test_training_needs_no_gradients_switched_on(tasks: list[PreparedTask], learn: Learn) -> None:
