@@ -118,7 +118,7 @@ essential, data, output = option_group("Essentials"), option_group("Data"), opti
 @click.command(cls=MethodsCommand)
 @essential(
     "--stream", required=True, metavar="SOURCE",
-    help="Images to learn from, as --data of 'train': a folder, a CSV manifest or torchvision:NAME.",
+    help="Images to learn from, as --data of 'train': a folder, a manifest, .tar, .parquet or torchvision:NAME.",
 )  # fmt: skip
 @essential(
     "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder for runs, table and picture."

@@ -27,7 +27,7 @@ class TrainConfig:
     """
 
     data: str = setting(
-        "", "Images to learn from: a folder, a CSV manifest or torchvision:NAME.",
+        "", "Images to learn from: a folder, a manifest, .tar, .parquet or torchvision:NAME.",
         "Essentials", unset="those of the last call", metavar="SOURCE", scope="source",
     )  # fmt: skip
     method: str = setting("dual_lora", "How tasks are learned.", "Essentials", choices=METHODS, metavar="NAME")

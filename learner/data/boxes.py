@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from duallora_edge.files import parse_json, read_limited
 from duallora_edge.learner.data.folders import checked_name, is_file, is_image_name
 from duallora_edge.learner.data.health import MIN_SIDE
 from duallora_edge.learner.data.images import ImageBox, ImageFile, ImageSet
-from duallora_edge.learner.data.split import SPLIT_NAMES, Found, FoundTask
+from duallora_edge.learner.data.split import SPLIT_NAMES, Found, FoundTask, split_of
 from duallora_edge.learner.yaml_files import read_yaml
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -131,12 +130,6 @@ def _crops(boxes: _Boxes, ignored: Counter[str]) -> Iterator[tuple[str, ImageBox
             yield label, crop
 
 
-def _split_of(name: str) -> str:
-    """The split that a name such as ``instances_train2017`` tells, else ``""``."""
-    words = re.findall(r"[a-z]+", name.lower())
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
-
-
 # COCO
 
 
@@ -146,12 +139,12 @@ def _coco_parts(root: Path) -> tuple[_Part, ...]:
         *sorted(islice(root.glob("*.json"), _MOST_FILES)),
         *sorted(islice(root.glob("annotations/*.json"), _MOST_FILES)),
     ]
-    parts = [_Part(_split_of(file.stem), file, root) for file in files if is_file(file) and _is_coco(file)]
+    parts = [_Part(split_of(file.stem), file, root) for file in files if is_file(file) and _is_coco(file)]
     if instances := [part for part in parts if part.labels.name.startswith("instances_")]:
         parts = instances  # the others have the same boxes again, with key points
     if not parts:
         parts = [
-            _Part(_split_of(file.parent.name), file, file.parent)
+            _Part(split_of(file.parent.name), file, file.parent)
             for file in sorted(islice(root.glob("*/_annotations.coco.json"), _MOST_FILES))
             if is_file(file) and _is_coco(file)
         ]
@@ -242,12 +235,12 @@ def _yolo_parts(root: Path) -> tuple[_Part, ...]:
         inner = [
             _Part(split, labels / folder.name, folder)
             for folder in _folders(images)
-            if (split := _split_of(folder.name)) and _has_texts(labels / folder.name)
+            if (split := split_of(folder.name)) and _has_texts(labels / folder.name)
         ]
         if inner:
             parts += inner
         elif _has_texts(labels):
-            parts.append(_Part("" if parent == root else _split_of(parent.name), labels, images))
+            parts.append(_Part("" if parent == root else split_of(parent.name), labels, images))
     return tuple(parts)
 
 

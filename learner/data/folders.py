@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from duallora_edge.errors import DataError
 from duallora_edge.learner.data.images import ImageFile, ImageSet
 from duallora_edge.learner.data.other_layouts import refuse_other_layouts
-from duallora_edge.learner.data.split import SPLIT_NAMES, Found, FoundTask
+from duallora_edge.learner.data.split import SPLIT_NAMES, Found, FoundTask, split_of
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SPLITS = ("train", "val", "test")
@@ -43,6 +43,38 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def files_by_split(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """The files that hold many images each, by their splits (``""`` where nothing tells one), and notes.
+
+    They lie in ``root`` or in its folder ``data``, and their names tell the splits, or they lie in folders of splits;
+    other folders belong to another layout. {} where there are none.
+    """
+    files, folders = _files_and_folders(root, suffix)
+    if not files and folders == ["data"]:
+        files, folders = _files_and_folders(root / "data", suffix)
+    found: dict[str, list[Path]] = defaultdict(list)
+    if not folders:
+        for file in files:
+            found[split_of(file.stem)].append(file)
+    elif not files and all(name.lower() in SPLIT_NAMES for name in folders):
+        for name in folders:
+            inner, below = _files_and_folders(root / name, suffix)
+            if inner and not below:
+                found[SPLIT_NAMES[name.lower()]] += inner
+    unnamed = found.pop("", []) if len(found) > 1 else []
+    notes = [f"ignored: {len(unnamed)} files whose names tell no split ({unnamed[0].name}, ...)"] if unnamed else []
+    return dict(found), notes
+
+
+def _files_and_folders(path: Path, suffix: str) -> tuple[list[Path], list[str]]:
+    """The files of a suffix, and the names of the folders; both sorted, without hidden ones."""
+    with os.scandir(path) as entries:
+        visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+        folders = [entry.name for entry in visible if entry.is_dir()]
+        files = [Path(entry.path) for entry in visible if entry.name.lower().endswith(suffix) and entry.is_file()]
+    return files, folders
 
 
 def checked_name(name: str) -> str:

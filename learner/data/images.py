@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -48,6 +48,10 @@ class ImageFile:
             return f"{path} missing"
         return f"{path} {facts.st_size} {facts.st_mtime_ns}"
 
+    def open(self) -> BinaryIO:
+        """The bytes of the image, opened for reading."""
+        return self.path.open("rb")
+
     def read(self) -> Pixels:
         """Decode to ``uint8 [H, W, 3]`` RGB, upright; `DataError` when that is impossible."""
         return read_image(self.path)
@@ -57,7 +61,7 @@ class ImageFile:
         try:
             if not self.path.is_file():
                 return None
-            with self.path.open("rb") as file, open_image(file) as image:
+            with self.open() as file, open_image(file) as image:
                 exif = image.getexif() if "exif" in image.info else {}
                 turned = exif.get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
                 return (image.height, image.width) if turned else image.size
@@ -66,7 +70,7 @@ class ImageFile:
 
     def traits(self) -> set[str]:
         """What has to be converted, from the header alone: any of ``grey``, ``alpha``, ``rotated``."""
-        with self.path.open("rb") as file, open_image(file) as image:
+        with self.open() as file, open_image(file) as image:
             # Pillow would decode a PNG in search of EXIF, hence the first condition.
             turned = "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
             return _mode_traits(image) | ({"rotated"} if turned else set())
@@ -74,7 +78,7 @@ class ImageFile:
     def taken(self) -> tuple[str, datetime] | None:
         """Camera and time, where the file tells both."""
         try:
-            with self.path.open("rb") as file, open_image(file) as image, warnings.catch_warnings():
+            with self.open() as file, open_image(file) as image, warnings.catch_warnings():
                 if "exif" not in image.info:
                     return None
                 warnings.simplefilter("ignore")  # Pillow warns of each broken entry
@@ -116,6 +120,31 @@ class ImageBox(ImageFile):
         """The corners (left, top) and (right, bottom) in an image of so many pixels."""
         left, top, right, bottom = self.edges
         return (round(left * width), round(top * height)), (round(right * width), round(bottom * height))
+
+
+@dataclass(frozen=True)
+class InnerImage(ImageFile):
+    """An image inside a larger file, in which it is called ``inner``. How it is opened is up to each kind of file."""
+
+    inner: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file, and name in it: what splits are drawn by, the same on any machine."""
+        return _printable(Path(f"{self.path.name}/{self.inner}"))
+
+    @property
+    def where(self) -> str:
+        """The path and the name in the file, for messages and reports."""
+        return f"{super().where}/{_printable(Path(self.inner))}"
+
+    def read(self) -> Pixels:
+        """Decode to ``uint8 [H, W, 3]`` RGB, upright; `DataError` when that is impossible."""
+        try:
+            with self.open() as file:
+                return read_image(file)
+        except OSError as error:
+            raise DataError(f"{self.where} cannot be read ({error.strerror or error}); copy the file again.") from error
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Lists of images: CSV and JSON lines with the columns ``path,label[,split][,task]``, and the metadata of folders."""
+"""Lists of images: CSV and JSON with the columns ``path,label[,split][,task]``, and the metadata of folders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from duallora_edge.errors import DataError
 from duallora_edge.files import parse_json
@@ -20,7 +21,7 @@ MAX_BYTES = 256 * 2**20
 MAX_ROWS = 2_000_000
 _SHOWN = 10
 # What each column may be called.
-_COLUMNS = {
+COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
     "label": ("label", "class", "class_name", "category", "target", "choice"),
     "split": ("split",),
@@ -28,6 +29,7 @@ _COLUMNS = {
 }
 _BOX_COLUMNS = {"xmin", "x_min", "roi.x1", "bbox", "objects"}
 _SPLITS = ("train", "val", "test")
+MANIFESTS = (".csv", ".jsonl", ".json")
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
@@ -48,13 +50,13 @@ class _Part:
 
 
 def find_in_manifest(file: Path, task_order: Sequence[str] | None, task_name: str) -> Found:
-    """List the images of a CSV file whose first line names its columns, or of JSON lines; paths start at the file.
+    """List the images of a CSV file whose first line names its columns, or of JSON objects; paths start at the file.
 
     ``split`` is train, val or test. Tasks come in the order of their first row, or as ``task_order`` says.
     Raises `DataError` for a file that is too large or neither, and for bad rows: all of them in one message.
     """
-    layout = "CSV manifest" if file.suffix.lower() == ".csv" else "list of JSON lines"
-    return _find(layout, [_Part(file)], task_order, task_name)
+    layouts = {".csv": "CSV manifest", ".jsonl": "list of JSON lines", ".json": "JSON list"}
+    return _find(layouts[file.suffix.lower()], [_Part(file)], task_order, task_name)
 
 
 def find_in_metadata(root: Path, task_order: Sequence[str] | None, task_name: str) -> Found | None:
@@ -80,7 +82,7 @@ def find_in_metadata(root: Path, task_order: Sequence[str] | None, task_name: st
 def _tells_labels(file: Path) -> bool:
     with _Lines(file) as lines:
         names = {name.strip().lower() for name in lines.names}
-        return not names.isdisjoint(_COLUMNS["path"]) and not names.isdisjoint([*_COLUMNS["label"], *_BOX_COLUMNS])
+        return not names.isdisjoint(COLUMNS["path"]) and not names.isdisjoint([*COLUMNS["label"], *_BOX_COLUMNS])
 
 
 def _find(layout: str, parts: Sequence[_Part], task_order: Sequence[str] | None, task_name: str) -> Found:
@@ -118,7 +120,7 @@ def _find(layout: str, parts: Sequence[_Part], task_order: Sequence[str] | None,
 
 
 class _Lines:
-    """The names of the columns of a CSV or JSON lines file, and an iterator over its rows.
+    """The names of the columns of a CSV, JSON or JSON lines file, and an iterator over its rows.
 
     Raises `DataError` for a file that is too large or neither.
     """
@@ -127,11 +129,11 @@ class _Lines:
         if file.stat().st_size > MAX_BYTES:
             raise DataError(f"{file} is larger than {MAX_BYTES // 2**20} MiB; divide it into several files.")
         self.file, self.names = file, list[str]()
-        self._is_csv = file.suffix.lower() == ".csv"
+        self._suffix = file.suffix.lower()
 
     def __enter__(self) -> _Lines:
         self._stream = self.file.open(encoding="utf-8-sig", newline="")
-        self._rows = csv.reader(self._stream, strict=True) if self._is_csv else self._json_rows()
+        self._rows = csv.reader(self._stream, strict=True) if self._suffix == ".csv" else self._json_rows()
         self.names = self._next() or []
         return self
 
@@ -146,32 +148,45 @@ class _Lines:
         try:
             return next(self._rows, None)
         except (csv.Error, ValueError) as error:
-            kind = "CSV" if self._is_csv else "JSON lines"
-            raise DataError(f"{self.file} is not a {kind} file in UTF-8 ({error}); save it as one.") from error
+            kind = {".csv": "a CSV file", ".jsonl": "a JSON lines file", ".json": "a JSON list of objects"}[
+                self._suffix
+            ]
+            raise DataError(f"{self.file} is not {kind} in UTF-8 ({error}); save it as one.") from error
 
     def _json_rows(self) -> Iterator[list[str]]:
         """The keys of the first object, then the values of each."""
         names: list[str] = []
-        for line in filter(None, map(str.strip, self._stream)):
-            value = parse_json(line.encode())
+        for value in self._json_values():
             if not isinstance(value, dict):
-                raise ValueError("a line is not an object")
+                raise ValueError("an entry is not an object")
             if not names:
                 names = list(value)
                 yield names
             cells = [value.get(name) for name in names]
             yield [str(cell) if isinstance(cell, (str, int, float)) else "" for cell in cells]
 
+    def _json_values(self) -> Iterator[Any]:
+        if self._suffix == ".jsonl":
+            for line in filter(None, map(str.strip, self._stream)):
+                yield parse_json(line.encode())
+            return
+        values = parse_json(self._stream.read().encode())
+        if not isinstance(values, list):
+            raise ValueError("it does not begin with a list")
+        yield from values
+
 
 def _header(file: Path, cells: list[str]) -> list[str]:
     """The column that each cell names, ``""`` for one that is not needed."""
     names = [cell.strip().lower() for cell in cells]
+    if {"data", "annotations"} <= set(names):
+        raise DataError(f"{file} is a JSON export of Label Studio with all annotations; export it as JSON-MIN or CSV.")
     if boxes := _BOX_COLUMNS.intersection(names):
         raise DataError(
             f"{file} lists boxes (column {min(boxes)!r}), which are cropped from COCO and YOLO sets only; convert it "
             "to one of these and give --crop-boxes."
         )
-    columns = [next((column for column, known in _COLUMNS.items() if name in known), "") for name in names]
+    columns = [next((column for column, known in COLUMNS.items() if name in known), "") for name in names]
     typo = any(
         difflib.get_close_matches(name, ("split", "task"), n=1, cutoff=0.75)
         for name, column in zip(names, columns, strict=True)
@@ -179,7 +194,8 @@ def _header(file: Path, cells: list[str]) -> list[str]:
     )
     named = [column for column in columns if column]
     if typo or len(set(named)) != len(named) or not {"path", "label"} <= set(named):
-        raise DataError(f"The first line of {file} must be path,label[,split][,task], not {','.join(cells)[:80]!r}.")
+        place = "first line" if file.suffix.lower() == ".csv" else "first object"
+        raise DataError(f"The {place} of {file} must be path,label[,split][,task], not {','.join(cells)[:80]!r}.")
     return columns
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from duallora_edge.errors import DataError
 from duallora_edge.learner.data.split import SPLIT_NAMES
@@ -23,13 +24,11 @@ def refuse_other_layouts(root: Path, folders: Sequence[str], flat: Collection[st
                     f"{folder} is a Pascal VOC detection set ({name}/*.xml); convert it to COCO or YOLO and give "
                     "--crop-boxes, or sort its images into one folder per class."
                 )
-    if list(folders) == ["data"] and (root / "labels.json").is_file():
+    packed = [path.name for path in root.glob("*.tar.gz")] + [path.name for path in root.glob("*.tgz")]
+    if not folders and packed:
         raise DataError(
-            f"{root} is a FiftyOne export with labels.json; export it as ImageClassificationDirectoryTree, which has "
-            "one folder per class."
+            f"{root} holds compressed archives ({packed[0]}, ...); decompress WebDataset shards with gunzip."
         )
-    if not folders and next(root.glob("*.tar"), None) is not None:
-        raise DataError(f"{root} holds tar shards, which are not read; unpack them and {CSV_WAY}.")
     if len(folders) < 2 or len(flat) < len(folders):
         return
     names = {name.lower() for name in folders}
@@ -45,13 +44,16 @@ def refuse_other_layouts(root: Path, folders: Sequence[str], flat: Collection[st
         )
 
 
-def refuse_file(file: Path) -> None:
-    """Raise `DataError` for a file that is neither a folder nor a manifest."""
+def refuse_file(file: Path) -> NoReturn:
+    """Raise `DataError` for a file that is neither a folder nor a file of a layout that is read."""
     suffix = file.suffix.lower()
-    if suffix == ".json":
-        raise DataError(f"{file} is JSON, which is not read as a list of images; {CSV_WAY} (Label Studio exports CSV).")
-    if suffix in (".tar", ".zip", ".gz", ".tgz", ".7z", ".rar"):
+    if suffix in (".gz", ".tgz"):
+        raise DataError(
+            f"{file} is a compressed archive; decompress it with gunzip if it is a WebDataset shard, else unpack it "
+            "and name the folder."
+        )
+    if suffix in (".zip", ".7z", ".rar"):
         raise DataError(f"{file} is an archive; unpack it and name the folder, or {CSV_WAY}.")
-    if suffix == ".parquet":
-        raise DataError(f"{file} is a Parquet file, which is not read; save its images as files and {CSV_WAY}.")
+    if suffix == ".arrow":
+        raise DataError(f"{file} is one file of a Hugging Face dataset; name the folder that save_to_disk wrote.")
     raise DataError(f"{file} is neither a folder nor a .csv file; name a folder of images or a CSV manifest.")

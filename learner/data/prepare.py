@@ -21,6 +21,7 @@ from duallora_edge.learner.data.fingerprint import FINGERPRINT_BYTES, Bytes, fin
 from duallora_edge.learner.data.health import MIN_SIDE, Flag, HealthReport, judge, report_task
 from duallora_edge.learner.data.images import ImageRef, ImageSet, Stream, TaskData
 from duallora_edge.learner.data.scenes import scenes_by_class
+from duallora_edge.learner.data.tables import release_groups
 from duallora_edge.runtime.preprocess import Preprocessing
 
 _SCHEMA = 2
@@ -182,6 +183,7 @@ def prepare(
         for task, splits, own, verdict in zip(stream.tasks, decoded, facts, verdicts, strict=True)
     )
     cache.trim()
+    release_groups()
     return PreparedStream(tasks, health)
 
 

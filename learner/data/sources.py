@@ -8,11 +8,14 @@ from pathlib import Path
 from duallora_edge.errors import DataError
 from duallora_edge.files import cache_folder
 from duallora_edge.learner.data.boxes import find_crops, find_detection
+from duallora_edge.learner.data.fiftyone import find_in_fiftyone
 from duallora_edge.learner.data.folders import checked_name, find_in_folder
 from duallora_edge.learner.data.images import Stream
-from duallora_edge.learner.data.manifest import find_in_manifest, find_in_metadata
+from duallora_edge.learner.data.manifest import MANIFESTS, find_in_manifest, find_in_metadata
 from duallora_edge.learner.data.other_layouts import refuse_file
 from duallora_edge.learner.data.split import Found, FoundTask, Splits, by_classes
+from duallora_edge.learner.data.tables import find_in_tables
+from duallora_edge.learner.data.tar_shards import find_in_shards
 from duallora_edge.learner.data.torchvision_sets import find_in_torchvision
 from duallora_edge.text import UNSAFE
 
@@ -36,9 +39,10 @@ def open_stream(
     """Find out how ``source`` is laid out and list its tasks. No image is decoded here; see `prepare`.
 
     ``source`` is a folder (``<class>/*``, ``{train,val,test}/<class>/*`` or
-    ``<task>/{train,val,test}/<class>/*``), a folder with metadata.csv or metadata.jsonl (``file_name,label``), a CSV or
-    JSON lines file (``path,label[,split][,task]``) or ``torchvision:NAME`` (files under ``data_root``, by default in
-    the cache folder).
+    ``<task>/{train,val,test}/<class>/*``), a folder with metadata.csv or metadata.jsonl (``file_name,label``), a CSV,
+    JSON or JSON lines file (``path,label[,split][,task]``), tar shards of WebDataset, a Parquet file or a folder of
+    Hugging Face datasets, a folder of FiftyOne (``data/``, ``labels.json``) or ``torchvision:NAME`` (files under
+    ``data_root``, by default in the cache folder).
 
     * ``classes_per_task`` cuts a source that is one task into tasks of so many classes, in ``class_order``
       (``"alphabetical"`` or ``"seed:N"``); ``task_name`` then is the beginning of their names.
@@ -88,9 +92,11 @@ def _find(
         return find_in_torchvision(name, data_root or cache_folder() / "torchvision", task_name or name.lower())
     if not path.exists():
         raise DataError(f"{source} does not exist; name a folder of images, a CSV file or torchvision:NAME.")
-    if path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file():
-        refuse_file(path)
-    return find_in_manifest(path, task_order, task_name or path.stem)
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix in MANIFESTS:
+        return find_in_manifest(path, task_order, task_name or path.stem)
+    found = _find_single_task(path, task_order, task_name or path.stem) if suffix in (".tar", ".parquet") else None
+    return found or refuse_file(path)
 
 
 def _find_in_folder(path: Path, task_order: Sequence[str] | None, task_name: str, crop_boxes: bool) -> Found:
@@ -105,4 +111,19 @@ def _find_in_folder(path: Path, task_order: Sequence[str] | None, task_name: str
         return find_crops(detection, task_name)
     if crop_boxes:
         raise DataError(f"{path} has no boxes (COCO or YOLO) to crop; leave out --crop-boxes.")
-    return find_in_metadata(path, task_order, task_name) or find_in_folder(path, task_order, task_name)
+    return (
+        find_in_metadata(path, task_order, task_name)
+        or _find_single_task(path, task_order, task_name)
+        or find_in_folder(path, task_order, task_name)
+    )
+
+
+def _find_single_task(path: Path, task_order: Sequence[str] | None, task_name: str) -> Found | None:
+    """Layouts of other tools that name no tasks."""
+    if path.is_dir():
+        found = find_in_shards(path, task_name) or find_in_tables(path, task_name) or find_in_fiftyone(path, task_name)
+    else:
+        found = (find_in_shards if path.suffix.lower() == ".tar" else find_in_tables)(path, task_name)
+    if found and task_order is not None:
+        raise DataError(f"task_order needs a source with named tasks; {path} is a single task ({found.layout}).")
+    return found

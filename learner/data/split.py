@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,12 @@ SPLIT_NAMES = {
 }  # fmt: skip
 
 
+def split_of(name: str) -> str:
+    """The split that a name such as ``instances_train2017`` tells, else ``""``."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
+
+
 @dataclass(frozen=True)
 class FoundTask:
     """A task as its source gives it. ``None``: the source does not have this split and one is to be made."""
@@ -30,6 +36,13 @@ class FoundTask:
     train: ImageSet
     validation: ImageSet | None
     test: ImageSet | None
+
+    @classmethod
+    def of(cls, name: str, sets: Mapping[str, ImageSet]) -> FoundTask:
+        """A task from its images by split; those of no split (``""``), or of ``train`` alone, are to be divided."""
+        if len(sets) == 1 and not sets.keys().isdisjoint(("", "train")):
+            return cls(name, next(iter(sets.values())), None, None)
+        return cls(name, sets.get("train", ImageSet()), sets.get("val"), sets.get("test", ImageSet()))
 
 
 @dataclass(frozen=True)

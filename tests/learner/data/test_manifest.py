@@ -183,6 +183,42 @@ def test_json_lines_as_a_list(root: Path, make_images: Any) -> None:
     assert open_stream(str(file)).tasks[0].train.classes == ("cat", "dog")
 
 
+def test_a_json_list_as_label_studio_exports_it(root: Path, make_images: Any) -> None:
+    """Its JSON-MIN, with the paths of images that lie beside it."""
+    make_images("x", 2)
+    tasks = [
+        {"image": f"x/{index:03d}.png", "id": index, "choice": name, "annotator": 1, "lead_time": 2.5}
+        for index, name in enumerate(("cat", "dog"))
+    ]
+    file = root / "export.json"
+    file.write_text(json.dumps(tasks, indent=2))
+    stream = open_stream(str(file))
+    assert stream.tasks[0].train.classes == ("cat", "dog")
+    assert (stream.layout, stream.notes) == ("JSON list", ("ignored: columns id, annotator, lead_time",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"image": "/data/upload/1/0123abcd-000.png", "choice": "cat"}], "is an address on a server; download"),
+        ([{"image": "000.png", "choice": {"choices": ["cat", "dog"]}}], "row 2: 'label' is empty"),
+        ([{"id": 1, "data": {"image": "000.png"}, "annotations": []}], "all annotations; export it as JSON-MIN or CSV"),
+        ([{"photo": "000.png", "choice": "cat"}], r"The first object of .*export\.json must be path,label"),
+        ([], "The first object of"),
+        (
+            {"images": [], "annotations": []},
+            r"is not a JSON list of objects in UTF-8 \(it does not begin with a list\)",
+        ),
+        ([1], "is not a JSON list of objects"),
+    ],
+)
+def test_other_json(root: Path, make_images: Any, content: Any, message: str) -> None:
+    make_images("", 1)
+    (root / "export.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        open_stream(str(root / "export.json"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

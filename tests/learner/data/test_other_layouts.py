@@ -17,8 +17,8 @@ from duallora_edge.learner.data import open_stream
         (["JPEGImages"], ["Annotations/000.xml"], "Pascal VOC .* convert it to COCO or YOLO"),
         (["images"], ["annotations/000.xml"], "Pascal VOC"),
         (["VOC2012/JPEGImages"], ["VOC2012/Annotations/000.xml"], "Pascal VOC"),
-        (["data"], ["labels.json"], "FiftyOne .* ImageClassificationDirectoryTree"),
-        ([], ["shard-000.tar"], "tar shards, which are not read; unpack them"),
+        ([], ["shard-000.tar.gz"], "compressed archives .*; decompress WebDataset shards with gunzip"),
+        ([], ["shard-000.tgz"], "compressed archives"),
         (["train", "valid", "test"], [], "no class folders in them; put them into <split>/<class>/"),
         (["images", "masks"], [], "segmentation set"),
     ],
@@ -36,9 +36,9 @@ def test_folders(root: Path, make_images: Any, folders: list[str], files: list[s
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("export.json", "path,label .*Label Studio"),
-        ("shard-000.tar", "is an archive; unpack it"),
-        ("train.parquet", "Parquet"),
+        ("shard-000.tar.gz", "decompress it with gunzip if it is a WebDataset shard, else unpack it"),
+        ("photos.zip", "is an archive; unpack it"),
+        ("data-00000-of-00001.arrow", "name the folder that save_to_disk wrote"),
         ("list.txt", "neither a folder nor"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duallora_edge.learner.data.images import ImageFile, ImageSet
-from duallora_edge.learner.data.split import MIN_TO_SPLIT, FoundTask, by_classes, hold_back, order_classes
+from duallora_edge.learner.data.split import MIN_TO_SPLIT, FoundTask, by_classes, hold_back, order_classes, split_of
 
 
 def image_set(counts: dict[str, int]) -> ImageSet:
@@ -89,3 +89,37 @@ def test_by_classes(classes: int, per_task: int, names: list[str]) -> None:
     for task in tasks:
         assert task.validation is None and task.test is not None
         assert task.train.classes == task.test.classes
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-000000", "train"),
+        ("imagenet-val-0001", "val"),
+        ("validation-00000-of-00001", "val"),
+        ("instances_train2017", "train"),
+        ("Test", "test"),
+        ("latest-0001", ""),
+        ("training_set", "train"),
+        ("000001", ""),
+    ],
+)
+def test_the_split_that_a_name_tells(name: str, split: str) -> None:
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    ("splits", "has"),
+    [
+        (["train", "val", "test"], (True, True)),
+        (["train", "test"], (False, True)),
+        (["train", "val"], (True, True)),
+        (["train"], (False, False)),
+        ([""], (False, False)),
+    ],
+)
+def test_a_task_of_splits(splits: list[str], has: tuple[bool, bool]) -> None:
+    """What a source without a test gives is to be divided, unless it has validation images."""
+    task = FoundTask.of("task", {split: image_set({"a": 3}) for split in splits})
+    assert (task.validation is not None, task.test is not None) == has
+    assert len(task.train) == 3
