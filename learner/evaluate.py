@@ -17,6 +17,7 @@ from duallora_edge.learner import distributed
 from duallora_edge.learner.callbacks import Callback
 from duallora_edge.learner.data import PixelSet
 from duallora_edge.learner.data.kept_split import measurable
+from duallora_edge.learner.data.split import some
 from duallora_edge.learner.device import pick_device
 from duallora_edge.learner.doubts import doubts
 from duallora_edge.learner.measurements import measured_rows, stored_answers, write_answers, write_rows
@@ -184,7 +185,7 @@ def add_tests(
     entries = {run.read_info(entry).name: entry for entry in run.active_tasks()}
     splits = {name: run.read_split(entry) for name, entry in entries.items()}
     infos = {name: run.read_info(entry) for name, entry in entries.items() if name not in skip}
-    sources = run.sources()
+    sources, there = run.sources(), set[str]()
     for settings in source_groups(run, infos):
         # A source may also hold tasks that were learned from another one, of which it has other images.
         own = {name for name in infos if sources.get(name, {}) == settings}
@@ -199,6 +200,7 @@ def add_tests(
             continue
         if METHODS[run.config.method].single_task:
             stream = stream.merged()
+        there.update(task.name for task in stream.tasks)
         for task in stream.tasks:
             if task.name in own:
                 others = [split for name, split in splits.items() if name != task.name]
@@ -206,6 +208,11 @@ def add_tests(
                 if data is None and (message := splits[task.name].changes(task, others, len(test))):
                     callback.say(message)
                 tests.add(task.name, test, infos[task.name].classes)
+    if data is not None and not there.intersection(infos):
+        raise DataError(
+            f"{data} holds images of {some(sorted(there))}, but the run learned {some(list(infos))}; call the folder "
+            "as the task is called."
+        )
 
 
 def measure_run(

@@ -83,7 +83,7 @@ class Splits:
         for split, images in (("validation", validation), ("test", test)):
             if unknown := sorted(set(images.classes) - set(train.classes)):
                 raise DataError(
-                    f"Task {task.name!r} has {split} images but no training images of {_some(unknown)}; "
+                    f"Task {task.name!r} has {split} images but no training images of {some(unknown)}; "
                     f"add training images or remove the class."
                 )
         return TaskData(
@@ -175,5 +175,6 @@ def _maybe(pick: Callable[[ImageSet], ImageSet], images: ImageSet | None) -> Ima
     return None if images is None else pick(images)
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first five names for a message, and how many more there are."""
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -203,6 +203,11 @@ def test_remove_and_measure(call: Call, run: Path) -> None:
     assert "not measured" not in call("status", run)[1]
 
 
+def test_images_of_no_task_of_the_run_are_not_passed_over(call: Call, run: Path, image_stream: Path) -> None:
+    message = failure(call("evaluate", run, "--device", "cpu", "--data", image_stream / "01-round" / "train"))
+    assert "holds images of 'train', but the run learned '01-round', '02-lines'; call the folder as" in message
+
+
 def test_evaluate_beside_another_run(call: Call, run: Path, learned: Path) -> None:
     code, out, _ = call("evaluate", run, "--device", "cpu", "--compare", learned)
     assert code == 0 and "this run" in out

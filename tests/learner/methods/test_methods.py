@@ -101,7 +101,7 @@ def test_records_survive_their_tensors(
 def test_a_whole_domain_held_back_is_calibrated_by_those_learned(
     make_task: MakeTask, learn: Learn, monkeypatch: pytest.MonkeyPatch, classifier: str, held: int
 ) -> None:
-    """Each fold is measured as if the others had been learned, of the domain and, where nothing was trained, of the rest.
+    """Each fold is measured as if the others had been learned, of the domain and, without training, of the rest.
 
     The novelty knows nothing of them.
     """
