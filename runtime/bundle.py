@@ -14,6 +14,7 @@ BUNDLE/teach.safetensors   how features vary within a class, to teach further on
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -459,6 +460,11 @@ def _read_folder(root: Path, folder: int, whole: bool) -> Bundle:
         if folder_kind(root) == "run":
             remedy = f"'duallora-edge export {root} -o BUNDLE' makes one"
             raise BundleError(f"{root} is a run, not a bundle; {remedy}.") from error
+        if error.errno == errno.ELOOP:
+            raise BundleError(
+                f"{root} holds links in place of files, as the cache of the Hugging Face Hub does; copy it with "
+                "'cp -rL', or fetch it with 'hf download --local-dir'."
+            ) from error
         raise BundleError(f"{root} has no {MANIFEST}, so it is not a bundle; copy the whole folder again.") from error
     try:
         if len(content) > MAX_JSON_BYTES:
