@@ -1,7 +1,7 @@
 """The runtime on arm64 Debian: installed by pip, and its golden images classified there, natively or in QEMU.
 
 Takes about eight minutes in QEMU, five of them to make the system; a folder in DUALLORA_EDGE_ARM64_ROOT that already
-holds one (Python 3.10 or later with pip) is used as it is, and left as it was.
+holds one (Python 3.10 or later with pip, and /proc mounted) is used as it is, and left as it was.
 """
 
 from __future__ import annotations
