@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from duallora_edge.lazy import lazy_names
@@ -15,3 +16,9 @@ __all__ = ["Callback", "Learner"]
 _MODULES = {"Callback": "callbacks", "Learner": "learner"}
 
 __getattr__ = lazy_names(__name__, _MODULES)
+
+# The threads of GNU OpenMP wait for each other in a loop that keeps their processors busy. Beside another busy program
+# they wait for threads that cannot run: two trainings at once took twenty times as long (benchmarks/RESULTS.md). It is
+# read when PyTorch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
