@@ -18,7 +18,7 @@ _MODULES = {"Callback": "callbacks", "Learner": "learner"}
 __getattr__ = lazy_names(__name__, _MODULES)
 
 # The threads of GNU OpenMP wait for each other in a loop that keeps their processors busy. Beside another busy program
-# they wait for threads that cannot run: two trainings at once took up to 37 times as long (benchmarks/RESULTS.md). It is
-# read when PyTorch is loaded.
+# they wait for threads that cannot run: two trainings at once took up to 37 times as long (benchmarks/RESULTS.md). This
+# is read when PyTorch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
