@@ -44,7 +44,7 @@ class FactsColumn(ProgressColumn):
 class TerminalCallback(Callback):
     """Lines and progress on standard error: a line that is updated on a terminal, one every few seconds elsewhere.
 
-    ``summary_follows``: the last state is not told, since somebody else does.
+    ``summary_follows``: the accuracy of the last state is left to the summary that the caller prints.
     """
 
     def __init__(self, *, summary_follows: bool = False) -> None:

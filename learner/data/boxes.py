@@ -98,10 +98,7 @@ def find_crops(found: Detection, task_name: str) -> Found:
         ignored["boxes of classes without a training box"] += len(labels) - len(known)
         sets[split] = ImageSet(tuple(images), tuple(labels)).subset(known)
     notes = tuple(f"ignored: {count} {what}" for what, count in sorted(ignored.items()) if count)
-    if len(found.parts) == 1:
-        task = FoundTask(task_name, sets["train"], None, None)
-    else:
-        task = FoundTask(task_name, sets["train"], sets["val"] if len(sets["val"]) else None, sets["test"])
+    task = FoundTask.of(task_name, sets if len(found.parts) > 1 else {"train": sets["train"]})
     return Found(f"boxes of a {found.kind} detection set", (task,), False, notes)
 
 

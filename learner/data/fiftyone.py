@@ -9,7 +9,7 @@ from pathlib import Path
 from duallora_edge.errors import DataError
 from duallora_edge.files import read_json
 from duallora_edge.learner.data.class_names import ClassNames
-from duallora_edge.learner.data.folders import checked_name, is_file, is_image_name
+from duallora_edge.learner.data.folders import checked_name, files_and_folders, is_file, is_image_name
 from duallora_edge.learner.data.images import ImageFile, ImageSet
 from duallora_edge.learner.data.split import Found, FoundTask
 
@@ -23,7 +23,7 @@ def find_in_fiftyone(root: Path, task_name: str) -> Found | None:
     cannot be read, names several classes for one image, or an unknown class number.
     """
     file, data = root / "labels.json", root / "data"
-    if not is_file(file) or not data.is_dir():
+    if not is_file(file) or files_and_folders(root, file.name)[1] != [data.name]:
         return None
     try:
         value = read_json(file, MAX_BYTES)
@@ -68,5 +68,5 @@ def _class(label: object, names: ClassNames, where: str) -> str | None:
     if isinstance(label, int) and not isinstance(label, bool):
         return names.of_number(label, where)
     if not isinstance(label, str) or not label:
-        raise DataError(f"{where} has the label {str(label)[:40]!r}, which is no class; correct it.")
+        raise DataError(f"{where} has the label {str(label)[:40]!r}, which names no class; correct it.")
     return checked_name(label)

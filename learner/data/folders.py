@@ -51,16 +51,16 @@ def files_by_split(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list
     They lie in ``root`` or in its folder ``data``, and their names tell the splits, or they lie in folders of splits;
     other folders belong to another layout. {} where there are none.
     """
-    files, folders = _files_and_folders(root, suffix)
+    files, folders = files_and_folders(root, suffix)
     if not files and folders == ["data"]:
-        files, folders = _files_and_folders(root / "data", suffix)
+        files, folders = files_and_folders(root / "data", suffix)
     found: dict[str, list[Path]] = defaultdict(list)
     if not folders:
         for file in files:
             found[split_of(file.stem)].append(file)
     elif not files and all(name.lower() in SPLIT_NAMES for name in folders):
         for name in folders:
-            inner, below = _files_and_folders(root / name, suffix)
+            inner, below = files_and_folders(root / name, suffix)
             if inner and not below:
                 found[SPLIT_NAMES[name.lower()]] += inner
     unnamed = found.pop("", []) if len(found) > 1 else []
@@ -68,7 +68,7 @@ def files_by_split(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list
     return dict(found), notes
 
 
-def _files_and_folders(path: Path, suffix: str) -> tuple[list[Path], list[str]]:
+def files_and_folders(path: Path, suffix: str) -> tuple[list[Path], list[str]]:
     """The files of a suffix, and the names of the folders; both sorted, without hidden ones."""
     with os.scandir(path) as entries:
         visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)

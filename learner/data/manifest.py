@@ -251,7 +251,4 @@ def _task(name: str, rows: list[_Row], has_splits: bool) -> FoundTask:
         chosen = [row for row in rows if row.split == split]
         return ImageSet(tuple(ImageFile(row.path) for row in chosen), tuple(row.label for row in chosen))
 
-    if not has_splits:
-        return FoundTask(name, images(""), None, None)
-    validation = images("val")
-    return FoundTask(name, images("train"), validation if len(validation) else None, images("test"))
+    return FoundTask.of(name, {split: images(split) for split in (_SPLITS if has_splits else ("",))})

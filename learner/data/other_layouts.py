@@ -56,4 +56,7 @@ def refuse_file(file: Path) -> NoReturn:
         raise DataError(f"{file} is an archive; unpack it and name the folder, or {CSV_WAY}.")
     if suffix == ".arrow":
         raise DataError(f"{file} is one file of a Hugging Face dataset; name the folder that save_to_disk wrote.")
-    raise DataError(f"{file} is neither a folder nor a .csv file; name a folder of images or a CSV manifest.")
+    raise DataError(
+        f"{file} is neither a folder nor a file that holds or lists images (.csv, .json, .jsonl, .tar, .parquet); name "
+        "one of these."
+    )

@@ -91,7 +91,7 @@ def _find(
         name = source.removeprefix(_TORCHVISION)
         return find_in_torchvision(name, data_root or cache_folder() / "torchvision", task_name or name.lower())
     if not path.exists():
-        raise DataError(f"{source} does not exist; name a folder of images, a CSV file or torchvision:NAME.")
+        raise DataError(f"{source} does not exist; name a folder of images, a list of them or torchvision:NAME.")
     suffix = path.suffix.lower() if path.is_file() else ""
     if suffix in MANIFESTS:
         return find_in_manifest(path, task_order, task_name or path.stem)

@@ -39,10 +39,13 @@ class FoundTask:
 
     @classmethod
     def of(cls, name: str, sets: Mapping[str, ImageSet]) -> FoundTask:
-        """A task from its images by split; those of no split (``""``), or of ``train`` alone, are to be divided."""
+        """A task from its images by split; those of no split (``""``), or of ``train`` alone, are to be divided.
+
+        Without images for the validation a part of the others becomes it.
+        """
         if len(sets) == 1 and not sets.keys().isdisjoint(("", "train")):
             return cls(name, next(iter(sets.values())), None, None)
-        return cls(name, sets.get("train", ImageSet()), sets.get("val"), sets.get("test", ImageSet()))
+        return cls(name, sets.get("train", ImageSet()), sets.get("val") or None, sets.get("test", ImageSet()))
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,8 @@ def _file(table: Path, root: Path, name: str | None) -> ImageFile:
     folder, place = (Path(os.path.abspath(path)) for path in (root, root / (name or "")))  # noqa: PTH100 (links stay)
     if not place.is_relative_to(folder) or not is_image_name(place.name) or not is_file(place):
         raise DataError(
-            f"{table} holds paths in place of images, and {(name or '')[-80:]!r} is no image in {root}; save the data "
-            "set with save_to_disk, which puts the images in it."
+            f"{table} holds paths instead of images, and there is no image {(name or '')[-80:]!r} in {root}; save the "
+            "data set with save_to_disk, which puts the images in it."
         )
     return ImageFile(place)
 

@@ -80,8 +80,8 @@ def test_what_is_ignored_is_counted(root: Path, make_images: Any) -> None:
         ({"000": -1}, CLASSES, "has the class number -1"),
         ({"000": ["cat", "dog"]}, CLASSES, "has a list of labels, but one image has one class here"),
         ({"000": [{"label": "cat", "bounding_box": [0, 0, 1, 1]}]}, CLASSES, "has a list of labels"),
-        ({"000": True}, CLASSES, "has the label 'True', which is no class"),
-        ({"000": ""}, CLASSES, "which is no class"),
+        ({"000": True}, CLASSES, "has the label 'True', which names no class"),
+        ({"000": ""}, CLASSES, "which names no class"),
         ({"000": {"confidence": 1}}, CLASSES, "the key 'label' is missing"),
         ({"../000": "cat"}, CLASSES, "None of the images"),
         ({"/etc/passwd": "cat"}, CLASSES, "None of the images"),
@@ -104,6 +104,13 @@ def test_a_damaged_file(root: Path, make_images: Any, content: str) -> None:
     (root / "labels.json").write_text(content)
     with pytest.raises(DataError, match="cannot be read as FiftyOne"):
         open_stream(str(root))
+
+
+def test_a_class_may_be_called_data(root: Path, make_images: Any) -> None:
+    for name in ("data", "other"):
+        make_images(name, 5)
+    (task,) = open_stream(write(root, {})).tasks
+    assert task.train.classes == ("data", "other")
 
 
 def test_limits_and_task_order(root: Path, make_images: Any, monkeypatch: pytest.MonkeyPatch) -> None:

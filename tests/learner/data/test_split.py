@@ -123,3 +123,8 @@ def test_a_task_of_splits(splits: list[str], has: tuple[bool, bool]) -> None:
     task = FoundTask.of("task", {split: image_set({"a": 3}) for split in splits})
     assert (task.validation is not None, task.test is not None) == has
     assert len(task.train) == 3
+
+
+def test_a_validation_without_images_is_none_given() -> None:
+    images = image_set({"a": 3})
+    assert FoundTask.of("task", {"train": images, "val": ImageSet(), "test": images}).validation is None

@@ -259,7 +259,7 @@ def test_paths_in_place_of_bytes(root: Path, make_images: Any, tmp_path: Path, k
     assert [image.path for image in task.train.images] == paths[:2]
     (tmp_path / "out.png").write_bytes(paths[0].read_bytes())
     for name in ("../out.png", str(tmp_path / "out.png"), "x/999.png", "", "x", "x/\0.png", "a" * 5000):
-        with pytest.raises(DataError, match=r"holds paths in place of images, .*; save the data set with save_to_disk"):
+        with pytest.raises(DataError, match=r"holds paths instead of images, .*; save the data set with save_to_disk"):
             open_stream(source(name))
 
 
